@@ -1,0 +1,38 @@
+# Every verb sets itself up: a fresh clone needs Python 3.11, git, make and a C compiler, nothing else.
+PYTHON ?= python3.11
+PORT   ?= 8000
+CONFIG ?= configs/local.yaml
+BIN    := .venv/bin
+
+.PHONY: help install serve lint format test test-slow checkpoint clean
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: ## make .venv ready (pinned dependencies; a second run takes a moment)
+	@$(PYTHON) requirements/install.py
+
+checkpoint: install ## write the nano checkpoint to checkpoints/nano
+	@$(BIN)/python -m serving.demo.build
+
+serve: install ## start the stack in the foreground on PORT (Ctrl-C stops everything)
+	@SERVING__ROUTER__PORT=$(PORT) exec $(BIN)/serving up --config $(CONFIG)
+
+lint: install ## ruff, mypy --strict, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: install ## the tests that every change must pass
+	$(BIN)/python -m pytest
+
+test-slow: install ## proofs that take minutes
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+clean: ## remove everything that was made here
+	rm -rf .venv checkpoints .pytest_cache .mypy_cache .ruff_cache

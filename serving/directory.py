@@ -1,0 +1,98 @@
+"""Which engine replicas there are: the records that replicas send and routers read, and the rules of the list. Pure.
+
+A replica says what it is every `heartbeat_s`; a record that was not repeated for `lease_s` is dropped, so nobody needs
+to be told of a death. Repeating is also what fills a directory that was itself restarted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class ReplicaState(StrEnum):
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaRecord:
+    """One engine replica, as it describes itself."""
+
+    replica_id: str
+    model: str
+    """Canonical name of the model it runs."""
+    base_url: str
+    """`http://host:port` of its own OpenAI server; empty while it starts."""
+    state: ReplicaState
+    max_num_seqs: int = 0
+    """Sequences that its engine runs at once; more wait in the engine."""
+    max_model_len: int = 0
+    """Longest prompt and answer together, in tokens."""
+    stage: str = ""
+    """What it is doing while it starts, in words for a person."""
+    pid: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The list at one moment. `version` grows with every change and names the directory's life it belongs to."""
+
+    version: tuple[int, int]
+    records: tuple[ReplicaRecord, ...] = ()
+
+    def ready(self, model: str) -> tuple[ReplicaRecord, ...]:
+        """Replicas that may get new requests for a model."""
+        return tuple(r for r in self.records if r.model == model and r.state is ReplicaState.READY)
+
+
+EMPTY = Snapshot(version=(0, 0))
+
+
+@dataclass(slots=True)
+class Directory:
+    """The list itself; the clock (seconds, monotonic) is passed in."""
+
+    lease_s: float
+    start_lease_s: float
+    """The same while a replica starts: importing and loading hold its event loop for long."""
+    life: int
+    """Tells one directory process from the next: versions of two lives never compare equal."""
+    _change: int = 0
+    _records: dict[str, ReplicaRecord] = field(default_factory=dict)
+    _heard_s: dict[str, float] = field(default_factory=dict)
+
+    def put(self, record: ReplicaRecord, now_s: float) -> bool:
+        """Take a replica's word; returns whether the list changed."""
+        self._heard_s[record.replica_id] = now_s
+        if self._records.get(record.replica_id) == record:
+            return False
+        self._records[record.replica_id] = record
+        self._change += 1
+        return True
+
+    def remove(self, replica_id: str) -> bool:
+        """A replica says goodbye; returns whether it was known."""
+        self._heard_s.pop(replica_id, None)
+        if self._records.pop(replica_id, None) is None:
+            return False
+        self._change += 1
+        return True
+
+    def expire(self, now_s: float) -> bool:
+        """Drop the replicas that were not heard of for a lease; returns whether there were any."""
+        late = [
+            replica_id
+            for replica_id, record in self._records.items()
+            if now_s - self._heard_s[replica_id]
+            > (self.start_lease_s if record.state is ReplicaState.STARTING else self.lease_s)
+        ]
+        for replica_id in late:
+            self.remove(replica_id)
+        return bool(late)
+
+    @property
+    def snapshot(self) -> Snapshot:
+        records = sorted(self._records.values(), key=lambda record: record.replica_id)
+        return Snapshot(version=(self.life, self._change), records=tuple(records))

@@ -1,0 +1,1 @@
+"""Engine replicas (vLLM inside a Ray Serve replica) and the directory that lists them."""

@@ -1,0 +1,63 @@
+"""From settings to the command line of vLLM's OpenAI server, which then checks it by its own rules. Pure."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from serving.errors import SettingsError
+from serving.settings import EngineSettings, ModelSettings, Settings
+
+_DEFAULTS: dict[str, Any] = {
+    # Answers start greedy unless the request asks for something else: a page has one text.
+    "override_generation_config": {"temperature": 0.0},
+    # Nobody watches these logs per request; the router's tell of requests.
+    "disable_uvicorn_access_log": True,
+    "disable_fastapi_docs": True,
+}
+
+
+def build_arguments(name: str, model: ModelSettings, engine: EngineSettings, checkpoint: str) -> list[str]:
+    """The arguments of one replica's server: the settings over our defaults, the stack's own names over both."""
+    given = {key.replace("-", "_"): value for key, value in model.engine_args.items()}
+    flags = list(_flags({**_DEFAULTS, **given}))
+    names = [name, *model.aliases]
+    flags += ["--model", checkpoint, "--served-model-name", *names]
+    if engine.api_key is not None:
+        flags += ["--api-key", engine.api_key.get_secret_value()]
+    return flags
+
+
+def _flags(arguments: Mapping[str, Any]) -> Iterator[str]:
+    """vLLM's flags for a mapping: `max_model_len: 2048` -> `--max-model-len 2048`, booleans as `--x` and `--no-x`."""
+    for key, value in arguments.items():
+        flag = key.replace("_", "-")
+        if value is True:
+            yield f"--{flag}"
+        elif value is False:
+            yield f"--no-{flag}"
+        elif isinstance(value, list):
+            yield f"--{flag}"
+            yield from (str(item) for item in value)
+        elif value is not None:
+            yield f"--{flag}"
+            yield json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+def check_engine_args(settings: Settings) -> None:
+    """Compare the names of `engine_args` with those that the installed vLLM knows.
+
+    Raises:
+        SettingsError: a name that vLLM does not know, with the closest that it does.
+    """
+    from serving.plugin.private import known_server_args
+
+    known = known_server_args()
+    for name, model in settings.models.items():
+        for key in model.engine_args:
+            if key.replace("-", "_") not in known:
+                near = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise SettingsError(f"models.{name}.engine_args.{key}: vLLM has no such argument{hint}")

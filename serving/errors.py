@@ -1,0 +1,163 @@
+"""Every error that the stack shows a caller, with the status and the words it is shown with.
+
+    ServingError
+    ├── SettingsError               a settings file or environment that cannot be used (start-up only)
+    ├── RequestError                the caller's request is at fault; never retried
+    │   ├── InvalidRequestError     400
+    │   │   ├── InvalidImageError   400
+    │   │   └── ImageTooLargeError  400
+    │   ├── RouteNotFoundError      404
+    │   ├── ModelNotFoundError      404
+    │   ├── MethodNotAllowedError   405
+    │   └── BodyTooLargeError       413
+    └── UpstreamError               the stack is at fault; another replica may be tried
+        ├── NoReplicaError          503
+        ├── ReplicaUnreachableError 502
+        ├── ReplicaTimeoutError     504
+        └── InternalError           500
+
+The body is OpenAI's: `{"error": {"message", "type", "param", "code"}}`
+(https://platform.openai.com/docs/guides/error-codes). One branch renders them all; foreign errors become one of these
+where they enter (`from_engine`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class ServingError(Exception):
+    """Base of the tree; `message` is meant for the caller and holds no secret and no content."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    default_code: ClassVar[str | None] = None
+    is_retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code or self.default_code
+
+    @property
+    def http_status(self) -> int:
+        return self.status
+
+    def body(self) -> dict[str, Any]:
+        """The error as OpenAI's clients expect it."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+class SettingsError(ServingError):
+    """Settings that cannot be used; the message names the file or variable, the key and the reason."""
+
+
+class RequestError(ServingError):
+    type = "invalid_request_error"
+
+
+class InvalidRequestError(RequestError):
+    status = 400
+
+
+class InvalidImageError(InvalidRequestError):
+    default_code = "invalid_image"
+
+
+class ImageTooLargeError(InvalidRequestError):
+    default_code = "image_too_large"
+
+
+class RouteNotFoundError(RequestError):
+    status = 404
+    default_code = "not_found"
+
+
+class ModelNotFoundError(RequestError):
+    status = 404
+    default_code = "model_not_found"
+
+
+class MethodNotAllowedError(RequestError):
+    status = 405
+    default_code = "method_not_allowed"
+
+
+class BodyTooLargeError(RequestError):
+    status = 413
+    default_code = "request_too_large"
+
+
+class UpstreamError(ServingError):
+    is_retryable = True
+
+
+class NoReplicaError(UpstreamError):
+    status = 503
+    type = "service_unavailable_error"
+    default_code = "no_replica"
+
+
+class ReplicaUnreachableError(UpstreamError):
+    status = 502
+    default_code = "replica_unreachable"
+
+
+class ReplicaTimeoutError(UpstreamError):
+    status = 504
+    type = "timeout_error"
+    default_code = "replica_timeout"
+    is_retryable = False  # it has held a replica for long already
+
+
+class InternalError(UpstreamError):
+    is_retryable = False
+    default_code = "internal_error"
+
+
+class EngineError(ServingError):
+    """An error answer of an engine's own OpenAI server, brought into the same shape by `from_engine`."""
+
+    def __init__(self, status: int, message: str, *, type: str, param: str | None, code: str | None) -> None:  # noqa: A002
+        super().__init__(message, param=param, code=code)
+        self._status = status
+        self._type = type
+
+    @property
+    def http_status(self) -> int:
+        return self._status
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": self.message, "type": self._type, "param": self.param, "code": self.code}}
+
+
+# OpenAI's `type` by status; vLLM names the exception class or the HTTP phrase there, and puts the status into `code`.
+_TYPE_BY_STATUS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_CONTEXT_LENGTH_WORDS = ("maximum context length", "max_model_len", "longer than the maximum model length")
+
+
+def from_engine(status: int, answer: Any) -> ServingError:
+    """Turn an engine's error answer (decoded JSON, or None when it was not JSON) into OpenAI's shape.
+
+    422 becomes 400, the status that OpenAI uses for every malformed request. A 5xx keeps its status but not its
+    message, which may tell of the inside.
+    """
+    error = answer.get("error") if isinstance(answer, dict) else None
+    detail = error if isinstance(error, dict) else {}
+    if status >= 500:
+        if status == 503:
+            return NoReplicaError("The model is overloaded or restarting; try again shortly.")
+        return InternalError("The model failed on this request; it was not your request's format. Try again.")
+    message = str(detail.get("message") or "The model refused this request.")
+    param = detail.get("param")
+    code = detail.get("code")
+    if any(words in message for words in _CONTEXT_LENGTH_WORDS):
+        code = "context_length_exceeded"
+    return EngineError(
+        400 if status == 422 else status,
+        message,
+        type=_TYPE_BY_STATUS.get(status, "invalid_request_error"),
+        param=param if isinstance(param, str) else None,
+        code=code if isinstance(code, str) else None,
+    )

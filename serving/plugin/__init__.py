@@ -1,0 +1,17 @@
+"""The vLLM plugin: everything that is special about DeepSeek-OCR.
+
+vLLM calls `register` in each of its processes through the entry point group `vllm.general_plugins`, so a bare
+`vllm serve` gets it too as soon as this distribution is installed. Importing this package imports neither torch nor
+vLLM; the model's module is imported by vLLM when a checkpoint asks for the architecture.
+"""
+
+from __future__ import annotations
+
+ARCHITECTURE = "DeepseekOCRForCausalLM"
+
+
+def register() -> None:
+    """Put this project's model in the place of vLLM's own for the published architecture's name. May run many times."""
+    from vllm import ModelRegistry
+
+    ModelRegistry.register_model(ARCHITECTURE, "serving.plugin.model:DeepseekOCRForCausalLM")

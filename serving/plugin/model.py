@@ -1,0 +1,160 @@
+"""DeepSeek-OCR for vLLM, with every size read from the checkpoint and pixels normalised on the model's device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.models.interfaces import MultiModalEmbeddings, SupportsLoRA, SupportsMultiModal, SupportsPP
+from vllm.model_executor.models.module_mapping import MultiModelKeys
+from vllm.model_executor.models.utils import (
+    AutoWeightsLoader,
+    WeightsMapper,
+    init_vllm_registered_model,
+    maybe_prefix,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.sequence import IntermediateTensors
+
+from serving.plugin.modes import TileGrid
+from serving.plugin.private import mark_image_tower, mark_language_model
+from serving.plugin.processor import (
+    IMAGE_TOKEN,
+    DeepseekOCRDummyInputsBuilder,
+    DeepseekOCRMultiModalProcessor,
+    DeepseekOCRProcessingInfo,
+)
+from serving.plugin.vision import (
+    MlpProjector,
+    SamEncoder,
+    VisionSizes,
+    build_clip,
+    encode_views,
+    normalise,
+    views_per_batch,
+)
+
+_HALF = (0.5, 0.5, 0.5)
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    DeepseekOCRMultiModalProcessor,
+    info=DeepseekOCRProcessingInfo,
+    dummy_inputs=DeepseekOCRDummyInputsBuilder,
+)
+class DeepseekOCRForCausalLM(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
+    """DeepEncoder and a DeepSeek mixture-of-experts decoder (vLLM's own), under the published weight names."""
+
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_prefix={
+            "model.embed_tokens.": "language_model.model.embed_tokens.",
+            "model.layers.": "language_model.model.layers.",
+            "model.norm.": "language_model.model.norm.",
+            "lm_head.": "language_model.lm_head.",
+            "model.": "",
+        }
+    )
+
+    @classmethod
+    def get_placeholder_str(cls, modality: str, i: int) -> str | None:
+        if modality.startswith("image"):
+            return IMAGE_TOKEN
+        raise ValueError("Only images are supported")
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        if config.tile_tag != "2D":
+            raise ValueError(f"config.json: tile_tag {config.tile_tag!r} is not supported, only '2D' is")
+        processor_config = vllm_config.model_config.hf_image_processor_config
+        self.config = config
+        self.image_mean = tuple(processor_config.get("image_mean", _HALF))
+        self.image_std = tuple(processor_config.get("image_std", _HALF))
+        with mark_image_tower(self, vllm_config):
+            self.vision_sizes = VisionSizes.from_config(config.vision_config)
+            self.sam_model = SamEncoder(self.vision_sizes)
+            self.vision_model = build_clip(
+                self.vision_sizes, vllm_config.quant_config, maybe_prefix(prefix, "vision_model")
+            )
+            self.projector = MlpProjector(config.projector_config)
+            num_hidden = config.projector_config.n_embed
+            self.image_newline = nn.Parameter(torch.empty(num_hidden))
+            self.view_seperator = nn.Parameter(torch.empty(num_hidden))  # the published weight has the typo
+        with mark_language_model(self, vllm_config):
+            self.language_model = init_vllm_registered_model(
+                vllm_config=vllm_config,
+                hf_config=config.text_config,
+                prefix=maybe_prefix(prefix, "language_model"),
+            )
+        self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
+
+    def embed_multimodal(self, **kwargs: Any) -> MultiModalEmbeddings | None:
+        """Features of every page: a tuple of (num_tokens, hidden), tiles first, then the global view.
+
+        Takes what the processor made: `pixel_values` uint8 (pages, 3, b, b), `images_crop` uint8 (all tiles, 3, s, s)
+        and `images_spatial_crop` (pages, 2), columns and rows.
+        """
+        views = kwargs.get("pixel_values")
+        if views is None:
+            return None
+        grids = [TileGrid(columns, rows) for columns, rows in kwargs["images_spatial_crop"].tolist()]
+        num_tiles = [grid.num_tiles for grid in grids]
+        pages = self._encode(views)
+        tiles = self._encode(kwargs["images_crop"]).split(num_tiles) if any(num_tiles) else [None] * len(grids)
+        return tuple(self._assemble(*parts) for parts in zip(pages, tiles, grids, strict=True))
+
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(n, 3, s, s) uint8 -> (n, (s/64)^2, hidden), in batches that the memory bound allows."""
+        dtype = self.image_newline.dtype
+        batch = views_per_batch(self.vision_sizes, pixels.shape[-1], dtype.itemsize)
+        features = [
+            encode_views(
+                self.sam_model,
+                self.vision_model,
+                self.projector,
+                normalise(part, self.image_mean, self.image_std, dtype),
+            )
+            for part in pixels.split(batch)
+        ]
+        return torch.cat(features)
+
+    def _assemble(self, page: torch.Tensor, tiles: torch.Tensor | None, grid: TileGrid) -> torch.Tensor:
+        """One page's features in the order of its placeholders: (num_tokens, hidden)."""
+        parts = [] if tiles is None or not grid.is_tiled else [self._with_newlines(tiles, grid)]
+        parts += [self._with_newlines(page[None], TileGrid(1, 1)), self.view_seperator[None]]
+        return torch.cat(parts)
+
+    def _with_newlines(self, views: torch.Tensor, grid: TileGrid) -> torch.Tensor:
+        """Lay (num_views, side^2, hidden) out as one picture of the grid and end each of its rows in a newline."""
+        hidden, side = views.shape[-1], int(views.shape[1] ** 0.5)
+        rows = grid.rows * side
+        picture = views.view(grid.rows, grid.columns, side, side, hidden).permute(0, 2, 1, 3, 4)
+        picture = picture.reshape(rows, grid.columns * side, hidden)
+        newline = self.image_newline.expand(rows, 1, hidden)
+        return torch.cat([picture, newline], dim=1).view(-1, hidden)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor | IntermediateTensors:
+        if intermediate_tensors is not None:
+            inputs_embeds = None
+        return self.language_model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        return self.language_model.compute_logits(hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+
+    def get_mm_mapping(self) -> MultiModelKeys:
+        return MultiModelKeys.from_string_field(
+            language_model="language_model", connector="projector", tower_model=["sam_model", "vision_model"]
+        )

@@ -1,0 +1,70 @@
+"""Every interface of vLLM that this project touches although vLLM does not promise it.
+
+Written for vLLM 0.32.0. `tests/unit/plugin/test_private.py` fails loudly when one of them moves. Each part is imported
+where it is asked for, since the processes that use one part have no use for the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+VLLM_VERSION = "0.32.0"
+
+
+def encoder_layers() -> tuple[Any, Any, Any]:
+    """vLLM's SAM-style encoder, CLIP-style encoder and projector, as classes."""
+    from vllm.model_executor.models.deepencoder import DeepCLIPVisionTransformer, ImageEncoderViT
+    from vllm.model_executor.models.deepseek_vl2 import MlpProjector
+
+    return ImageEncoderViT, DeepCLIPVisionTransformer, MlpProjector
+
+
+def mark_image_tower(model: Any, vllm_config: Any) -> contextlib.AbstractContextManager[None]:
+    """Modules made inside are the vision tower: skipped when a deployment allows no images."""
+    return model._mark_tower_model(vllm_config, "image")
+
+
+def mark_language_model(model: Any, vllm_config: Any) -> contextlib.AbstractContextManager[None]:
+    """Modules made inside are the decoder."""
+    return model._mark_language_model(vllm_config)
+
+
+def known_server_args() -> frozenset[str]:
+    """Names that `engine_args` in the settings may use: every option of vLLM's OpenAI server."""
+    return frozenset(vars(parse_server_args([])))
+
+
+def parse_server_args(arguments: list[str]) -> Any:
+    """Command line arguments of vLLM's OpenAI server as its namespace. Raises SystemExit when they are wrong."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    return make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
+
+
+@contextlib.asynccontextmanager
+async def run_engine(arguments: Any) -> AsyncIterator[tuple[Any, Any]]:
+    """Start an `AsyncLLM` and build vLLM's own OpenAI app around it: yields (engine, ASGI app).
+
+    Leaving the context stops the engine's processes.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client_from_engine_args
+    from vllm.entrypoints.launchers.app import build_app
+
+    engine_args = AsyncEngineArgs.from_cli_args(arguments)
+    async with build_async_engine_client_from_engine_args(engine_args) as engine:
+        tasks = await engine.get_supported_tasks()
+        app = build_app(arguments, tasks, engine.model_config)
+        await init_app_state(engine, app.state, arguments, tasks)
+        # vLLM's own launcher leaves its uvicorn server here and its error handler tells it to stop when the engine
+        # has died. Ours is stopped by the replica, so the handler only needs something to talk to.
+        app.state.server = _ServerStandIn()
+        yield engine, app
+
+
+class _ServerStandIn:
+    should_exit = False

@@ -1,0 +1,143 @@
+"""DeepEncoder: SAM-style encoder -> 16x convolutional compressor -> CLIP-style encoder -> linear projector.
+
+All sizes come from the checkpoint's `vision_config`; the published values give the published sizes. The layers
+themselves are vLLM's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CLIPVisionConfig
+from vllm.model_executor.layers.conv import Conv2dLayer
+
+from serving.plugin.private import encoder_layers
+
+ImageEncoderViT, DeepCLIPVisionTransformer, MlpProjector = encoder_layers()
+
+_ATTENTION_BIAS_BUDGET_BYTES = 512 * 2**20
+"""Bound on SAM's relative position bias, the largest intermediate, when views are encoded together."""
+
+
+@dataclass(frozen=True, slots=True)
+class VisionSizes:
+    """Sizes of both encoders. Where the published configuration is silent (window, neck), what vLLM hard-codes."""
+
+    image_size: int
+    """Pixels per side that SAM's position table was made for."""
+    sam_width: int
+    sam_layers: int
+    sam_heads: int
+    sam_global_layers: tuple[int, ...]
+    downsample_channels: tuple[int, int]
+    clip_width: int
+    clip_layers: int
+    clip_heads: int
+    clip_image_size: int
+    clip_patch_size: int
+    sam_window: int
+    sam_neck_channels: int
+    sam_patch_size: int = 16
+
+    @classmethod
+    def from_config(cls, vision_config: Any) -> VisionSizes:
+        """Read a `vision_config` as the published checkpoint nests it (`width: {sam_vit_b, clip-l-14-224}`).
+
+        Raises:
+            ValueError: the configuration lacks a size, or the towers do not fit each other.
+        """
+        towers = vision_config.width
+        try:
+            sam, clip = towers["sam_vit_b"], towers["clip-l-14-224"]
+            sizes = cls(
+                image_size=vision_config.image_size,
+                sam_width=sam["width"],
+                sam_layers=sam["layers"],
+                sam_heads=sam["heads"],
+                sam_global_layers=tuple(sam["global_attn_indexes"]),
+                downsample_channels=tuple(sam["downsample_channels"]),
+                clip_width=clip["width"],
+                clip_layers=clip["layers"],
+                clip_heads=clip["heads"],
+                clip_image_size=clip["image_size"],
+                clip_patch_size=clip["patch_size"],
+                sam_window=sam.get("window_size", 14),
+                sam_neck_channels=sam.get("neck_channels", 256),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"vision_config: `width` lacks {error} of the towers sam_vit_b and clip-l-14-224"
+            ) from error
+        if sizes.downsample_channels[-1] != sizes.clip_width:
+            raise ValueError(
+                f"vision_config: CLIP's width {sizes.clip_width} must be SAM's last of {sizes.downsample_channels}"
+            )
+        return sizes
+
+
+class SamEncoder(ImageEncoderViT):  # type: ignore[misc, valid-type]  # Any to mypy
+    """vLLM's SAM-style encoder, the compressor's channels from the sizes: (n, 3, s, s) -> (n, c, s/64, s/64)."""
+
+    def __init__(self, sizes: VisionSizes) -> None:
+        super().__init__(
+            img_size=sizes.image_size,
+            patch_size=sizes.sam_patch_size,
+            embed_dim=sizes.sam_width,
+            depth=sizes.sam_layers,
+            num_heads=sizes.sam_heads,
+            mlp_ratio=4,
+            out_chans=sizes.sam_neck_channels,
+            qkv_bias=True,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            use_rel_pos=True,
+            window_size=sizes.sam_window,
+            global_attn_indexes=sizes.sam_global_layers,
+        )
+        first, second = sizes.downsample_channels
+        halve = partial(Conv2dLayer, kernel_size=3, stride=2, padding=1, bias=False)
+        self.net_2 = halve(sizes.sam_neck_channels, first)
+        self.net_3 = halve(first, second)
+
+
+def build_clip(sizes: VisionSizes, quant_config: Any, prefix: str) -> nn.Module:
+    """vLLM's CLIP-style encoder; it runs on SAM's compressed features in the place of patches of its own."""
+    config = CLIPVisionConfig(
+        hidden_size=sizes.clip_width,
+        intermediate_size=4 * sizes.clip_width,
+        num_attention_heads=sizes.clip_heads,
+        num_hidden_layers=sizes.clip_layers,
+        image_size=sizes.clip_image_size,
+        patch_size=sizes.clip_patch_size,
+        projection_dim=512,
+        layer_norm_eps=1e-5,
+    )
+    return DeepCLIPVisionTransformer(config=config, quant_config=quant_config, prefix=prefix)
+
+
+def encode_views(sam: nn.Module, clip: nn.Module, projector: nn.Module, views: torch.Tensor) -> torch.Tensor:
+    """Features of square views of one size: (n, 3, s, s) normalised -> (n, (s/64)^2, hidden)."""
+    compressed = sam(views)
+    semantic = clip(views, compressed)
+    features = torch.cat((semantic[:, 1:], compressed.flatten(2).permute(0, 2, 1)), dim=-1)
+    return projector(features)
+
+
+def views_per_batch(sizes: VisionSizes, view_size: int, itemsize: int) -> int:
+    """How many views of this many pixels per side go through the encoder together within the memory bound."""
+    num_patches = (view_size // sizes.sam_patch_size) ** 2
+    bias_bytes = sizes.sam_heads * num_patches**2 * itemsize
+    return max(1, _ATTENTION_BIAS_BUDGET_BYTES // bias_bytes)
+
+
+def normalise(
+    pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype
+) -> torch.Tensor:
+    """uint8 (n, 3, h, w) to the encoder's floats, in float32 first so that a narrow dtype rounds once."""
+    shape = (1, 3, 1, 1)
+    scale = torch.tensor(std, device=pixels.device).view(shape)
+    offset = torch.tensor(mean, device=pixels.device).view(shape)
+    return pixels.to(torch.float32).div_(255).sub_(offset).div_(scale).to(dtype)

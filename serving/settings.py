@@ -1,0 +1,251 @@
+"""Settings: frozen models, and the only reader of YAML and of the environment.
+
+A value comes from the file given with `--config`, overridden by the environment: `SERVING__ROUTER__PORT=9000` sets
+`router.port`, `SERVING__MODELS__NANO__NUM_REPLICAS=2` sets `models.nano.num_replicas`. Whatever is not understood is
+refused with the place it came from, the key and the reason.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Mapping
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from serving.errors import SettingsError
+
+ENV_PREFIX = "SERVING__"
+NANO = "nano"
+"""In the place of a checkpoint: the small one that comes with the project."""
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}$")]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address can only be reached from this machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PriceSettings(_Frozen):
+    """US dollars per million tokens, at most six decimals, so that a token's price is a whole number of picodollars."""
+
+    input_per_million: Annotated[Decimal, Field(ge=0, le=10_000, decimal_places=6)] = Decimal("0.03")
+    output_per_million: Annotated[Decimal, Field(ge=0, le=10_000, decimal_places=6)] = Decimal("0.10")
+
+
+class ModelSettings(_Frozen):
+    """One model: what runs, the names it answers to, and the replicas that run it."""
+
+    checkpoint: str
+    """A directory, a Hugging Face repository, or `nano` for the checkpoint that comes with the project."""
+    aliases: tuple[Name, ...] = ()
+    num_replicas: Annotated[int, Field(ge=1, le=1000)] = 1
+    cpus_per_replica: Annotated[float, Field(ge=0)] = 1
+    gpus_per_replica: Annotated[float, Field(ge=0)] = 0
+    engine_args: dict[str, Any] = {}
+    """vLLM's engine arguments under vLLM's own names (`max_model_len`, `enable_chunked_prefill`, ...)."""
+    env: dict[str, str] = {}
+    """Environment of the replica's processes (`VLLM_...`, `OMP_...`)."""
+    price: PriceSettings = PriceSettings()
+    start_timeout_s: Annotated[float, Field(gt=0)] = 900
+
+    @model_validator(mode="after")
+    def _check_engine_args(self) -> ModelSettings:
+        owned = {"model", "served_model_name", "host", "port", "api_key"} & {
+            name.replace("-", "_") for name in self.engine_args
+        }
+        if owned:
+            raise ValueError(f"engine_args may not set {sorted(owned)}: the stack sets them itself")
+        return self
+
+
+class EngineSettings(_Frozen):
+    """What all engine replicas share."""
+
+    host: str = "127.0.0.1"
+    """Address that replicas listen on and are known by; `auto` takes the node's own address."""
+    api_key: SecretStr | None = None
+    """When set, engines refuse whoever does not bring it; routers do."""
+    heartbeat_s: Annotated[float, Field(gt=0, le=60)] = 1.0
+    lease_s: Annotated[float, Field(gt=0, le=600)] = 10.0
+    """A replica that has not been heard of for so long is no longer listed."""
+    drain_s: Annotated[float, Field(ge=0)] = 60.0
+    """How long running requests may go on after a replica was told to stop."""
+
+    @model_validator(mode="after")
+    def _check_lease(self) -> EngineSettings:
+        if self.lease_s < 2 * self.heartbeat_s:
+            raise ValueError("lease_s must be at least twice heartbeat_s, or one late heartbeat takes a replica out")
+        return self
+
+
+class LimitSettings(_Frozen):
+    """Bounds on everything a client controls."""
+
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 50 * 2**20
+    max_image_pixels: Annotated[int, Field(ge=1)] = 50_000_000
+    max_images: Annotated[int, Field(ge=1)] = 16
+    max_messages: Annotated[int, Field(ge=1)] = 256
+    max_choices: Annotated[int, Field(ge=1)] = 16
+    """Largest `n` and `best_of`: every choice is a whole sequence on the engine."""
+
+
+class RouterSettings(_Frozen):
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    num_replicas: Annotated[int, Field(ge=1, le=100)] = 1
+    cpus_per_replica: Annotated[float, Field(ge=0)] = 0.5
+    allow_unauthenticated: bool = False
+    """Must be said before the router listens on an address that others can reach."""
+    allow_remote_images: bool = False
+    connect_timeout_s: Annotated[float, Field(gt=0)] = 5.0
+    read_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Longest silence of an engine between two pieces of an answer."""
+    max_tries: Annotated[int, Field(ge=1, le=10)] = 3
+    limits: LimitSettings = LimitSettings()
+
+    @model_validator(mode="after")
+    def _check_address(self) -> RouterSettings:
+        if not is_loopback(self.host) and not self.allow_unauthenticated:
+            raise ValueError(
+                f"host {self.host} can be reached by others and nobody is asked for a key; "
+                "set allow_unauthenticated: true if that is meant, or listen on 127.0.0.1"
+            )
+        return self
+
+
+class RaySettings(_Frozen):
+    """Where Ray comes from: a cluster of its own on this machine, or one that is there."""
+
+    address: str | None = None
+    """None starts a cluster that ends with the command; `auto` or an address joins one."""
+    num_cpus: Annotated[int, Field(ge=1)] | None = None
+    object_store_bytes: Annotated[int, Field(ge=75 * 2**20)] | None = None
+    namespace: Name = "serving"
+
+
+class LogSettings(_Frozen):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Settings(BaseSettings):
+    """The whole of it. `models` is keyed by the name that answers carry."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        nested_model_default_partial_update=True,
+    )
+
+    models: Annotated[dict[Name, ModelSettings], Field(min_length=1)]
+    engine: EngineSettings = EngineSettings()
+    router: RouterSettings = RouterSettings()
+    ray: RaySettings = RaySettings()
+    log: LogSettings = LogSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # What the file said arrives as init arguments; the environment goes before it.
+        return env_settings, init_settings
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Settings:
+        seen: dict[str, str] = {}
+        for name, model in self.models.items():
+            for alias in (name, *model.aliases):
+                if seen.setdefault(alias, name) != name or (alias == name and alias in model.aliases):
+                    raise ValueError(f"models: the name {alias!r} is given twice ({seen[alias]}, {name})")
+        return self
+
+    def find_model(self, name: str) -> str | None:
+        """The canonical name behind a name or alias, None if there is none."""
+        if name in self.models:
+            return name
+        return next((key for key, model in self.models.items() if name in model.aliases), None)
+
+
+def load_settings(file: Path, environ: Mapping[str, str] | None = None) -> Settings:
+    """Read a settings file and the environment over it.
+
+    Raises:
+        SettingsError: with one line for every thing that is wrong: source, key, reason.
+    """
+    environ = os.environ if environ is None else environ
+    given = _read_yaml(file)
+    _refuse_unknown_variables(environ)
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        lines = [_explain(problem, file, environ) for problem in error.errors()]
+        raise SettingsError("\n".join(lines)) from error
+
+
+def dump_settings(settings: Settings) -> str:
+    """The effective settings as YAML, secrets masked."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping, where YAML's own loader keeps the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        with file.open() as stream:
+            given = yaml.load(stream, Loader=_StrictLoader)  # a SafeLoader
+    except OSError as error:
+        raise SettingsError(f"{file}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{file}: is not YAML: {error}") from error
+    if not isinstance(given, dict):
+        raise SettingsError(f"{file}: must hold a mapping with the keys {', '.join(Settings.model_fields)}")
+    return given
+
+
+def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
+    """pydantic-settings passes over a variable whose first part is no field; a typing error must not go unseen."""
+    for variable in environ:
+        if variable.startswith(ENV_PREFIX):
+            section = variable.removeprefix(ENV_PREFIX).split("__")[0].lower()
+            if section not in Settings.model_fields:
+                known = ", ".join(name.upper() for name in Settings.model_fields)
+                raise SettingsError(f"environment {variable}: unknown section {section!r}; there are {known}")
+
+
+def _explain(problem: Any, file: Path, environ: Mapping[str, str]) -> str:
+    path = [str(part) for part in problem["loc"]]
+    variable = ENV_PREFIX + "__".join(path).upper()
+    source = f"environment {variable}" if variable in environ else str(file)
+    reason = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"].removeprefix("Value error, ")
+    return f"{source}: {'.'.join(path) or 'settings'}: {reason}"
