@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
+import re
 import signal
 import socket
 import threading
@@ -23,6 +25,7 @@ from serving.settings import NANO, Settings
 _POLL_S = 0.25
 _LEFTOVER_GRACE_S = 5.0
 _ROUTER_APP = "router"
+_ERROR_LINE = re.compile(r"^[\w.]+(?:Error|Exception|Exit): ", re.MULTILINE)  # how a traceback ends
 # Read by Ray when it is imported or started. What the user has set stays.
 _RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -42,17 +45,17 @@ def run_stack(settings: Settings, *, is_verbose: bool) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     try:
-        with _cluster(settings, is_verbose) as ray, console.status("starting Ray") as status:
+        with _cluster(settings, is_verbose), console.status("starting Ray") as status:
             say = _teller(console, status.update)
-            _deploy(settings, ray, say)
-            if not _wait_until_ready(settings, say, stop):
+            _deploy(settings, say)
+            if not _wait_until_ready(settings, say, stop, is_verbose):
                 return 130
             status.stop()
-            console.print(_greeting(settings))
+            console.print(_greeting(settings, _read_directory(settings)), markup=False)
             stop.wait()
             console.print("stopping: running requests are finished first ...")
     except (StartError, ServingError, OSError) as error:
-        console.print(f"[red]not started:[/red] {error}", markup=True)
+        console.print(f"not started: {error}", markup=False)
         return 1
     console.print("stopped")
     return 0
@@ -74,7 +77,7 @@ def _teller(console: Console, update: Callable[[str], None]) -> Callable[[str], 
 
 
 @contextlib.contextmanager
-def _cluster(settings: Settings, is_verbose: bool) -> Iterator[Any]:
+def _cluster(settings: Settings, is_verbose: bool) -> Iterator[None]:
     """Ray, joined or started for us. A cluster of our own ends with the context, every process of it."""
     _refuse_taken_port(settings.router.host, settings.router.port)
     for key, value in _RAY_ENVIRONMENT.items():
@@ -82,6 +85,9 @@ def _cluster(settings: Settings, is_verbose: bool) -> Iterator[Any]:
     import ray
     from ray import serve
 
+    if not is_verbose:
+        for name in ("ray", "ray.serve"):
+            logging.getLogger(name).setLevel(logging.ERROR)
     is_own = settings.ray.address is None
     options: dict[str, Any] = {"address": settings.ray.address or "local"}
     if is_own:
@@ -98,16 +104,13 @@ def _cluster(settings: Settings, is_verbose: bool) -> Iterator[Any]:
         configure_logging=is_verbose,
     )
     try:
-        yield ray
+        yield
     finally:
         # A second Ctrl-C must not cut the clean-up short.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
-        if is_own:
-            with _nothing_left_behind():
-                serve.shutdown()
-                ray.shutdown()
-        else:
+        with _nothing_left_behind() if is_own else contextlib.nullcontext():
+            # Routers first: they finish their requests while the engines are still there.
             for name in (_ROUTER_APP, *map(_engine_app, settings.models)):
                 serve.delete(name)
             ray.shutdown()
@@ -162,7 +165,7 @@ def _resolve_checkpoint(checkpoint: str) -> str:
     return checkpoint
 
 
-def _deploy(settings: Settings, ray: Any, say: Callable[[str], None]) -> None:
+def _deploy(settings: Settings, say: Callable[[str], None]) -> None:
     from ray import serve
 
     from serving.engine.directory import reach_directory
@@ -184,7 +187,7 @@ def _deploy(settings: Settings, ray: Any, say: Callable[[str], None]) -> None:
     serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
 
-def _wait_until_ready(settings: Settings, say: Callable[[str], None], stop: threading.Event) -> bool:
+def _wait_until_ready(settings: Settings, say: Callable[[str], None], stop: threading.Event, is_verbose: bool) -> bool:
     """Wait for every application, telling what replicas tell. False when the user has had enough.
 
     Raises:
@@ -197,7 +200,7 @@ def _wait_until_ready(settings: Settings, say: Callable[[str], None], stop: thre
         applications = serve.status().applications
         for name, application in applications.items():
             if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-                raise StartError(f"{name} failed:\n{_reason(application)}")
+                raise StartError(f"{name} failed: {_reason(application, is_verbose)}")
         snapshot = _read_directory(settings)
         for record in snapshot.records:
             if record.stage:
@@ -209,9 +212,14 @@ def _wait_until_ready(settings: Settings, say: Callable[[str], None], stop: thre
     return False
 
 
-def _reason(application: Any) -> str:
+def _reason(application: Any, is_verbose: bool) -> str:
+    """Why an application failed: the error that ended its replica's start, or all that Ray tells."""
     messages = [deployment.message for deployment in application.deployments.values() if deployment.message]
-    return "\n".join(messages or [application.message])
+    text = "\n".join(messages or [application.message])
+    errors = list(_ERROR_LINE.finditer(text))
+    if is_verbose or not errors:
+        return text
+    return text[errors[-1].start() :].strip() + "\n(--verbose shows more)"
 
 
 def _read_directory(settings: Settings) -> Snapshot:
@@ -226,12 +234,15 @@ def _read_directory(settings: Settings) -> Snapshot:
     return EMPTY
 
 
-def _greeting(settings: Settings) -> str:
+def _greeting(settings: Settings, snapshot: Snapshot) -> str:
     host = "127.0.0.1" if settings.router.host in ("0.0.0.0", "::") else settings.router.host
     url = f"http://{host}:{settings.router.port}"
     model = next(iter(settings.models))
+    engines = "".join(
+        f"  {record.model} at {record.base_url} (vLLM's metrics: /metrics)\n" for record in snapshot.records
+    )
     return (
-        f"\nReady on {url}/v1 with {', '.join(settings.models)}. Try:\n\n"
+        f"\nReady on {url}/v1, engine replicas:\n{engines}\nTry:\n\n"
         f"  curl {url}/v1/chat/completions -H 'content-type: application/json' \\\n"
         f'    -d \'{{"model": "{model}", "max_tokens": 32, "messages": [{{"role": "user", "content": "Hello"}}]}}\'\n\n'
         f"The README shows how to send a page. Ctrl-C stops everything.\n"

@@ -148,9 +148,9 @@ def _parse(private: ModuleType, flags: list[str]) -> Any:
     try:
         with contextlib.redirect_stderr(complaint):
             return private.parse_server_args(flags)
-    except SystemExit as error:
+    except SystemExit:
         last = (complaint.getvalue().strip().splitlines() or ["no reason given"])[-1]
-        raise SettingsError(f"engine_args: vLLM does not accept them: {last}") from error
+        raise SettingsError(f"engine_args: vLLM does not accept them: {last.partition('error: ')[2] or last}") from None
 
 
 def build_engine_app(name: str, settings: Settings, checkpoint: str) -> Application:

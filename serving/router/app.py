@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import time
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 _GENERATE = ("/v1/chat/completions", "/v1/completions")
 _LISTS = ("/v1/models", "/health", "/ready")
 _PREFIX = "/v1/openai/"  # DeepInfra's
+_DISCARD_S = 10.0
 
 
 class ClientGoneError(Exception):
@@ -162,8 +164,11 @@ async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
         ClientGoneError: the client left while sending.
     """
     too_large = BodyTooLargeError(f"The body may be {max_bytes} bytes at most.")
-    announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+    headers = dict(scope["headers"])
+    announced = headers.get(b"content-length", b"0")
     if announced.isdigit() and int(announced) > max_bytes:
+        if b"expect" not in headers:  # who asks before sending has sent nothing yet
+            await _discard_body(receive, max_bytes)
         raise too_large
     parts: list[bytes] = []
     size = 0
@@ -174,10 +179,23 @@ async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
         part = message.get("body", b"")
         size += len(part)
         if size > max_bytes:
+            await _discard_body(receive, max_bytes)
             raise too_large
         parts.append(part)
         if not message.get("more_body", False):
             return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+async def _discard_body(receive: Receive, max_bytes: int) -> None:
+    """Read on for a while before refusing: a client that is still sending would see a reset instead of the answer."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DISCARD_S):
+            size = 0
+            while size <= max_bytes:
+                message = await receive()
+                size += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
 
 
 async def _wait_for_disconnect(receive: Receive) -> None:

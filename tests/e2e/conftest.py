@@ -1,0 +1,108 @@
+"""The real stack, started once per run through the command that a user types."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+READY_WITHIN_S = 300
+STOPPED_WITHIN_S = 60
+
+
+@dataclass
+class Stack:
+    """A running `make serve`."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    log: Path
+
+    @property
+    def engine_url(self) -> str:
+        """Where the engine replica listens, as the command tells its user."""
+        found = re.search(r"nano at (http://[\w.:]+)", self.log.read_text())
+        assert found
+        return found[1]
+
+    def descendants(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric of vLLM's over its labels."""
+        with urllib.request.urlopen(f"{self.engine_url}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        values = [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name}{{", f"{name} "))]
+        assert values, f"vLLM has no metric {name}"
+        return sum(values)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def start_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Stack]]:
+    """Starts `make serve` with more environment; everything that was started is ended with the run."""
+    started: list[Stack] = []
+
+    def start(**environment: str) -> Stack:
+        port = free_port()
+        log = tmp_path_factory.mktemp("stack") / "serve.log"
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                ["make", "serve", f"PORT={port}"],
+                cwd=ROOT,
+                env={**os.environ, **environment},
+                stdout=out,
+                stderr=out,
+                start_new_session=True,  # so that a signal to the group is what Ctrl-C is in a terminal
+            )
+        stack = Stack(process, f"http://127.0.0.1:{port}", log)
+        started.append(stack)
+        deadline = time.monotonic() + READY_WITHIN_S
+        while "Ready on" not in log.read_text():
+            assert process.poll() is None, log.read_text()[-4000:]
+            assert time.monotonic() < deadline, log.read_text()[-4000:]
+            time.sleep(0.2)
+        return stack
+
+    yield start
+    for stack in started:
+        if stack.process.poll() is None:
+            stop(stack)
+
+
+def stop(stack: Stack) -> int:
+    """Ctrl-C: SIGINT to the whole foreground group. Returns the exit status."""
+    os.killpg(stack.process.pid, signal.SIGINT)
+    return stack.process.wait(STOPPED_WITHIN_S)
+
+
+@pytest.fixture(scope="session")
+def stack(start_stack: Callable[..., Stack]) -> Stack:
+    """The stack that most tests share, with small limits where a test would otherwise need large requests."""
+    return start_stack(
+        SERVING__ROUTER__LIMITS__MAX_IMAGE_PIXELS="4000000", SERVING__ROUTER__LIMITS__MAX_BODY_BYTES="8000000"
+    )
+
+
+@pytest.fixture
+def client(stack: Stack) -> Iterator[openai.OpenAI]:
+    """The official client, as a user makes it."""
+    with openai.OpenAI(base_url=f"{stack.url}/v1", api_key="unused", max_retries=0, timeout=120) as client:
+        yield client

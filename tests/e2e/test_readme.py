@@ -1,0 +1,57 @@
+"""The README's commands give what it says, on the running stack."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Stack
+
+README = (ROOT / "README.md").read_text()
+
+
+def find_block(language: str, marker: str) -> str:
+    """The one fenced block of a language that holds the marker."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    (found,) = (block for block in blocks if marker in block)
+    return found
+
+
+def run(command: list[str], stack: Stack | None = None) -> str:
+    if stack is not None:
+        command = [part.replace("http://127.0.0.1:8000", stack.url) for part in command]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_curl_command_answers_the_sample_page(stack: Stack) -> None:
+    answer = json.loads(run(["bash", "-c", find_block("sh", "sample.png")], stack))
+    assert answer["model"] == "nano"
+    assert answer["usage"]["estimated_cost"] > 0
+    assert answer["choices"][0]["message"]["content"]
+
+
+def test_the_python_client_streams_the_sample_page(stack: Stack, tmp_path: Path) -> None:
+    out = run([sys.executable, "-c", find_block("python", "openai.OpenAI")], stack)
+    assert re.search(r"\n\d+ tokens, \$0\.0000\d+\n$", out)
+
+
+def test_the_settings_command_prints_what_is_in_effect() -> None:
+    out = run(["bash", "-c", find_block("sh", "check-config")])
+    assert re.search(r"^  port: 9000$", out, re.MULTILINE)
+    assert "output_per_million: '0.2'" in out
+
+
+@pytest.mark.parametrize("verb", re.findall(r"make ([a-z-]+)", README))
+def test_every_make_verb_exists(verb: str) -> None:
+    assert re.search(rf"^{verb}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_the_map_names_rooms_that_exist() -> None:
+    for room in re.findall(r"`(serving/[\w/.]+)`", README):
+        assert (ROOT / room).exists(), room

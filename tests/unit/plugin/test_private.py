@@ -1,0 +1,66 @@
+"""Fails loudly when vLLM moves something that it never promised. See `serving/plugin/private.py`."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import vllm
+from vllm.model_executor.models.interfaces import SupportsMultiModal
+
+from serving.plugin import private
+
+
+def test_this_is_the_version_that_the_private_interfaces_were_read_in() -> None:
+    assert vllm.__version__ == private.VLLM_VERSION
+
+
+def test_encoder_layers_take_the_sizes_that_are_given_to_them() -> None:
+    sam, clip, projector = private.encoder_layers()
+    wanted = {"img_size", "embed_dim", "depth", "num_heads", "out_chans", "window_size", "global_attn_indexes"}
+    assert wanted <= set(inspect.signature(sam).parameters)
+    assert {"config", "quant_config", "prefix"} <= set(inspect.signature(clip).parameters)
+    assert list(inspect.signature(projector).parameters) == ["cfg"]
+
+
+@pytest.mark.parametrize("name", ["_mark_tower_model", "_mark_language_model"])
+def test_the_markers_of_a_models_parts_exist(name: str) -> None:
+    assert callable(getattr(SupportsMultiModal, name))
+
+
+def test_the_processors_hook_is_still_called_with_the_images() -> None:
+    from vllm.multimodal.processing import BaseMultiModalProcessor
+
+    assert list(inspect.signature(BaseMultiModalProcessor._call_hf_processor).parameters) == [
+        "self",
+        "hf_data",
+        "hf_kwargs",
+    ]
+
+
+def test_the_servers_arguments_are_known_and_parsed() -> None:
+    assert {"model", "max_model_len", "enable_prefix_caching", "served_model_name"} <= private.known_server_args()
+    parsed = private.parse_server_args(["--model", "x", "--max-model-len", "64", "--no-enable-prefix-caching"])
+    assert (parsed.model, parsed.max_model_len, parsed.enable_prefix_caching) == ("x", 64, False)
+
+
+def test_the_parts_of_vllms_own_server_can_be_put_together_as_we_do() -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client_from_engine_args
+    from vllm.entrypoints.launchers.app import build_app
+
+    assert list(inspect.signature(build_app).parameters) == ["args", "supported_tasks", "model_config"]
+    assert list(inspect.signature(init_app_state).parameters) == ["engine_client", "state", "args", "supported_tasks"]
+    assert next(iter(inspect.signature(build_async_engine_client_from_engine_args).parameters)) == "engine_args"
+    assert callable(AsyncEngineArgs.from_cli_args)
+
+
+def test_the_plugin_takes_the_published_architectures_place() -> None:
+    from vllm import ModelRegistry
+
+    from serving.plugin import ARCHITECTURE, register
+
+    register()
+    register()
+    assert ModelRegistry.models[ARCHITECTURE].module_name == "serving.plugin.model"

@@ -1,0 +1,82 @@
+"""Encoder sizes come from the checkpoint; the published configuration gives the published encoder."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from torch import nn
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.models.deepencoder import build_sam_vit_b
+
+from serving.demo.config import NANO, build_model_config
+from serving.plugin.vision import SamEncoder, VisionSizes, views_per_batch
+
+# `vision_config` of deepseek-ai/DeepSeek-OCR
+PUBLISHED = {
+    "image_size": 1024,
+    "width": {
+        "clip-l-14-224": {"heads": 16, "image_size": 224, "layers": 24, "patch_size": 14, "width": 1024},
+        "sam_vit_b": {
+            "downsample_channels": [512, 1024],
+            "global_attn_indexes": [2, 5, 8, 11],
+            "heads": 12,
+            "layers": 12,
+            "width": 768,
+        },
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def _vllm_config() -> Iterator[None]:
+    with set_current_vllm_config(VllmConfig()):
+        yield
+
+
+def read(config: dict[str, Any]) -> VisionSizes:
+    return VisionSizes.from_config(types.SimpleNamespace(**config))
+
+
+def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+
+
+def test_the_published_configuration_gives_the_encoder_that_vllm_hard_codes() -> None:
+    assert shapes(SamEncoder(read(PUBLISHED))) == shapes(build_sam_vit_b())
+
+
+def test_the_nano_configuration_gives_its_own_sizes() -> None:
+    sizes = read(build_model_config()["vision_config"])
+    found = shapes(SamEncoder(sizes))
+    first, second = NANO.downsample_channels
+    assert found["net_2.weight"] == (first, NANO.neck_channels, 3, 3)
+    assert found["net_3.weight"] == (second, first, 3, 3)
+    assert found["pos_embed"] == (1, 32, 32, NANO.sam_width)
+    head_size = NANO.sam_width // NANO.sam_heads
+    in_windows = next(layer for layer in range(NANO.sam_layers) if layer not in NANO.sam_global_layers)
+    assert found[f"blocks.{in_windows}.attn.rel_pos_h"] == (2 * NANO.sam_window - 1, head_size)
+    assert found[f"blocks.{NANO.sam_global_layers[0]}.attn.rel_pos_h"] == (2 * 32 - 1, head_size)
+
+
+def test_a_configuration_that_lacks_a_size_says_which() -> None:
+    config = {**PUBLISHED, "width": {**PUBLISHED["width"], "sam_vit_b": {"width": 768}}}  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="layers"):
+        read(config)
+
+
+def test_towers_that_do_not_fit_each_other_are_refused() -> None:
+    width = PUBLISHED["width"]
+    assert isinstance(width, dict)
+    config = {**PUBLISHED, "width": {**width, "clip-l-14-224": {**width["clip-l-14-224"], "width": 512}}}
+    with pytest.raises(ValueError, match="512"):
+        read(config)
+
+
+def test_views_are_batched_within_the_memory_bound() -> None:
+    published, nano = read(PUBLISHED), read(build_model_config()["vision_config"])
+    assert views_per_batch(published, 1024, 4) == 1
+    assert views_per_batch(nano, 512, 4) > 8
+    assert views_per_batch(published, 4096, 4) == 1  # one view goes through whatever its size
