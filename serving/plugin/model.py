@@ -94,37 +94,45 @@ class DeepseekOCRForCausalLM(nn.Module, SupportsMultiModal, SupportsPP, Supports
     def embed_multimodal(self, **kwargs: Any) -> MultiModalEmbeddings | None:
         """Features of every page: a tuple of (num_tokens, hidden), tiles first, then the global view.
 
-        Takes what the processor made: `pixel_values` uint8 (pages, 3, b, b), `images_crop` uint8 (all tiles, 3, s, s)
-        and `images_spatial_crop` (pages, 2), columns and rows.
+        Takes what the processor made, as a tensor or (sizes differ) as a list with one item per page:
+        `pixel_values` uint8 (3, b, b), `images_crop` uint8 (num_tiles, 3, s, s), `images_spatial_crop` columns, rows.
         """
-        views = kwargs.get("pixel_values")
-        if views is None:
+        if kwargs.get("pixel_values") is None:
             return None
-        grids = [TileGrid(columns, rows) for columns, rows in kwargs["images_spatial_crop"].tolist()]
-        num_tiles = [grid.num_tiles for grid in grids]
-        pages = self._encode(views)
-        tiles = self._encode(kwargs["images_crop"]).split(num_tiles) if any(num_tiles) else [None] * len(grids)
+        grids = [TileGrid(*map(int, grid)) for grid in kwargs["images_spatial_crop"]]
+        stacks = [stack for views in zip(kwargs["pixel_values"], kwargs["images_crop"], strict=True) for stack in views]
+        features = self._encode([stack if stack.dim() == 4 else stack[None] for stack in stacks])
+        pages, tiles = features[::2], features[1::2]
         return tuple(self._assemble(*parts) for parts in zip(pages, tiles, grids, strict=True))
 
-    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(n, 3, s, s) uint8 -> (n, (s/64)^2, hidden), in batches that the memory bound allows."""
-        dtype = self.image_newline.dtype
-        batch = views_per_batch(self.vision_sizes, pixels.shape[-1], dtype.itemsize)
-        features = [
-            encode_views(
-                self.sam_model,
-                self.vision_model,
-                self.projector,
-                normalise(part, self.image_mean, self.image_std, dtype),
-            )
-            for part in pixels.split(batch)
-        ]
-        return torch.cat(features)
+    def _encode(self, stacks: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Features of stacks of views, each (n, 3, s, s) uint8 -> (n, (s/64)^2, hidden).
 
-    def _assemble(self, page: torch.Tensor, tiles: torch.Tensor | None, grid: TileGrid) -> torch.Tensor:
+        Views of one size go through the encoder together, whoever they belong to, as many as the memory bound allows.
+        """
+        dtype = self.image_newline.dtype
+        features: list[torch.Tensor] = [self.image_newline.new_empty((0, 0, 0))] * len(stacks)
+        for size in {stack.shape[-1] for stack in stacks}:
+            places = [place for place, stack in enumerate(stacks) if stack.shape[-1] == size and len(stack)]
+            if not places:
+                continue
+            views = torch.cat([stacks[place] for place in places])
+            encoded = [
+                encode_views(self.sam_model, self.vision_model, self.projector, self._normalise(part, dtype))
+                for part in views.split(views_per_batch(self.vision_sizes, size, dtype.itemsize))
+            ]
+            parts = torch.cat(encoded).split([len(stacks[place]) for place in places])
+            for place, part in zip(places, parts, strict=True):
+                features[place] = part
+        return features
+
+    def _normalise(self, pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return normalise(pixels, self.image_mean, self.image_std, dtype)
+
+    def _assemble(self, page: torch.Tensor, tiles: torch.Tensor, grid: TileGrid) -> torch.Tensor:
         """One page's features in the order of its placeholders: (num_tokens, hidden)."""
-        parts = [] if tiles is None or not grid.is_tiled else [self._with_newlines(tiles, grid)]
-        parts += [self._with_newlines(page[None], TileGrid(1, 1)), self.view_seperator[None]]
+        parts = [self._with_newlines(tiles, grid)] if grid.is_tiled else []
+        parts += [self._with_newlines(page, TileGrid(1, 1)), self.view_seperator[None]]
         return torch.cat(parts)
 
     def _with_newlines(self, views: torch.Tensor, grid: TileGrid) -> torch.Tensor:

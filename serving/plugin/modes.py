@@ -18,6 +18,7 @@ PIXELS_PER_TOKEN_SIDE = 64
 """16-pixel patches, compressed four times per side by the convolutions between SAM and CLIP."""
 MIN_TILES = 2
 MAX_TILES = 6
+TILES_LIMIT = 9
 _SQUEEZED_UP_TO = 640
 """Without tiles, views up to this size squeeze the page into the square and larger ones pad it (same section)."""
 
@@ -29,8 +30,12 @@ class ResolutionMode:
     base_size: int = 1024
     image_size: int = 640
     crop_mode: bool = True
+    min_tiles: int = MIN_TILES
+    max_tiles: int = MAX_TILES
 
     def __post_init__(self) -> None:
+        if not 1 <= self.min_tiles <= self.max_tiles <= TILES_LIMIT or self.max_tiles < 2:
+            raise ValueError(f"tiles must be 1 <= min_tiles <= max_tiles <= {TILES_LIMIT} with max_tiles of 2 or more")
         for name in ("base_size", "image_size"):
             size = getattr(self, name)
             if size <= 0 or size % PIXELS_PER_TOKEN_SIDE:
@@ -44,6 +49,8 @@ class ResolutionMode:
             base_size=config.get("base_size", default.base_size),
             image_size=config.get("image_size", default.image_size),
             crop_mode=config.get("crop_mode", default.crop_mode),
+            min_tiles=config.get("min_tiles", default.min_tiles),
+            max_tiles=config.get("max_tiles", default.max_tiles),
         )
 
     @property
@@ -55,7 +62,7 @@ class ResolutionMode:
         """The grid that a page of these pixels is cut into; 1 x 1 means that it is not cut."""
         if not self.crop_mode or max(width, height) <= self.image_size:
             return TileGrid(1, 1)
-        return closest_grid(width, height, self.image_size)
+        return closest_grid(width, height, self.image_size, self.min_tiles, self.max_tiles)
 
     def num_tokens(self, width: int, height: int) -> int:
         """Image tokens of a page of these pixels, newlines and separator included."""
@@ -72,7 +79,7 @@ class ResolutionMode:
 
     def largest_page(self) -> tuple[int, int]:
         """Width and height of a page that makes as many tokens as any page can."""
-        grids = _grids(MIN_TILES, MAX_TILES) if self.crop_mode else (TileGrid(1, 1),)
+        grids = _grids(self.min_tiles, self.max_tiles) if self.crop_mode else (TileGrid(1, 1),)
         grid = max(grids, key=self.num_grid_tokens)
         return grid.columns * self.image_size, grid.rows * self.image_size
 

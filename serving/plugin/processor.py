@@ -9,18 +9,21 @@ from typing import Any, cast
 import torch
 from PIL import Image
 from transformers import BatchFeature
+from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing import (
     BaseDummyInputsBuilder,
     BaseMultiModalProcessor,
     BaseProcessingInfo,
+    ProcessorInputs,
     PromptReplacement,
     PromptUpdate,
 )
 
 from serving.plugin.images import build_views
 from serving.plugin.modes import ResolutionMode
+from serving.plugin.selection import ChosenMode, ModeRules, SelectionError, Size
 
 IMAGE_TOKEN = "<image>"
 _DEFAULT_MEAN = (0.5, 0.5, 0.5)
@@ -30,8 +33,23 @@ class DeepseekOCRProcessingInfo(BaseProcessingInfo):
     """What the processor and the dummy inputs need to know about the checkpoint."""
 
     @cached_property
-    def mode(self) -> ResolutionMode:
-        return ResolutionMode.from_config(self.ctx.get_hf_image_processor_config())
+    def rules(self) -> ModeRules:
+        return ModeRules.from_config(self.ctx.get_hf_image_processor_config())
+
+    def choose_modes(self, options: Mapping[str, object], sizes: Sequence[Size]) -> list[ChosenMode]:
+        """The mode of every image, by the request's options over the server's.
+
+        Raises:
+            VLLMValidationError: options that cannot be followed (vLLM answers 400).
+        """
+        try:
+            return self.rules.choose(options, self.ctx.get_merged_mm_kwargs({}), sizes)
+        except SelectionError as error:
+            raise VLLMValidationError(f"mm_processor_kwargs: {error}.", parameter="mm_processor_kwargs") from error
+
+    @cached_property
+    def largest_mode(self) -> tuple[str, ResolutionMode]:
+        return self.rules.largest(self.ctx.get_merged_mm_kwargs({}))
 
     @cached_property
     def image_mean(self) -> tuple[float, ...]:
@@ -54,7 +72,8 @@ class DeepseekOCRProcessingInfo(BaseProcessingInfo):
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
         # Said outright, so that vLLM does not process a dummy page of the largest size to find out.
-        return {"image": self.mode.num_tokens(*self.mode.largest_page())}
+        _, mode = self.largest_mode
+        return {"image": mode.num_tokens(*mode.largest_page())}
 
 
 class DeepseekOCRDummyInputsBuilder(BaseDummyInputsBuilder[DeepseekOCRProcessingInfo]):
@@ -64,7 +83,8 @@ class DeepseekOCRDummyInputsBuilder(BaseDummyInputsBuilder[DeepseekOCRProcessing
         return IMAGE_TOKEN * mm_counts.get("image", 0)
 
     def get_dummy_mm_data(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any) -> dict[str, Any]:
-        width, height = self.info.mode.largest_page()
+        _, mode = self.info.largest_mode
+        width, height = mode.largest_page()
         images = self._get_dummy_images(width=width, height=height, num_images=mm_counts.get("image", 0))
         return {"image": images}
 
@@ -72,30 +92,45 @@ class DeepseekOCRDummyInputsBuilder(BaseDummyInputsBuilder[DeepseekOCRProcessing
 class DeepseekOCRMultiModalProcessor(BaseMultiModalProcessor[DeepseekOCRProcessingInfo]):
     """Turns the images of a request into uint8 views and puts as many placeholders as there will be features."""
 
+    def get_dummy_inputs(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any) -> ProcessorInputs:
+        inputs = super().get_dummy_inputs(seq_len, mm_counts, mm_options)
+        # The memory profile must see the largest mode, whatever the default is.
+        inputs.hf_processor_mm_kwargs = {"mode": self.info.largest_mode[0]}
+        return inputs
+
     def _call_hf_processor(self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]) -> BatchFeature:
-        if hf_kwargs:
-            raise ValueError(f"mm_processor_kwargs: {', '.join(sorted(hf_kwargs))} cannot be set for this model")
-        mode = self.info.mode
+        pages = cast(list[Image.Image], hf_data["images"])
+        chosen = self.info.choose_modes(hf_kwargs, [page.size for page in pages])
         red, green, blue = (int(value * 255) for value in self.info.image_mean)
-        pages = [build_views(page, mode, (red, green, blue)) for page in cast(list[Image.Image], hf_data["images"])]
+        views = [build_views(page, choice.mode, (red, green, blue)) for page, choice in zip(pages, chosen, strict=True)]
+        # Lists, one tensor per image: images of one request may be of different sizes.
         return BatchFeature(
             {
-                "pixel_values": torch.stack([page.global_view for page in pages]),
-                "images_crop": torch.cat([page.tiles for page in pages]),
-                "images_spatial_crop": torch.tensor([[page.grid.columns, page.grid.rows] for page in pages]),
+                "pixel_values": [page.global_view for page in views],
+                "images_crop": [page.tiles for page in views],
+                "images_spatial_crop": torch.tensor([[page.grid.columns, page.grid.rows] for page in views]),
             }
         )
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
-        grids = hf_inputs.get("images_spatial_crop", torch.empty((0, 2), dtype=torch.long))
-        num_tiles = torch.where((grids > 1).any(dim=-1), grids.prod(dim=-1), 0)
         return {
             "pixel_values": MultiModalFieldConfig.batched("image"),
-            "images_crop": MultiModalFieldConfig.flat_from_sizes("image", num_tiles),
+            "images_crop": MultiModalFieldConfig.batched("image"),
             "images_spatial_crop": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
         }
+
+    def _get_cache_missing_processor_kwargs(
+        self, inputs: ProcessorInputs, mm_is_cached: Mapping[str, Sequence[bool]]
+    ) -> Mapping[str, object]:
+        """With vLLM's processor cache on, only the images that are not in it are processed: so with their modes."""
+        options = inputs.hf_processor_mm_kwargs
+        modes = options.get("mode")
+        is_cached = mm_is_cached.get("image", ())
+        if not isinstance(modes, list) or len(modes) != len(is_cached):
+            return options
+        return {**options, "mode": [mode for mode, cached in zip(modes, is_cached, strict=True) if not cached]}
 
     def _get_prompt_updates(
         self,
@@ -104,12 +139,14 @@ class DeepseekOCRMultiModalProcessor(BaseMultiModalProcessor[DeepseekOCRProcessi
         out_mm_kwargs: MultiModalKwargsItems,
     ) -> Sequence[PromptUpdate]:
         token_id = self.info.image_token_id
-
-        def placeholders(item: int) -> list[int]:
-            images = mm_items.get_items("image", (ImageEmbeddingItems, ImageProcessorItems))
-            if isinstance(images, ImageEmbeddingItems):
-                return [token_id] * images.get_feature_size(item)
-            size = images.get_image_size(item)
-            return [token_id] * self.info.mode.num_tokens(size.width, size.height)
-
-        return [PromptReplacement(modality="image", target=[token_id], replacement=placeholders)]
+        images = mm_items.get_items("image", (ImageEmbeddingItems, ImageProcessorItems))
+        if isinstance(images, ImageEmbeddingItems):
+            counts = [images.get_feature_size(item) for item in range(len(images))]
+        else:
+            sizes = [images.get_image_size(item) for item in range(len(images))]
+            pages = [(size.width, size.height) for size in sizes]
+            chosen = self.info.choose_modes(hf_processor_mm_kwargs, pages)
+            counts = [choice.mode.num_tokens(*page) for choice, page in zip(chosen, pages, strict=True)]
+        return [
+            PromptReplacement(modality="image", target=[token_id], replacement=lambda item: [token_id] * counts[item])
+        ]
