@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 
 class ReplicaState(StrEnum):
@@ -30,6 +31,10 @@ class ReplicaRecord:
     """Sequences that its engine runs at once; more wait in the engine."""
     max_model_len: int = 0
     """Longest prompt and answer together, in tokens."""
+    image_config: tuple[tuple[str, Any], ...] = ()
+    """The checkpoint's preprocessing settings that decide an image's resolution mode."""
+    image_options: tuple[tuple[str, Any], ...] = ()
+    """The server's own `mm_processor_kwargs`."""
     stage: str = ""
     """What it is doing while it starts, in words for a person."""
     pid: int = 0

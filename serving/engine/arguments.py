@@ -16,6 +16,10 @@ _DEFAULTS: dict[str, Any] = {
     # Nobody watches these logs per request; the router's tell of requests.
     "disable_uvicorn_access_log": True,
     "disable_fastapi_docs": True,
+    # Requests may choose a resolution mode; the processor refuses whatever else they try to set.
+    "trust_request_mm_kwargs": True,
+    # How many of the prompt's tokens are an image's.
+    "enable_prompt_tokens_details": True,
 }
 
 

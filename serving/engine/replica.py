@@ -12,6 +12,7 @@ import dataclasses
 import io
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -83,6 +84,8 @@ class EngineReplica:
             base_url=f"http://{f'[{host}]' if ':' in host else host}:{self._server.port}",
             max_num_seqs=config.scheduler_config.max_num_seqs,
             max_model_len=config.model_config.max_model_len,
+            image_config=_scalars(config.model_config.hf_image_processor_config),
+            image_options=_scalars(config.model_config.multimodal_config.mm_processor_kwargs or {}),
         )
 
     async def check_health(self) -> None:
@@ -127,6 +130,11 @@ class EngineReplica:
             await self._directory.put.remote(self._record)
         except ray.exceptions.RayError as error:
             logger.warning("the replica directory cannot be reached, trying again: %s", error)
+
+
+def _scalars(config: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """The plain values of a configuration, fit for a record that is compared and sent."""
+    return tuple((key, value) for key, value in sorted(config.items()) if isinstance(value, bool | int | float | str))
 
 
 def _import_vllm() -> ModuleType:

@@ -15,7 +15,7 @@ import orjson
 from starlette.types import Receive, Scope, Send
 
 from serving.billing.prices import Price
-from serving.directory import EMPTY, Snapshot
+from serving.directory import EMPTY, ReplicaRecord, Snapshot
 from serving.errors import (
     BodyTooLargeError,
     InternalError,
@@ -26,7 +26,8 @@ from serving.errors import (
 )
 from serving.router.balance import choose_replica
 from serving.router.relay import Relay, cancel, send_body, send_error
-from serving.router.requests import RoutedRequest, parse_request
+from serving.router.requests import RoutedRequest, parse_request, resolve_modes
+from serving.router.usage import UsageNotes
 from serving.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ class RouterApp:
             tried.append(replica.replica_id)
             self._outstanding[replica.replica_id] += 1
             try:
-                return await self._relay.relay(request, replica, self._prices[request.model], send)
+                return await self._relay.relay(request, replica, self._notes(request, replica), send)
             except ServingError as error:
                 if not error.is_retryable:
                     raise
@@ -131,6 +132,9 @@ class RouterApp:
                 if not self._outstanding[replica.replica_id]:
                     del self._outstanding[replica.replica_id]
         raise failure
+
+    def _notes(self, request: RoutedRequest, replica: ReplicaRecord) -> UsageNotes:
+        return UsageNotes(self._prices[request.model], resolve_modes(request, replica))
 
     def _list_models(self) -> dict[str, object]:
         """OpenAI's list: every name that a request may use, with the model that runs behind it as `root`."""

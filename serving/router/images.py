@@ -18,8 +18,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF")
 _HEAD_CHARS = 64 * 1024  # a multiple of four, so that it is base64 by itself
 
 
-def check_image_url(url: Any, param: str, router: RouterSettings) -> None:
-    """Refuse what no replica should see.
+def check_image_url(url: Any, param: str, router: RouterSettings) -> tuple[int, int] | None:
+    """Refuse what no replica should see; give the image's width and height (None for a remote one).
 
     Args:
         url: the part's URL as it was sent.
@@ -33,7 +33,7 @@ def check_image_url(url: Any, param: str, router: RouterSettings) -> None:
         raise InvalidRequestError("image_url must hold a URL.", param=param)
     if not url.startswith("data:"):
         if router.allow_remote_images and url.startswith(("http://", "https://")):
-            return
+            return None
         raise InvalidImageError(
             "Only data: URLs are read (data:image/png;base64,...); remote images are switched off.", param=param
         )
@@ -46,6 +46,7 @@ def check_image_url(url: Any, param: str, router: RouterSettings) -> None:
             f"The image has {width} x {height} pixels; {router.limits.max_image_pixels} pixels are allowed.",
             param=param,
         )
+    return width, height
 
 
 def _read_encoded_size(encoded: str, param: str) -> tuple[int, int]:

@@ -11,11 +11,10 @@ import aiohttp
 import orjson
 from starlette.types import Send
 
-from serving.billing.prices import Price
 from serving.directory import ReplicaRecord
 from serving.errors import InternalError, ReplicaTimeoutError, ReplicaUnreachableError, ServingError, from_engine
 from serving.router.requests import RoutedRequest
-from serving.router.usage import StreamPricer, price_answer
+from serving.router.usage import StreamAnnotator, UsageNotes, annotate_answer
 from serving.settings import RouterSettings
 
 _MAX_ERROR_BYTES = 256 * 1024
@@ -45,7 +44,7 @@ class Relay:
         if self._session is not None:
             await self._session.close()
 
-    async def relay(self, request: RoutedRequest, replica: ReplicaRecord, price: Price, send: Send) -> None:
+    async def relay(self, request: RoutedRequest, replica: ReplicaRecord, notes: UsageNotes, send: Send) -> None:
         """Ask the replica and send its answer on.
 
         Cancelling this closes the connection to the replica, on which vLLM aborts the request.
@@ -57,9 +56,9 @@ class Relay:
             if upstream.status >= 400:
                 raise from_engine(upstream.status, await _read_error(upstream))
             if request.is_stream:
-                await _relay_stream(upstream, request, price, send)
+                await _relay_stream(upstream, request, notes, send)
             else:
-                body = price_answer(await upstream.read(), price)
+                body = annotate_answer(await upstream.read(), notes)
                 await send_body(send, 200, body)
 
     @contextlib.asynccontextmanager
@@ -78,16 +77,18 @@ class Relay:
             raise ReplicaUnreachableError("The replica that ran this request was lost.") from error
 
 
-async def _relay_stream(upstream: aiohttp.ClientResponse, request: RoutedRequest, price: Price, send: Send) -> None:
+async def _relay_stream(
+    upstream: aiohttp.ClientResponse, request: RoutedRequest, notes: UsageNotes, send: Send
+) -> None:
     """Send chunks as they come; after the first one an error is told as an event, since the status is out."""
-    pricer = StreamPricer(price) if request.wants_stream_usage else None
+    annotator = StreamAnnotator(notes) if request.wants_stream_usage else None
     await send({"type": "http.response.start", "status": 200, "headers": _headers(_EVENT_STREAM)})
     try:
         async for chunk in upstream.content.iter_any():
-            out = chunk if pricer is None else pricer.feed(chunk)
+            out = chunk if annotator is None else annotator.feed(chunk)
             if out:
                 await send({"type": "http.response.body", "body": out, "more_body": True})
-        last = b"" if pricer is None else pricer.flush()
+        last = b"" if annotator is None else annotator.flush()
     except (TimeoutError, aiohttp.ClientError, OSError):
         last = _error_event(ReplicaUnreachableError("The replica that ran this request was lost in the middle of it."))
     await send({"type": "http.response.body", "body": last, "more_body": False})

@@ -5,13 +5,16 @@ Everything else about a request is the engine's to judge; vLLM's own answer is t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import orjson
 
+from serving.directory import ReplicaRecord
 from serving.errors import InvalidRequestError, ModelNotFoundError
+from serving.plugin.selection import DEFAULT, MODE_FOR_DETAIL, ModeRules, SelectionError
 from serving.router.images import check_image_url
 from serving.settings import RouterSettings, Settings
 
@@ -29,6 +32,10 @@ class RoutedRequest:
     body: bytes
     is_stream: bool
     wants_stream_usage: bool
+    image_sizes: tuple[tuple[int, int] | None, ...] = ()
+    """Width and height of every image in its order, None where only the engine will know."""
+    image_options: Mapping[str, Any] = field(default_factory=dict)
+    """The `mm_processor_kwargs` that the engine gets."""
 
 
 def parse_request(path: str, body: bytes, settings: Settings) -> RoutedRequest:
@@ -44,12 +51,21 @@ def parse_request(path: str, body: bytes, settings: Settings) -> RoutedRequest:
     if stream_options is not None and not isinstance(stream_options, dict):
         raise InvalidRequestError("stream_options must be an object.", param="stream_options")
     _check_choices(payload, settings.router)
+    images: list[_Image] = []
     if path.endswith("/chat/completions"):
-        _check_messages(payload.get("messages"), settings.router)
+        images = _check_messages(payload.get("messages"), settings.router)
+    options = _read_image_options(payload)
+    details = [image.detail for image in images]
+    if any(details) and "mode" not in options:
+        # The engine knows nothing of `detail`; only then is the body written anew.
+        options = {**options, "mode": [MODE_FOR_DETAIL.get(detail or "", DEFAULT) for detail in details]}
+        body = orjson.dumps({**payload, "mm_processor_kwargs": options})
     return RoutedRequest(
         path=path,
         model=model,
         body=body,
+        image_sizes=tuple(image.size for image in images),
+        image_options=options,
         is_stream=is_stream,
         wants_stream_usage=bool(stream_options and stream_options.get("include_usage")),
     )
@@ -94,19 +110,31 @@ def _check_choices(payload: dict[str, Any], router: RouterSettings) -> None:
             raise InvalidRequestError(f"{key} may be {limit} at most.", param=key)
 
 
-def _check_messages(messages: Any, router: RouterSettings) -> None:
+@dataclass(frozen=True, slots=True)
+class _Image:
+    size: tuple[int, int] | None
+    detail: str | None
+
+
+def _check_messages(messages: Any, router: RouterSettings) -> list[_Image]:
     if not isinstance(messages, list) or not messages:
         raise InvalidRequestError("messages must be a list with at least one message.", param="messages")
     if len(messages) > router.limits.max_messages:
         raise InvalidRequestError(f"messages may hold {router.limits.max_messages} at most.", param="messages")
-    for num_images, (param, url) in enumerate(_image_urls(messages), start=1):
-        if num_images > router.limits.max_images:
+    images: list[_Image] = []
+    for param, part in _image_parts(messages):
+        if len(images) == router.limits.max_images:
             raise InvalidRequestError(f"A request may hold {router.limits.max_images} images at most.", param=param)
-        check_image_url(url, param, router)
+        url, detail = (part.get("url"), part.get("detail")) if isinstance(part, dict) else (part, None)
+        if detail is not None and (not isinstance(detail, str) or detail not in MODE_FOR_DETAIL):
+            known = ", ".join(MODE_FOR_DETAIL)
+            raise InvalidRequestError(f"detail must be one of {known}.", param=f"{param}.detail")
+        images.append(_Image(check_image_url(url, param, router), detail))
+    return images
 
 
-def _image_urls(messages: list[Any]) -> Iterator[tuple[str, Any]]:
-    """Every `image_url` part's place and URL. Parts of other types are left to the engine."""
+def _image_parts(messages: list[Any]) -> Iterator[tuple[str, Any]]:
+    """Every image part's place and its `image_url`. Parts of other types are left to the engine."""
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
             raise InvalidRequestError("Every message must be an object.", param=f"messages[{i}]")
@@ -118,5 +146,30 @@ def _image_urls(messages: list[Any]) -> Iterator[tuple[str, Any]]:
             if not isinstance(part, dict):
                 raise InvalidRequestError("Every content part must be an object.", param=param)
             if part.get("type") == "image_url" or "image_url" in part:
-                image = part.get("image_url")
-                yield f"{param}.image_url", image.get("url") if isinstance(image, dict) else image
+                yield f"{param}.image_url", part.get("image_url")
+
+
+def _read_image_options(payload: dict[str, Any]) -> dict[str, Any]:
+    options = payload.get("mm_processor_kwargs")
+    if options is None:
+        return {}
+    if not isinstance(options, dict):
+        raise InvalidRequestError("mm_processor_kwargs must be an object.", param="mm_processor_kwargs")
+    return options
+
+
+def resolve_modes(request: RoutedRequest, replica: ReplicaRecord) -> tuple[str, ...]:
+    """The resolution mode in which a replica reads every image of a request; empty where only it can know."""
+    sizes = [size for size in request.image_sizes if size is not None]
+    if len(sizes) != len(request.image_sizes) or not replica.image_config:
+        return ()
+    try:
+        chosen = _rules(replica.image_config).choose(request.image_options, dict(replica.image_options), sizes)
+    except SelectionError:
+        return ()  # the engine refuses it with its own words
+    return tuple(choice.name for choice in chosen)
+
+
+@lru_cache(maxsize=64)
+def _rules(image_config: tuple[tuple[str, Any], ...]) -> ModeRules:
+    return ModeRules.from_config(dict(image_config))

@@ -1,7 +1,8 @@
-"""What the router adds to an engine's answer: `usage.estimated_cost`. Pure; everything else passes as it came."""
+"""What the router adds to an answer: cost, image tokens and modes in `usage`. Pure; the rest passes as it came."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -14,32 +15,44 @@ _FRAME_END = b"\n\n"
 _DATA = b"data: "
 
 
-def add_cost(usage: dict[str, Any], price: Price) -> None:
-    """Put the cost of these tokens into a `usage` object, in dollars."""
-    cost = price.cost_nanodollars(
-        num_prompt_tokens=int(usage.get("prompt_tokens") or 0),
-        num_completion_tokens=int(usage.get("completion_tokens") or 0),
-    )
-    usage["estimated_cost"] = to_dollars(cost)
+@dataclass(frozen=True, slots=True)
+class UsageNotes:
+    """What is added to a `usage` object."""
+
+    price: Price
+    image_modes: tuple[str, ...] = ()
+    """The resolution mode of every image, where it is known."""
+
+    def add_to(self, usage: dict[str, Any]) -> None:
+        """Put the cost in, in dollars, and what the images took."""
+        cost = self.price.cost_nanodollars(
+            num_prompt_tokens=int(usage.get("prompt_tokens") or 0),
+            num_completion_tokens=int(usage.get("completion_tokens") or 0),
+        )
+        usage["estimated_cost"] = to_dollars(cost)
+        details = usage.get("prompt_tokens_details")
+        if isinstance(details, dict) and isinstance(details.get("multimodal_tokens"), dict):
+            details["image_tokens"] = details["multimodal_tokens"].get("image", 0)
+            details["image_modes"] = list(self.image_modes)
 
 
-def price_answer(body: bytes, price: Price) -> bytes:
-    """A whole JSON answer with its cost. One without usage is returned as it is."""
+def annotate_answer(body: bytes, notes: UsageNotes) -> bytes:
+    """A whole JSON answer with its notes. One without usage is returned as it is."""
     if _USAGE not in body:
         return body
     answer = orjson.loads(body)
-    add_cost(answer["usage"], price)
+    notes.add_to(answer["usage"])
     return orjson.dumps(answer)
 
 
-class StreamPricer:
-    """Finds the frame with usage in a stream of server-sent events and prices it.
+class StreamAnnotator:
+    """Finds the frame with usage in a stream of server-sent events and adds the notes.
 
     Only that frame is looked into: others pass byte for byte, and are held back no longer than until they are whole.
     """
 
-    def __init__(self, price: Price) -> None:
-        self._price = price
+    def __init__(self, notes: UsageNotes) -> None:
+        self._notes = notes
         self._partial = b""
 
     def feed(self, chunk: bytes) -> bytes:
@@ -56,18 +69,18 @@ class StreamPricer:
             chunk = chunk[:end]
         if _USAGE not in chunk:
             return chunk
-        return b"".join(self._price_frame(frame) for frame in chunk.split(_FRAME_END)[:-1])
+        return b"".join(self._annotate(frame) for frame in chunk.split(_FRAME_END)[:-1])
 
     def flush(self) -> bytes:
         """What is left when the engine has closed the stream: an unfinished frame, passed as it is."""
         left, self._partial = self._partial, b""
         return left
 
-    def _price_frame(self, frame: bytes) -> bytes:
+    def _annotate(self, frame: bytes) -> bytes:
         if _USAGE in frame and frame.startswith(_DATA):
             event = orjson.loads(frame[len(_DATA) :])
             # With continuous usage every chunk counts; the cost stands in the last one, which has no choices.
             if isinstance(event.get("usage"), dict) and not event.get("choices"):
-                add_cost(event["usage"], self._price)
+                self._notes.add_to(event["usage"])
                 frame = _DATA + orjson.dumps(event)
         return frame + _FRAME_END
