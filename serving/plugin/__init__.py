@@ -7,6 +7,8 @@ vLLM; the model's module is imported by vLLM when a checkpoint asks for the arch
 
 from __future__ import annotations
 
+from typing import Any
+
 ARCHITECTURE = "DeepseekOCRForCausalLM"
 
 
@@ -14,4 +16,15 @@ def register() -> None:
     """Put this project's model in the place of vLLM's own for the published architecture's name. May run many times."""
     from vllm import ModelRegistry
 
+    from serving.plugin.private import adapt_engine_config
+
     ModelRegistry.register_model(ARCHITECTURE, "serving.plugin.model:DeepseekOCRForCausalLM")
+    adapt_engine_config(ARCHITECTURE, _configure)
+
+
+def _configure(vllm_config: Any) -> None:
+    """Switch the n-gram guard and the loop stop on in an engine for this architecture."""
+    from serving.plugin import guard, repetition
+
+    guard.configure(vllm_config)
+    repetition.configure(vllm_config)

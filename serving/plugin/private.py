@@ -7,7 +7,7 @@ where it is asked for, since the processes that use one part have no use for the
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 VLLM_VERSION = "0.32.0"
@@ -68,3 +68,39 @@ async def run_engine(arguments: Any) -> AsyncIterator[tuple[Any, Any]]:
 
 class _ServerStandIn:
     should_exit = False
+
+
+def adapt_engine_config(architecture: str, adapt: Callable[[Any], None]) -> None:
+    """Have vLLM call `adapt` with the `VllmConfig` of every engine for this architecture, while it is being made."""
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+
+    def verify_and_update_config(vllm_config: Any) -> None:
+        adapt(vllm_config)
+
+    members = {"verify_and_update_config": staticmethod(verify_and_update_config)}
+    MODELS_CONFIG_MAP[architecture] = type("AdaptedConfig", (VerifyAndUpdateConfig,), members)
+
+
+def build_watched_scheduler(must_end: Callable[[Any, int], bool], stop_reason: str, **arguments: Any) -> Any:
+    """vLLM's scheduler, which ends a request as too long, with this stop reason, when `must_end` says so.
+
+    `must_end` is asked with the request and the number of tokens that it has just got, unless these ended it anyway.
+    """
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.request import RequestStatus
+
+    is_async = arguments["vllm_config"].scheduler_config.async_scheduling
+    base: Any = AsyncScheduler if is_async else Scheduler
+
+    class WatchedScheduler(base):
+        def _update_request_with_output(
+            self, request: Any, new_token_ids: list[int], is_stale: bool = False
+        ) -> tuple[list[int], bool]:
+            new_token_ids, is_stopped = super()._update_request_with_output(request, new_token_ids, is_stale)
+            if not is_stopped and must_end(request, len(new_token_ids)):
+                request.status, request.stop_reason = RequestStatus.FINISHED_LENGTH_CAPPED, stop_reason
+                is_stopped = True
+            return new_token_ids, is_stopped
+
+    return WatchedScheduler(**arguments)

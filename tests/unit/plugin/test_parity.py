@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ import torch
 from serving.demo.build import build_checkpoint
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
 PAGES = ("untiled", "wide", "tall", "square")
 # 273 of the global view, and the tiles: 1900x700 -> 3x1, 650x2000 -> 1x3, 1000x990 -> 2x2
 IMAGE_TOKENS = {"untiled": 273, "wide": 273 + 10 * 31, "tall": 273 + 30 * 11, "square": 273 + 20 * 21}
@@ -39,7 +41,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 def _run(implementation: str, checkpoint: Path, folder: Path) -> dict[str, Any]:
     out = folder / f"{implementation}.pt"
     command = [sys.executable, "-W", "ignore", HERE / "parity_run.py", implementation, checkpoint, out]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE, timeout=280, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=280, check=False, env=environment)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     loaded: dict[str, Any] = torch.load(out)
     return loaded

@@ -64,3 +64,21 @@ def test_the_plugin_takes_the_published_architectures_place() -> None:
     register()
     register()
     assert ModelRegistry.models[ARCHITECTURE].module_name == "serving.plugin.model"
+
+
+def test_the_hooks_of_an_architectures_engine_config_and_of_the_scheduler_exist() -> None:
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    seen: list[object] = []
+    private.adapt_engine_config("NoSuchArchitecture", seen.append)
+    try:
+        MODELS_CONFIG_MAP["NoSuchArchitecture"].verify_and_update_config("config")
+    finally:
+        del MODELS_CONFIG_MAP["NoSuchArchitecture"]
+    assert seen == ["config"]
+    assert callable(VerifyAndUpdateConfig.verify_and_update_config)
+    for scheduler in (Scheduler, AsyncScheduler):
+        parameters = inspect.signature(scheduler._update_request_with_output).parameters
+        assert list(parameters) == ["self", "request", "new_token_ids", "is_stale"]

@@ -1,0 +1,37 @@
+"""vLLM's OpenAI server with vLLM's own DeepSeek-OCR at the sizes of a checkpoint: the peer of the server measurements.
+
+`python -m benchmarks.stock_server --model DIR ...` takes vLLM's own arguments. The patches stand at the module's top,
+since vLLM's engine process imports this module anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["VLLM_PLUGINS"] = "none"  # this project's plugin would take the architecture's place
+
+from vllm import ModelRegistry
+
+from benchmarks.stock import SIZES_FILE, import_stock, patch_sizes
+from serving.demo.config import NanoConfig
+
+
+def install(checkpoint: Path) -> None:
+    """Register vLLM's own class under the published name, patched to the checkpoint's sizes."""
+    values = json.loads((checkpoint / SIZES_FILE).read_text())
+    sizes = NanoConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    stock = import_stock()
+    patch_sizes(stock, sizes)
+    ModelRegistry.register_model("DeepseekOCRForCausalLM", stock.DeepseekOCRForCausalLM)
+
+
+if "--model" in sys.argv:
+    install(Path(sys.argv[sys.argv.index("--model") + 1]))
+
+if __name__ == "__main__":
+    from vllm.entrypoints.launchers.api_server.entry import main
+
+    main()

