@@ -44,6 +44,11 @@ class ServingError(Exception):
     def http_status(self) -> int:
         return self.status
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers that go with the status, beside those of every answer."""
+        return {}
+
     def body(self) -> dict[str, Any]:
         """The error as OpenAI's clients expect it."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
@@ -83,6 +88,14 @@ class MethodNotAllowedError(RequestError):
     status = 405
     default_code = "method_not_allowed"
 
+    def __init__(self, message: str, allowed: str = "", *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message, param=param, code=code)
+        self.allowed = allowed
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"allow": self.allowed}  # RFC 9110, section 15.5.6
+
 
 class BodyTooLargeError(RequestError):
     status = 413
@@ -115,6 +128,14 @@ class InternalError(UpstreamError):
     is_retryable = False
     default_code = "internal_error"
 
+    def __init__(self, message: str, status: int = 500, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message, param=param, code=code)
+        self._status = status
+
+    @property
+    def http_status(self) -> int:
+        return self._status
+
 
 class EngineError(ServingError):
     """An error answer of an engine's own OpenAI server, brought into the same shape by `from_engine`."""
@@ -133,7 +154,7 @@ class EngineError(ServingError):
 
 
 # OpenAI's `type` by status; vLLM names the exception class or the HTTP phrase there, and puts the status into `code`.
-_TYPE_BY_STATUS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_TYPE_BY_STATUS = {403: "permission_error", 429: "rate_limit_error"}
 _CONTEXT_LENGTH_WORDS = ("maximum context length", "max_model_len", "longer than the maximum model length")
 
 
@@ -141,14 +162,17 @@ def from_engine(status: int, answer: Any) -> ServingError:
     """Turn an engine's error answer (decoded JSON, or None when it was not JSON) into OpenAI's shape.
 
     422 becomes 400, the status that OpenAI uses for every malformed request. A 5xx keeps its status but not its
-    message, which may tell of the inside.
+    message, which may tell of the inside; 503 may pass on another replica. A 401 is the stack's own fault: it is the
+    router that the engine did not let in.
     """
     error = answer.get("error") if isinstance(answer, dict) else None
     detail = error if isinstance(error, dict) else {}
+    if status == 503:
+        return NoReplicaError("The model is overloaded or restarting; try again shortly.")
+    if status == 401:
+        return InternalError("The router and the engine disagree about their key; the operator has to mend it.")
     if status >= 500:
-        if status == 503:
-            return NoReplicaError("The model is overloaded or restarting; try again shortly.")
-        return InternalError("The model failed on this request; it was not your request's format. Try again.")
+        return InternalError("The model failed on this request; it was not your request's format. Try again.", status)
     message = str(detail.get("message") or "The model refused this request.")
     param = detail.get("param")
     code = detail.get("code")

@@ -42,7 +42,8 @@ class HttpServer:
             OSError: the address is taken or not this machine's.
         """
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._socket = socket.socket(family, socket.SOCK_STREAM)
+        # Named, since asyncio switches Nagle's algorithm off only on sockets that say they are TCP.
+        self._socket = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if shares_port:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -81,11 +82,16 @@ class HttpServer:
         Raises:
             RuntimeError: the app refused to start.
         """
-        self._task = asyncio.get_running_loop().create_task(self._server.serve(sockets=[self._socket]))
+        self._task = asyncio.get_running_loop().create_task(self._serve())
         while not self._server.started:
             if self._task.done():
                 raise RuntimeError("the HTTP server ended before it had started; see the log above")
             await asyncio.sleep(0.01)
+
+    async def _serve(self) -> None:
+        # uvicorn exits the process when the app's start fails; here the process and its event loop are not its own.
+        with contextlib.suppress(SystemExit):
+            await self._server.serve(sockets=[self._socket])
 
     async def stop(self) -> None:
         """Stop listening, wait for running requests (`drain_s` at most), end."""

@@ -157,7 +157,7 @@ def _resolve_checkpoint(checkpoint: str) -> str:
     """Replicas run in other folders than the user's, so a folder's name is made absolute here."""
     if checkpoint == NANO:
         return str(Path("checkpoints/nano").absolute())
-    folder = Path(checkpoint)
+    folder = Path(checkpoint).expanduser()
     if folder.is_dir():
         return str(folder.absolute())
     if checkpoint.startswith((".", "/", "~")):
@@ -236,7 +236,7 @@ def _read_directory(settings: Settings) -> Snapshot:
 
 def _greeting(settings: Settings, snapshot: Snapshot) -> str:
     host = "127.0.0.1" if settings.router.host in ("0.0.0.0", "::") else settings.router.host
-    url = f"http://{host}:{settings.router.port}"
+    url = f"http://{f'[{host}]' if ':' in host else host}:{settings.router.port}"
     model = next(iter(settings.models))
     engines = "".join(
         f"  {record.model} at {record.base_url} (vLLM's metrics: /metrics)\n" for record in snapshot.records

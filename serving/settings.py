@@ -9,20 +9,36 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
+from collections import Counter
 from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, ValidationError, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from serving.errors import SettingsError
+from serving.sources import ENV_PREFIX, overlay, read_yaml
 
-ENV_PREFIX = "SERVING__"
+__all__ = ["ENV_PREFIX", "NANO", "Settings", "dump_settings", "load_settings"]
+
 NANO = "nano"
 """In the place of a checkpoint: the small one that comes with the project."""
+
+_SECRET_NAME = re.compile(r"token(?!s|izer)|secret|password|api_?key|credential", re.IGNORECASE)
+_MASK = "**********"
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}$")]
 
@@ -38,7 +54,16 @@ def is_loopback(host: str) -> bool:
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_yes_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML's `yes` is a bool, which Python takes for 1."""
+        field = cls.model_fields[info.field_name or ""]
+        if isinstance(value, bool) and {int, float, Decimal} & {field.annotation, *get_args(field.annotation)}:
+            raise ValueError("must be a number")
+        return value
 
 
 class PriceSettings(_Frozen):
@@ -81,11 +106,24 @@ class EngineSettings(_Frozen):
     """Address that replicas listen on and are known by; `auto` takes the node's own address."""
     api_key: SecretStr | None = None
     """When set, engines refuse whoever does not bring it; routers do."""
+    allow_unauthenticated: bool = False
+    """Must be said before engines without a key listen on an address that others can reach."""
     heartbeat_s: Annotated[float, Field(gt=0, le=60)] = 1.0
     lease_s: Annotated[float, Field(gt=0, le=600)] = 10.0
     """A replica that has not been heard of for so long is no longer listed."""
     drain_s: Annotated[float, Field(ge=0)] = 60.0
     """How long running requests may go on after a replica was told to stop."""
+
+    @model_validator(mode="after")
+    def _check_address(self) -> EngineSettings:
+        if self.host in ("0.0.0.0", "::"):
+            raise ValueError(f"host {self.host} is no address that routers could reach; auto takes the node's own")
+        if not is_loopback(self.host) and self.api_key is None and not self.allow_unauthenticated:
+            raise ValueError(
+                f"host {self.host} can be reached by others and engines ask nobody for a key; set api_key "
+                "(environment SERVING__ENGINE__API_KEY), or allow_unauthenticated: true if the network keeps them out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_lease(self) -> EngineSettings:
@@ -98,11 +136,12 @@ class LimitSettings(_Frozen):
     """Bounds on everything a client controls."""
 
     max_body_bytes: Annotated[int, Field(ge=1024)] = 50 * 2**20
-    max_image_pixels: Annotated[int, Field(ge=1)] = 50_000_000
+    max_image_pixels: Annotated[int, Field(ge=1, le=178_000_000)] = 50_000_000
+    """At most what Pillow opens before it calls an image a decompression bomb."""
     max_images: Annotated[int, Field(ge=1)] = 16
     max_messages: Annotated[int, Field(ge=1)] = 256
     max_choices: Annotated[int, Field(ge=1)] = 16
-    """Largest `n` and `best_of`: every choice is a whole sequence on the engine."""
+    """Largest `n` and `best_of`, and most prompts of a completion: each is a whole sequence on the engine."""
 
 
 class RouterSettings(_Frozen):
@@ -143,16 +182,8 @@ class LogSettings(_Frozen):
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
-class Settings(BaseSettings):
+class Settings(_Frozen):
     """The whole of it. `models` is keyed by the name that answers carry."""
-
-    model_config = SettingsConfigDict(
-        frozen=True,
-        extra="forbid",
-        env_prefix=ENV_PREFIX,
-        env_nested_delimiter="__",
-        nested_model_default_partial_update=True,
-    )
 
     models: Annotated[dict[Name, ModelSettings], Field(min_length=1)]
     engine: EngineSettings = EngineSettings()
@@ -160,25 +191,13 @@ class Settings(BaseSettings):
     ray: RaySettings = RaySettings()
     log: LogSettings = LogSettings()
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        # What the file said arrives as init arguments; the environment goes before it.
-        return env_settings, init_settings
-
     @model_validator(mode="after")
     def _check_names(self) -> Settings:
-        seen: dict[str, str] = {}
-        for name, model in self.models.items():
-            for alias in (name, *model.aliases):
-                if seen.setdefault(alias, name) != name or (alias == name and alias in model.aliases):
-                    raise ValueError(f"models: the name {alias!r} is given twice ({seen[alias]}, {name})")
+        owners = [(alias, name) for name, model in self.models.items() for alias in (name, *model.aliases)]
+        for alias, count in Counter(alias for alias, _ in owners).items():
+            if count > 1:
+                where = ", ".join(owner for name, owner in owners if name == alias)
+                raise ValueError(f"models: the name {alias!r} is given twice ({where})")
         return self
 
     def find_model(self, name: str) -> str | None:
@@ -194,58 +213,31 @@ def load_settings(file: Path, environ: Mapping[str, str] | None = None) -> Setti
     Raises:
         SettingsError: with one line for every thing that is wrong: source, key, reason.
     """
-    environ = os.environ if environ is None else environ
-    given = _read_yaml(file)
-    _refuse_unknown_variables(environ)
+    given = read_yaml(file, Settings.model_fields)
+    origins = overlay(given, os.environ if environ is None else environ, Settings.model_fields)
     try:
         return Settings(**given)
     except ValidationError as error:
-        lines = [_explain(problem, file, environ) for problem in error.errors()]
+        lines = [_explain(problem, file, origins) for problem in error.errors()]
         raise SettingsError("\n".join(lines)) from error
 
 
 def dump_settings(settings: Settings) -> str:
     """The effective settings as YAML, secrets masked."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(_mask(settings.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice in one mapping, where YAML's own loader keeps the last in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+def _mask(value: Any, key: str = "") -> Any:
+    """Secrets that have no type of their own: variables of replicas and engine arguments that are named like one."""
+    if isinstance(value, dict):
+        return {name: _mask(part, str(name)) for name, part in value.items()}
+    return _MASK if value and _SECRET_NAME.search(key) and isinstance(value, str) else value
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        with file.open() as stream:
-            given = yaml.load(stream, Loader=_StrictLoader)  # a SafeLoader
-    except OSError as error:
-        raise SettingsError(f"{file}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{file}: is not YAML: {error}") from error
-    if not isinstance(given, dict):
-        raise SettingsError(f"{file}: must hold a mapping with the keys {', '.join(Settings.model_fields)}")
-    return given
-
-
-def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
-    """pydantic-settings passes over a variable whose first part is no field; a typing error must not go unseen."""
-    for variable in environ:
-        if variable.startswith(ENV_PREFIX):
-            section = variable.removeprefix(ENV_PREFIX).split("__")[0].lower()
-            if section not in Settings.model_fields:
-                known = ", ".join(name.upper() for name in Settings.model_fields)
-                raise SettingsError(f"environment {variable}: unknown section {section!r}; there are {known}")
-
-
-def _explain(problem: Any, file: Path, environ: Mapping[str, str]) -> str:
-    path = [str(part) for part in problem["loc"]]
-    variable = ENV_PREFIX + "__".join(path).upper()
-    source = f"environment {variable}" if variable in environ else str(file)
+def _explain(problem: Any, file: Path, origins: Mapping[tuple[str, ...], str]) -> str:
+    path = tuple(str(part) for part in problem["loc"])
+    # A rule over several keys is told at the section: any of them may be the one at fault.
+    variables = [name for place, name in origins.items() if place[: len(path)] == path or path[: len(place)] == place]
+    source = f"environment {', '.join(variables)}" if variables and path else str(file)
     reason = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"].removeprefix("Value error, ")
     return f"{source}: {'.'.join(path) or 'settings'}: {reason}"

@@ -30,7 +30,7 @@ def build_arguments(name: str, model: ModelSettings, engine: EngineSettings, che
     names = [name, *model.aliases]
     flags += ["--model", checkpoint, "--served-model-name", *names]
     if engine.api_key is not None:
-        flags += ["--api-key", engine.api_key.get_secret_value()]
+        flags.append(f"--api-key={engine.api_key.get_secret_value()}")  # a key may begin with a dash
     return flags
 
 
@@ -44,10 +44,14 @@ def _flags(arguments: Mapping[str, Any]) -> Iterator[str]:
             yield f"--no-{flag}"
         elif isinstance(value, list):
             yield f"--{flag}"
-            yield from (str(item) for item in value)
+            yield from map(_word, value)
         elif value is not None:
             yield f"--{flag}"
-            yield json.dumps(value) if isinstance(value, dict) else str(value)
+            yield _word(value)
+
+
+def _word(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, dict | list) else str(value)
 
 
 def check_engine_args(settings: Settings) -> None:

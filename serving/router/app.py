@@ -20,6 +20,7 @@ from serving.errors import (
     BodyTooLargeError,
     InternalError,
     MethodNotAllowedError,
+    ModelNotFoundError,
     NoReplicaError,
     RouteNotFoundError,
     ServingError,
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 _GENERATE = ("/v1/chat/completions", "/v1/completions")
 _LISTS = ("/v1/models", "/health", "/ready")
+_MODEL = "/v1/models/"
 _PREFIX = "/v1/openai/"  # DeepInfra's
 _DISCARD_S = 10.0
 
@@ -81,15 +83,17 @@ class RouterApp:
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = _canonical_path(scope["path"])
-        allowed = "POST" if path in _GENERATE else "GET" if path in _LISTS else None
+        allowed = "POST" if path in _GENERATE else "GET" if path in _LISTS or path.startswith(_MODEL) else None
         if allowed is None:
             raise RouteNotFoundError(f"There is no {scope['method']} {scope['path'][:200]} here.")
         if scope["method"] != allowed and not (allowed == "GET" and scope["method"] == "HEAD"):
-            raise MethodNotAllowedError(f"{path} answers {allowed} only.")
+            raise MethodNotAllowedError(f"{path} answers {allowed} only.", allowed)
         if path in _GENERATE:
             await self._generate(path, receive, send, scope)
         elif path == "/v1/models":
-            await send_body(send, 200, orjson.dumps(self._list_models()))
+            await send_body(send, 200, orjson.dumps({"object": "list", "data": self._model_cards()}))
+        elif path.startswith(_MODEL):
+            await send_body(send, 200, orjson.dumps(self._find_card(path.removeprefix(_MODEL))))
         elif path == "/health":
             await send_body(send, 200, b'{"status":"up"}')
         else:
@@ -136,17 +140,23 @@ class RouterApp:
     def _notes(self, request: RoutedRequest, replica: ReplicaRecord) -> UsageNotes:
         return UsageNotes(self._prices[request.model], resolve_modes(request, replica))
 
-    def _list_models(self) -> dict[str, object]:
-        """OpenAI's list: every name that a request may use, with the model that runs behind it as `root`."""
+    def _model_cards(self) -> list[dict[str, object]]:
+        """OpenAI's cards: every name that a request may use, with the model that runs behind it as `root`."""
         snapshot = self.read_snapshot()
-        cards = []
+        cards: list[dict[str, object]] = []
         for name, model in self.settings.models.items():
             ready = snapshot.ready(name)
             longest = min((record.max_model_len for record in ready), default=None)
             for alias in (name, *model.aliases):
                 card = {"id": alias, "object": "model", "created": self.started_s, "owned_by": "serving"}
                 cards.append({**card, "root": name, "max_model_len": longest, "ready_replicas": len(ready)})
-        return {"object": "list", "data": cards}
+        return cards
+
+    def _find_card(self, name: str) -> dict[str, object]:
+        card = next((card for card in self._model_cards() if card["id"] == name), None)
+        if card is None:
+            raise ModelNotFoundError(f"The model '{name[:100]}' does not exist; GET /v1/models lists those that do.")
+        return card
 
     async def _answer_ready(self, send: Send) -> None:
         snapshot = self.read_snapshot()
@@ -183,7 +193,8 @@ async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
         part = message.get("body", b"")
         size += len(part)
         if size > max_bytes:
-            await _discard_body(receive, max_bytes)
+            if message.get("more_body", False):
+                await _discard_body(receive, max_bytes)
             raise too_large
         parts.append(part)
         if not message.get("more_body", False):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import aiohttp
@@ -29,7 +29,8 @@ class Relay:
         self._timeout = aiohttp.ClientTimeout(
             total=None, sock_connect=router.connect_timeout_s, sock_read=router.read_timeout_s
         )
-        self._headers = {"content-type": "application/json"}
+        # Answers are passed on and looked into as they come, so they must not be compressed.
+        self._headers = {"content-type": "application/json", "accept-encoding": "identity"}
         if api_key is not None:
             self._headers["authorization"] = f"Bearer {api_key}"
         self._session: aiohttp.ClientSession | None = None
@@ -56,7 +57,7 @@ class Relay:
             if upstream.status >= 400:
                 raise from_engine(upstream.status, await _read_error(upstream))
             if request.is_stream:
-                await _relay_stream(upstream, request, notes, send)
+                await _relay_stream(upstream, notes if request.wants_stream_usage else None, send)
             else:
                 body = annotate_answer(await upstream.read(), notes)
                 await send_body(send, 200, body)
@@ -77,27 +78,39 @@ class Relay:
             raise ReplicaUnreachableError("The replica that ran this request was lost.") from error
 
 
-async def _relay_stream(
-    upstream: aiohttp.ClientResponse, request: RoutedRequest, notes: UsageNotes, send: Send
-) -> None:
-    """Send chunks as they come; after the first one an error is told as an event, since the status is out."""
-    annotator = StreamAnnotator(notes) if request.wants_stream_usage else None
+async def _relay_stream(upstream: aiohttp.ClientResponse, notes: UsageNotes | None, send: Send) -> None:
+    """Send frames as they come. Until the first one is there nothing was sent, and another replica may be tried;
+    after it an error is told as an event, since the status is out.
+
+    Raises:
+        ServingError: the replica was lost before its first byte.
+    """
+    annotator = StreamAnnotator(notes)
+    chunks = upstream.content.iter_any()
+    out = annotator.feed(await anext(chunks, b""))
     await send({"type": "http.response.start", "status": 200, "headers": _headers(_EVENT_STREAM)})
     try:
-        async for chunk in upstream.content.iter_any():
-            out = chunk if annotator is None else annotator.feed(chunk)
+        if out:
+            await send({"type": "http.response.body", "body": out, "more_body": True})
+        async for chunk in chunks:
+            out = annotator.feed(chunk)
             if out:
                 await send({"type": "http.response.body", "body": out, "more_body": True})
-        last = b"" if annotator is None else annotator.flush()
-    except (TimeoutError, aiohttp.ClientError, OSError):
+        last = annotator.flush()
+    except TimeoutError:
+        last = _error_event(ReplicaTimeoutError("The model fell silent in the middle of this answer."))
+    except (aiohttp.ClientError, OSError):
         last = _error_event(ReplicaUnreachableError("The replica that ran this request was lost in the middle of it."))
     await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
 async def _read_error(upstream: aiohttp.ClientResponse) -> Any:
     """The engine's error answer as decoded JSON, None when it is something else."""
+    body = b""
+    while len(body) < _MAX_ERROR_BYTES and (part := await upstream.content.read(_MAX_ERROR_BYTES)):
+        body += part
     try:
-        return orjson.loads(await upstream.content.read(_MAX_ERROR_BYTES))
+        return orjson.loads(body)
     except orjson.JSONDecodeError:
         return None
 
@@ -114,15 +127,16 @@ def _headers(content_type: bytes, length: int | None = None) -> list[tuple[bytes
     return [*headers, (b"content-length", b"%d" % length)]
 
 
-async def send_body(send: Send, status: int, body: bytes) -> None:
+async def send_body(send: Send, status: int, body: bytes, extra: Mapping[str, str] | None = None) -> None:
     """A whole JSON answer."""
-    await send({"type": "http.response.start", "status": status, "headers": _headers(_JSON, len(body))})
+    headers = _headers(_JSON, len(body)) + [(name.encode(), value.encode()) for name, value in (extra or {}).items()]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
 async def send_error(send: Send, error: ServingError) -> None:
     """An error in OpenAI's shape."""
-    await send_body(send, error.http_status, orjson.dumps(error.body()))
+    await send_body(send, error.http_status, orjson.dumps(error.body()), error.headers)
 
 
 async def cancel(task: asyncio.Task[Any]) -> None:

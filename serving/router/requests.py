@@ -103,11 +103,15 @@ def _read_bool(payload: dict[str, Any], key: str) -> bool:
 
 
 def _check_choices(payload: dict[str, Any], router: RouterSettings) -> None:
+    """Numbers in other clothes (1e6, "1000000") are refused too, since the engine would read them."""
     limit = router.limits.max_choices
     for key in _CHOICE_COUNTS:
         value = payload.get(key)
-        if isinstance(value, int) and value > limit:
-            raise InvalidRequestError(f"{key} may be {limit} at most.", param=key)
+        if value is not None and (type(value) is not int or value > limit):
+            raise InvalidRequestError(f"{key} must be a whole number of at most {limit}.", param=key)
+    prompts = payload.get("prompt")
+    if isinstance(prompts, list) and len(prompts) > limit and not isinstance(prompts[0], int):
+        raise InvalidRequestError(f"prompt may hold {limit} prompts at most.", param="prompt")
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,25 +38,26 @@ class UsageNotes:
 
 def annotate_answer(body: bytes, notes: UsageNotes) -> bytes:
     """A whole JSON answer with its notes. One without usage is returned as it is."""
-    if _USAGE not in body:
+    answer = _decode(body) if _USAGE in body else {}
+    if not isinstance(answer.get("usage"), dict):
         return body
-    answer = orjson.loads(body)
     notes.add_to(answer["usage"])
     return orjson.dumps(answer)
 
 
 class StreamAnnotator:
-    """Finds the frame with usage in a stream of server-sent events and adds the notes.
+    """Cuts a stream of server-sent events into whole frames, finds the one with usage and adds the notes.
 
     Only that frame is looked into: others pass byte for byte, and are held back no longer than until they are whole.
+    Without notes (None) all of them pass.
     """
 
-    def __init__(self, notes: UsageNotes) -> None:
+    def __init__(self, notes: UsageNotes | None) -> None:
         self._notes = notes
         self._partial = b""
 
     def feed(self, chunk: bytes) -> bytes:
-        """Bytes from the engine in, bytes for the client out."""
+        """Bytes from the engine in, whole frames for the client out."""
         if self._partial:
             chunk = self._partial + chunk
             self._partial = b""
@@ -67,20 +68,30 @@ class StreamAnnotator:
         if end != len(chunk):
             self._partial = chunk[end:]
             chunk = chunk[:end]
-        if _USAGE not in chunk:
+        if self._notes is None or _USAGE not in chunk:
             return chunk
-        return b"".join(self._annotate(frame) for frame in chunk.split(_FRAME_END)[:-1])
+        return _FRAME_END.join(self._annotate(frame, self._notes) for frame in chunk.split(_FRAME_END))
 
     def flush(self) -> bytes:
         """What is left when the engine has closed the stream: an unfinished frame, passed as it is."""
         left, self._partial = self._partial, b""
         return left
 
-    def _annotate(self, frame: bytes) -> bytes:
-        if _USAGE in frame and frame.startswith(_DATA):
-            event = orjson.loads(frame[len(_DATA) :])
-            # With continuous usage every chunk counts; the cost stands in the last one, which has no choices.
-            if isinstance(event.get("usage"), dict) and not event.get("choices"):
-                self._notes.add_to(event["usage"])
-                frame = _DATA + orjson.dumps(event)
-        return frame + _FRAME_END
+    def _annotate(self, frame: bytes, notes: UsageNotes) -> bytes:
+        if _USAGE not in frame or not frame.startswith(_DATA):
+            return frame
+        event = _decode(frame[len(_DATA) :])
+        # With continuous usage every chunk counts; the cost stands in the last one, which has no choices.
+        if not isinstance(event.get("usage"), dict) or event.get("choices"):
+            return frame
+        notes.add_to(event["usage"])
+        return _DATA + orjson.dumps(event)
+
+
+def _decode(text: bytes) -> dict[str, Any]:
+    """A JSON object; empty for anything else, which is then passed on as it came."""
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return {}
+    return value if isinstance(value, dict) else {}

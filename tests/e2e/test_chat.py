@@ -11,8 +11,9 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import Stack
-from pages import build_page, encode, page_message
+
+from e2e.conftest import Stack
+from e2e.pages import build_page, encode, page_message
 
 MODEL = "nano"
 ALIAS = "deepseek-ai/DeepSeek-OCR"
@@ -96,6 +97,7 @@ def test_a_client_of_a_hosted_api_changes_only_the_host(stack: Stack, model: str
         )
         assert answer.model == MODEL  # what really ran
         assert model in [card.id for card in client.models.list()]
+        assert client.models.retrieve(model).id == model
 
 
 def test_completions(client: openai.OpenAI) -> None:

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from conftest import Stack
-from pages import bomb, build_page, data_url, encode, page_message
+
+from e2e.conftest import Stack
+from e2e.pages import bomb, build_page, data_url, encode, page_message
 
 MODEL = "nano"
 HELLO = [{"role": "user", "content": "Hello"}]

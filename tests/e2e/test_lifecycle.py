@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 import openai
 import psutil
-from conftest import ROOT, Stack, stop
+
+from e2e.conftest import ROOT, Stack, stop
 
 
 def ask(stack: Stack) -> str:

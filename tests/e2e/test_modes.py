@@ -6,7 +6,8 @@ from typing import Any
 
 import openai
 import pytest
-from pages import build_page, encode
+
+from e2e.pages import build_page, encode
 
 MODEL = "nano"
 SMALL_PAGE, LARGE_PAGE = encode(build_page(400, 300)), encode(build_page(1300, 1700), "JPEG")

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Stack
+
+from e2e.conftest import ROOT, Stack
 
 README = (ROOT / "README.md").read_text()
 

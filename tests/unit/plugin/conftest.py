@@ -9,7 +9,7 @@ import pytest
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's and torch's imports warn of themselves; ours are not meant here
-    from stock import import_stock
+    from unit.plugin.stock import import_stock
 
     _STOCK = import_stock()
 

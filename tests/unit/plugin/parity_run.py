@@ -16,6 +16,7 @@ os.environ |= {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "OMP_NUM_THREADS": "1",
+    "SERVING_IMAGE_STRICT": "1",  # pixels bit for bit as vLLM's own
 }
 if sys.argv[1] == "stock":
     os.environ["VLLM_PLUGINS"] = "none"  # vLLM loads those of this name, and there are none
@@ -52,7 +53,7 @@ def main(implementation: str, checkpoint: str, out: str) -> None:
     from vllm import LLM, ModelRegistry, SamplingParams
 
     if implementation == "stock":
-        from stock import import_stock, patch_sizes
+        from unit.plugin.stock import import_stock, patch_sizes
 
         stock = import_stock()
         patch_sizes(stock)

@@ -52,7 +52,7 @@ def test_dynamic_mode_makes_vllms_views(reference: types.SimpleNamespace, size: 
     page = build_page(*size)
     _, global_view, tiles, _, grid, num_tokens, _ = reference.views(page)
     mode = ResolutionMode()
-    ours = build_views(page, mode, GREY)
+    ours = build_views(page, mode, GREY, is_exact=True)
     half = (0.5, 0.5, 0.5)
     assert (ours.grid.columns, ours.grid.rows) == tuple(grid[0].tolist())
     assert mode.num_grid_tokens(ours.grid) == num_tokens[0]
@@ -65,7 +65,7 @@ def test_dynamic_mode_makes_vllms_views(reference: types.SimpleNamespace, size: 
 @pytest.mark.parametrize("side", [512, 640])
 def test_small_modes_show_the_whole_page_squeezed(side: int) -> None:
     page = build_page(300, 900)
-    views = build_views(page, ResolutionMode(side, side, False), GREY)
+    views = build_views(page, ResolutionMode(side, side, False), GREY, is_exact=True)
     expected = np.asarray(page.resize((side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     assert np.array_equal(views.global_view.numpy(), expected)
     assert views.tiles.shape == (0, 3, side, side)

@@ -1,0 +1,188 @@
+"""Decoding and resampling against vLLM's own loader and preprocessing, on files as odd as they come."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+from vllm.multimodal.image import ALLOWED_IMAGE_FORMATS
+from vllm.multimodal.media.image import ImageMediaIO
+
+from serving.plugin.decoding import DecodeError, decode, read_header
+from serving.plugin.images import WHITE, build_views
+from serving.plugin.modes import ResolutionMode
+from serving.plugin.selection import MODES
+
+GREY = (127, 127, 127)
+Array = npt.NDArray[np.uint8]
+
+
+def scene(width: int, height: int) -> Image.Image:
+    """Smooth shades with sharp black strokes on them, as on a page."""
+    generator = np.random.default_rng(width * 7 + height)
+    y, x = np.mgrid[:height, :width]
+    shades = np.stack([x * 255 // width, y * 255 // height, (x + y) % 256], axis=2).astype(np.uint8)
+    shades[generator.random((height, width)) < 0.1] = 0
+    return Image.fromarray(shades)
+
+
+def encode(image: Image.Image, image_format: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def with_orientation(image: Image.Image, orientation: int, image_format: str = "JPEG") -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encode(image, image_format, exif=exif)
+
+
+def sixteen_bit(width: int, height: int) -> Image.Image:
+    values = np.random.default_rng(1).integers(0, 65536, (height, width), dtype=np.uint16)
+    return Image.fromarray(values)
+
+
+def with_alpha(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    return image
+
+
+def animated(size: tuple[int, int]) -> bytes:
+    frames = [scene(*size).quantize(64), Image.new("P", size, 3)]
+    return encode(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=10)
+
+
+SIZE = (301, 203)
+FILES: dict[str, Callable[[], bytes]] = {
+    "jpeg": lambda: encode(scene(*SIZE), "JPEG"),
+    "jpeg 4:4:4": lambda: encode(scene(*SIZE), "JPEG", subsampling=0, quality=95),
+    "jpeg 4:2:2": lambda: encode(scene(*SIZE), "JPEG", subsampling=1),
+    "progressive jpeg": lambda: encode(scene(*SIZE), "JPEG", progressive=True),
+    "grey jpeg": lambda: encode(scene(*SIZE).convert("L"), "JPEG"),
+    "cmyk jpeg": lambda: encode(scene(*SIZE).convert("CMYK"), "JPEG"),
+    "jpeg with trailing bytes": lambda: encode(scene(*SIZE), "JPEG") + b"trailing",
+    "cmyk tiff": lambda: encode(scene(*SIZE).convert("CMYK"), "TIFF"),
+    "tiff": lambda: encode(scene(*SIZE), "TIFF", compression="tiff_deflate"),
+    "turned tiff": lambda: with_orientation(scene(*SIZE), 6, "TIFF"),
+    "bilevel tiff": lambda: encode(scene(*SIZE).convert("1"), "TIFF", compression="group4"),
+    "palette png": lambda: encode(scene(*SIZE).quantize(17), "PNG"),
+    "transparent palette png": lambda: encode(scene(*SIZE).quantize(17), "PNG", transparency=3),
+    "transparent rgb png": lambda: encode(scene(*SIZE), "PNG", transparency=(0, 0, 0)),
+    "rgba png": lambda: encode(with_alpha(scene(*SIZE)), "PNG"),
+    "grey alpha png": lambda: encode(with_alpha(scene(*SIZE)).convert("LA"), "PNG"),
+    "grey png": lambda: encode(scene(*SIZE).convert("L"), "PNG"),
+    "16-bit png": lambda: encode(sixteen_bit(*SIZE), "PNG"),
+    "turned png": lambda: with_orientation(scene(*SIZE), 6, "PNG"),
+    "webp": lambda: encode(scene(*SIZE), "WEBP"),
+    "turned webp": lambda: with_orientation(scene(*SIZE), 8, "WEBP"),
+    "rgba webp": lambda: encode(with_alpha(scene(*SIZE)), "WEBP"),
+    "bmp": lambda: encode(scene(*SIZE), "BMP"),
+    "ppm": lambda: encode(scene(*SIZE), "PPM"),
+    "ico": lambda: encode(scene(64, 64), "ICO"),
+    "animated gif": lambda: animated(SIZE),
+}
+FILES |= {f"jpeg turned {turn}": lambda turn=turn: with_orientation(scene(*SIZE), turn) for turn in range(10)}
+SIZES = [(1, 1), (1, 5000), (5000, 1), (639, 640), (640, 640), (641, 640), (641, 1200), (1654, 2339), (3000, 2000)]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_are_decoded_as_by_vllm(name: str) -> None:
+    data = FILES[name]()
+    expected = ImageMediaIO().load_bytes(data).media
+    assert np.array_equal(np.asarray(decode(data, ALLOWED_IMAGE_FORMATS, WHITE)), np.asarray(expected))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_headers_tell_the_size_as_shown(name: str) -> None:
+    data = FILES[name]()
+    header = read_header(data, ALLOWED_IMAGE_FORMATS)
+    if header.is_lazy:
+        assert header.size == ImageMediaIO().load_bytes(data).media.size
+
+
+def test_what_a_scanner_makes_is_trusted_before_it_is_decoded() -> None:
+    names = ("jpeg", "jpeg turned 6", "cmyk jpeg", "tiff", "grey png", "rgba png", "webp")
+    assert all(read_header(FILES[name](), ALLOWED_IMAGE_FORMATS).is_lazy for name in names)
+    assert not read_header(FILES["turned png"](), ALLOWED_IMAGE_FORMATS).is_lazy
+
+
+def test_the_background_shows_through() -> None:
+    data = encode(Image.new("RGBA", (2, 2), (9, 9, 9, 0)), "PNG")
+    assert np.asarray(decode(data, ALLOWED_IMAGE_FORMATS, (1, 2, 3))).tolist() == [[[1, 2, 3]] * 2] * 2
+
+
+@pytest.mark.parametrize("name", ["jpeg", "progressive jpeg", "grey png", "tiff", "webp", "animated gif", "bmp"])
+@pytest.mark.parametrize("part", [0.02, 0.5, 0.95])
+def test_truncated_files_are_refused(name: str, part: float) -> None:
+    data = FILES[name]()
+    with pytest.raises(DecodeError):
+        decode(data[: int(len(data) * part)], ALLOWED_IMAGE_FORMATS, WHITE)
+
+
+def test_formats_outside_the_list_are_refused() -> None:
+    for read in (lambda data: read_header(data, ("JPEG",)), lambda data: decode(data, ("JPEG",), WHITE)):
+        with pytest.raises(DecodeError):
+            read(FILES["grey png"]())
+
+
+@pytest.mark.parametrize("name", ["jpeg", "grey png", "tiff", "webp", "turned png", "animated gif", "bmp"])
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_files_are_decoded_or_refused_and_nothing_else(name: str) -> None:
+    data = FILES[name]()
+    dice = random.Random(name)
+    for _ in range(60):
+        broken = bytearray(data)
+        for _ in range(dice.choice([1, 4, 40])):
+            broken[dice.randrange(len(broken))] = dice.randrange(256)
+        try:
+            header = read_header(bytes(broken), ALLOWED_IMAGE_FORMATS)
+            if header.size[0] * header.size[1] < 10_000_000:
+                decode(bytes(broken), ALLOWED_IMAGE_FORMATS, WHITE)
+        except DecodeError as error:
+            assert "Failed to load image" in str(error)  # noqa: PT017
+
+
+def differences(page: Image.Image, mode: ResolutionMode) -> list[tuple[Array, Array]]:
+    exact, fast = (build_views(page, mode, GREY, is_exact=is_exact) for is_exact in (True, False))
+    assert exact.grid == fast.grid
+    return [(exact.global_view.numpy(), fast.global_view.numpy()), (exact.tiles.numpy(), fast.tiles.numpy())]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("size", SIZES)
+def test_fast_views_are_within_tolerance(size: tuple[int, int], mode: str) -> None:
+    for exact, fast in differences(scene(*size), MODES[mode]):
+        assert exact.shape == fast.shape
+        away = np.abs(exact.astype(np.int16) - fast)
+        assert away.max(initial=0) <= 2
+        assert np.count_nonzero(away) <= 0.005 * away.size
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_fast_views_of_odd_files_are_within_tolerance(name: str) -> None:
+    page = decode(FILES[name](), ALLOWED_IMAGE_FORMATS, WHITE)
+    image = page if isinstance(page, Image.Image) else Image.fromarray(page)
+    for exact, fast in differences(image.resize((image.width * 3, image.height * 3)), ResolutionMode()):
+        away = np.abs(exact.astype(np.int16) - fast)
+        assert away.max(initial=0) <= 2
+        assert np.count_nonzero(away) <= 0.005 * away.size
+
+
+def test_a_page_of_the_views_size_is_not_resampled() -> None:
+    page = scene(640, 640)
+    views = build_views(page, ResolutionMode(640, 640, False), GREY)
+    assert np.array_equal(views.global_view.numpy(), np.asarray(page).transpose(2, 0, 1))
+
+
+def test_sizes_that_differ_in_a_squeezed_mode_are_reached_in_two_steps() -> None:
+    page = scene(900, 300)
+    expected = page.resize((640, 640)).resize((1024, 1024))
+    views = build_views(page, ResolutionMode(1024, 640, False), GREY, is_exact=True)
+    assert np.array_equal(views.global_view.numpy(), np.asarray(expected).transpose(2, 0, 1))

@@ -1,0 +1,332 @@
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving.directory import ReplicaRecord, ReplicaState
+from serving.errors import ImageTooLargeError, ServingError
+from serving.router.requests import RoutedRequest, parse_request, resolve_modes
+from serving.settings import LimitSettings, ModelSettings, RouterSettings, Settings
+
+from .pictures import encode_image, image_part, png_header, to_url
+
+CHAT = "/v1/chat/completions"
+TEXT = "/v1/completions"
+LIMITS = LimitSettings(max_images=2, max_messages=3, max_choices=4)
+SETTINGS = Settings(
+    models={"nano": ModelSettings(checkpoint="nano", aliases=("deepseek-ai/DeepSeek-OCR",))},
+    router=RouterSettings(limits=LIMITS),
+)
+IMAGE = image_part(to_url(encode_image("PNG")))
+USER = {"role": "user", "content": "Hello"}
+
+
+def parse(path: str = CHAT, **fields: Any) -> RoutedRequest:
+    payload = {"model": "nano", "messages": [USER], **fields}
+    return parse_request(path, orjson.dumps(payload), SETTINGS)
+
+
+def refusal(path: str, body: bytes) -> tuple[int, str | None, str | None]:
+    with pytest.raises(ServingError) as caught:
+        parse_request(path, body, SETTINGS)
+    shown = caught.value.body()["error"]
+    assert shown["type"] == "invalid_request_error"
+    return caught.value.http_status, shown["param"], shown["code"]
+
+
+def test_the_body_goes_on_as_it_came() -> None:
+    body = b' {"model" : "nano","messages":[{"role":"user","content":"\\u00e9"}]}\n'
+    request = parse_request(CHAT, body, SETTINGS)
+    assert request == RoutedRequest(CHAT, "nano", body, is_stream=False, wants_stream_usage=False)
+
+
+def test_an_alias_leads_to_the_model_behind_it() -> None:
+    assert parse(model="deepseek-ai/DeepSeek-OCR").model == "nano"
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_stream", "wants_stream_usage"),
+    [
+        ({}, False, False),
+        ({"stream": None, "stream_options": None}, False, False),
+        ({"stream": False}, False, False),
+        ({"stream": True}, True, False),
+        ({"stream": True, "stream_options": {}}, True, False),
+        ({"stream": True, "stream_options": {"include_usage": False}}, True, False),
+        ({"stream": True, "stream_options": {"include_usage": True}}, True, True),
+    ],
+)
+def test_a_stream_is_told_from_a_whole_answer(
+    fields: dict[str, Any], is_stream: bool, wants_stream_usage: bool
+) -> None:
+    request = parse(**fields)
+    assert (request.is_stream, request.wants_stream_usage) == (is_stream, wants_stream_usage)
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"{'model': 'nano'}", b"[1]", b'"nano"', b"null", b"3", b"\xff\xfe", b"[" * 100_000]
+)
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_what_is_no_json_object_is_refused(path: str, body: bytes) -> None:
+    assert refusal(path, body) == (400, None, "invalid_json")
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"model": None}, (400, "model", None)),
+        ({"model": ""}, (400, "model", None)),
+        ({"model": 3}, (400, "model", None)),
+        ({"model": ["nano"]}, (400, "model", None)),
+        ({"model": "gpt-9"}, (404, "model", "model_not_found")),
+        ({"model": "Nano"}, (404, "model", "model_not_found")),
+        ({"stream": "yes"}, (400, "stream", None)),
+        ({"stream": 1}, (400, "stream", None)),
+        ({"stream_options": True}, (400, "stream_options", None)),
+        ({"stream_options": []}, (400, "stream_options", None)),
+        ({"n": 5}, (400, "n", None)),
+        ({"best_of": 5}, (400, "best_of", None)),
+    ],
+)
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_what_every_request_needs_is_checked(
+    path: str, fields: dict[str, Any], expected: tuple[int, str | None, str | None]
+) -> None:
+    body = orjson.dumps({"model": "nano", "messages": [USER], **fields})
+    assert refusal(path, body) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"messages": None}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"messages": "Hello"}, "messages"),
+        ({"messages": {"role": "user"}}, "messages"),
+        ({"messages": [USER] * 4}, "messages"),
+        ({"messages": ["Hello"]}, "messages[0]"),
+        ({"messages": [USER, None]}, "messages[1]"),
+        ({"messages": [{"role": "user", "content": ["Hello"]}]}, "messages[0].content[0]"),
+        ({"messages": [USER, {"content": [IMAGE, 3]}]}, "messages[1].content[1]"),
+        ({"messages": [{"content": [{"type": "image_url"}]}]}, "messages[0].content[0].image_url"),
+        ({"messages": [{"content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content[0].image_url"),
+        ({"messages": [{"content": [image_part(3)]}]}, "messages[0].content[0].image_url"),
+        ({"messages": [{"content": [IMAGE] * 3}]}, "messages[0].content[2].image_url"),
+        ({"messages": [{"content": [IMAGE]}] * 3}, "messages[2].content[0].image_url"),
+    ],
+)
+def test_messages_that_cannot_be_read_are_refused_where_they_stand(fields: dict[str, Any], expected: str) -> None:
+    body = orjson.dumps({"model": "nano", **fields})
+    assert refusal(CHAT, body) == (400, expected, None)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        image_part("data:image/png;base64,AAAA"),
+        {"type": "image_url", "image_url": "data:image/png;base64,AAAA"},
+        {"image_url": {"url": "data:image/png;base64,AAAA"}},
+        {"type": "text", "text": "look", "image_url": {"url": "data:image/png;base64,AAAA"}},
+        {"type": "input_image", "image_url": "data:image/png;base64,AAAA"},
+    ],
+)
+@pytest.mark.parametrize("role", ["user", "system", "tool"])
+def test_no_spelling_of_an_image_part_gets_past_the_check(part: dict[str, Any], role: str) -> None:
+    body = orjson.dumps({"model": "nano", "messages": [USER, {"role": role, "content": [{"type": "text"}, part]}]})
+    assert refusal(CHAT, body) == (400, "messages[1].content[1].image_url", "invalid_image")
+
+
+def test_a_giant_among_good_images_is_found() -> None:
+    giant = image_part(to_url(png_header(60_000, 60_000)))
+    with pytest.raises(ImageTooLargeError) as caught:
+        parse(messages=[{"role": "user", "content": [IMAGE, giant]}])
+    assert caught.value.param == "messages[0].content[1].image_url"
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "system", "content": "Be brief."}, USER, {"role": "assistant", "content": None}],
+        [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}],
+        [{"role": "user", "content": [IMAGE, {"type": "text", "text": "Free OCR."}]}],
+        [{"role": "user", "content": [IMAGE, IMAGE]}],
+        [{"role": "user", "content": []}],
+        [{"role": "user"}],
+        [USER] * 3,
+    ],
+)
+def test_chats_within_the_limits_pass(messages: list[Any]) -> None:
+    assert parse(messages=messages).model == "nano"
+
+
+def page(width: int, height: int, **more: Any) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": to_url(png_header(width, height)), **more}}
+
+
+def user(*parts: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": list(parts)}]
+
+
+def test_the_sizes_of_images_are_told_in_their_order() -> None:
+    text = {"type": "text", "text": "Free OCR."}
+    assert parse(messages=user(page(30, 20), text, page(7, 9))).image_sizes == ((30, 20), (7, 9))
+    assert parse().image_sizes == ()
+
+
+def test_the_size_of_a_remote_image_is_not_known() -> None:
+    router = RouterSettings(allow_remote_images=True)
+    body = orjson.dumps({"model": "nano", "messages": user(image_part("https://example.com/a.png"), page(3, 4))})
+    request = parse_request(CHAT, body, Settings(models=SETTINGS.models, router=router))
+    assert request.image_sizes == (None, (3, 4))
+
+
+@pytest.mark.parametrize(
+    ("details", "modes"),
+    [
+        (("low", None), ["small", "default"]),
+        (("auto", "high"), ["auto", "gundam"]),
+        ((None, "low"), ["default", "small"]),
+    ],
+)
+def test_openai_detail_becomes_a_mode_for_the_engine(details: tuple[str | None, ...], modes: list[str]) -> None:
+    messages = user(*(page(30, 20, detail=detail) for detail in details))
+    request = parse(messages=messages, mm_processor_kwargs={"max_tiles": 4}, seed=3)
+    options = {"max_tiles": 4, "mode": modes}
+    assert request.image_options == options
+    expected = {"model": "nano", "messages": messages, "mm_processor_kwargs": options, "seed": 3}
+    assert orjson.loads(request.body) == expected
+
+
+def test_a_mode_goes_before_details() -> None:
+    fields = {"messages": user(page(30, 20, detail="low")), "mm_processor_kwargs": {"mode": "base"}}
+    request = parse(**fields)
+    assert request.image_options == {"mode": "base"}
+    assert request.body == orjson.dumps({"model": "nano", **fields})
+
+
+@pytest.mark.parametrize("detail", ["medium", "", 3, [], {}, True])
+def test_a_detail_that_openai_does_not_know_is_refused(detail: Any) -> None:
+    body = orjson.dumps({"model": "nano", "messages": user(page(30, 20, detail=detail))})
+    assert refusal(CHAT, body) == (400, "messages[0].content[0].image_url.detail", None)
+
+
+@pytest.mark.parametrize("options", [3, "base", [], True])
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_image_options_are_an_object(path: str, options: Any) -> None:
+    body = orjson.dumps({"model": "nano", "messages": [USER], "mm_processor_kwargs": options})
+    assert refusal(path, body) == (400, "mm_processor_kwargs", None)
+
+
+REPLICA = ReplicaRecord(
+    "a",
+    "nano",
+    "http://a",
+    ReplicaState.READY,
+    image_config=(("base_size", 512), ("crop_mode", False), ("image_size", 512)),
+    image_options=(("mode", "small"),),
+)
+
+
+def routed(*sizes: tuple[int, int] | None, **options: Any) -> RoutedRequest:
+    return RoutedRequest(
+        CHAT, "nano", b"", is_stream=False, wants_stream_usage=False, image_sizes=sizes, image_options=options
+    )
+
+
+@pytest.mark.parametrize(
+    ("request_", "replica", "modes"),
+    [
+        (routed((30, 20)), REPLICA, ("small",)),
+        (routed((30, 20), (9, 9), mode=["default", "base"]), REPLICA, ("tiny", "base")),
+        (routed((30, 20), (2000, 3000), mode="auto"), REPLICA, ("tiny", "gundam")),
+        (routed(), REPLICA, ()),
+        (routed((30, 20), None), REPLICA, ()),
+        (routed((30, 20), mode="huge"), REPLICA, ()),
+        (routed((30, 20), colour="red"), REPLICA, ()),
+        (routed((30, 20)), dataclasses.replace(REPLICA, image_options=()), ("tiny",)),
+        (routed((30, 20)), dataclasses.replace(REPLICA, image_config=()), ()),
+    ],
+)
+def test_the_mode_of_every_image_is_told_where_it_is_known(
+    request_: RoutedRequest, replica: ReplicaRecord, modes: tuple[str, ...]
+) -> None:
+    assert resolve_modes(request_, replica) == modes
+
+
+@pytest.mark.parametrize("fields", [{"n": 4}, {"best_of": 4}, {"n": None}, {"n": 0}, {"n": -1}])
+def test_the_rest_is_the_engines_to_judge(fields: dict[str, Any]) -> None:
+    assert parse(temperature=-3, max_tokens="many", **fields).model == "nano"
+
+
+@pytest.mark.parametrize("value", [1e6, "1000000", 10**30])
+@pytest.mark.parametrize("key", ["n", "best_of"])
+def test_no_spelling_of_a_number_gets_past_the_limit_of_choices(key: str, value: Any) -> None:
+    body = json.dumps({"model": "nano", "messages": [USER], key: value}).encode()
+    assert refusal(CHAT, body) == (400, key, None)
+
+
+def test_completions_need_no_messages() -> None:
+    request = parse_request(TEXT, b'{"model": "nano", "prompt": "Once", "messages": 3}', SETTINGS)
+    assert (request.path, request.model) == (TEXT, "nano")
+
+
+def test_a_long_model_name_is_not_sent_back_whole() -> None:
+    with pytest.raises(ServingError) as caught:
+        parse(model="x" * 10_000)
+    assert len(caught.value.message) < 250
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.just("nano")
+    | st.just("data:;base64,"),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(["type", "url", "image_url", "content", "role", "include_usage"]), inner)
+    ),
+    max_leaves=12,
+)
+FIELDS = ("messages", "prompt", "stream", "stream_options", "n", "best_of", "model")
+
+
+@given(
+    st.sampled_from([CHAT, TEXT]),
+    JSON
+    | st.fixed_dictionaries({"model": st.just("nano")}, optional=dict.fromkeys(FIELDS[:-1], JSON))
+    | st.fixed_dictionaries({"model": st.just("nano"), "messages": st.lists(st.fixed_dictionaries({"content": JSON}))})
+    | st.dictionaries(st.sampled_from(FIELDS), JSON),
+)
+def test_arbitrary_json_raises_nothing_but_serving_errors(path: str, payload: Any) -> None:
+    with contextlib.suppress(ServingError):
+        parse_request(path, json.dumps(payload).encode(), SETTINGS)
+
+
+@given(st.sampled_from([CHAT, TEXT]), st.binary())
+def test_arbitrary_bytes_raise_nothing_but_serving_errors(path: str, body: bytes) -> None:
+    with pytest.raises(ServingError):
+        parse_request(path, body, SETTINGS)
+
+
+@given(st.dictionaries(st.sampled_from(["mode", "min_tiles", "max_tiles", "x"]), JSON))
+def test_arbitrary_image_options_leave_the_modes_to_the_engine(options: dict[str, Any]) -> None:
+    assert len(resolve_modes(routed((30, 20), **options), REPLICA)) in (0, 1)
+
+
+@pytest.mark.parametrize("prompt", [["a"] * 5, [[1, 2]] * 5])
+def test_the_prompts_of_a_completion_are_bounded(prompt: list[Any]) -> None:
+    assert refusal(TEXT, orjson.dumps({"model": "nano", "prompt": prompt})) == (400, "prompt", None)
+
+
+def test_a_prompt_of_token_ids_is_one_prompt() -> None:
+    assert parse(TEXT, prompt=list(range(100))).path == TEXT

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving.billing.prices import Price
+from serving.router.usage import StreamAnnotator, UsageNotes, annotate_answer
+
+NOTES = UsageNotes(Price(input_picodollars=30_000, output_picodollars=100_000))
+USAGE = {"prompt_tokens": 1000, "total_tokens": 1500, "completion_tokens": 500}
+COST = 0.00008
+
+
+def frame(event: Any) -> bytes:
+    return b"data: " + orjson.dumps(event) + b"\n\n"
+
+
+def chunk(text: str, **more: Any) -> dict[str, Any]:
+    return {"id": "c-1", "choices": [{"index": 0, "delta": {"content": text}}], **more}
+
+
+# A frame as the engine sends it, and as the client gets it.
+Frame = tuple[bytes, bytes]
+
+TEXTS = st.text() | st.sampled_from(
+    ['"usage":{', '"usage":{}', '\\"usage\\":{"a":1}', 'data: {"usage":{', "\n\n", "\r\n"]
+)
+COUNTS = st.integers(0, 10**7)
+
+
+@st.composite
+def final_frames(draw: st.DrawFn) -> Frame:
+    usage = {"prompt_tokens": draw(COUNTS), "total_tokens": 1, "completion_tokens": draw(COUNTS)}
+    event = {"id": draw(TEXTS), "choices": [], "usage": usage}
+    nano = (usage["prompt_tokens"] * 30_000 + usage["completion_tokens"] * 100_000 + 500) // 1000
+    return frame(event), frame({**event, "usage": {**usage, "estimated_cost": nano / 10**9}})
+
+
+UNCHANGED = st.one_of(
+    TEXTS.map(lambda text: frame(chunk(text))),
+    TEXTS.map(lambda text: frame(chunk(text, usage=None))),
+    TEXTS.map(lambda text: frame(chunk(text, usage=USAGE))),  # continuous usage: not the last chunk yet
+    st.just(b"data: [DONE]\n\n"),
+    st.just(b": ping\n\n"),
+    st.just(b'event: usage\ndata: {"choices":[]}\n\n'),
+).map(lambda same: (same, same))
+STREAMS = st.lists(UNCHANGED | final_frames(), max_size=8)
+
+
+@st.composite
+def splits(draw: st.DrawFn, data: bytes) -> list[bytes]:
+    cuts = sorted(draw(st.lists(st.integers(0, len(data)), max_size=12)))
+    return [data[begin:end] for begin, end in itertools.pairwise([0, *cuts, len(data)])]
+
+
+@given(st.data(), STREAMS, st.sampled_from([b"", b"data: {", b'data: {"choices":[],"usage":{"prompt_tokens":1}}']))
+def test_however_a_stream_is_split_only_its_final_usage_changes(
+    data: st.DataObject, frames: list[Frame], unfinished: bytes
+) -> None:
+    stream = b"".join(sent for sent, _ in frames) + unfinished
+    ends = list(itertools.accumulate(len(sent) for sent, _ in frames))
+    annotator = StreamAnnotator(NOTES)
+    fed, got = 0, b""
+    for piece in data.draw(splits(stream)):
+        got += annotator.feed(piece)
+        fed += len(piece)
+        # Whole frames are out at once, unfinished ones are not.
+        num_whole = sum(end <= fed for end in ends)
+        assert got == b"".join(expected for _, expected in frames[:num_whole])
+    assert annotator.flush() == unfinished
+    assert annotator.flush() == b""
+
+
+@given(st.data(), st.lists(st.sampled_from([b"\n", b"\r\n", b"data: ", b"{", b'"usage":', b"[DONE]", b"\xff"])))
+def test_bytes_without_usage_pass_as_they_are(data: st.DataObject, parts: list[bytes]) -> None:
+    stream = b"".join(parts).replace(b'"usage":{', b"")
+    annotator = StreamAnnotator(NOTES)
+    assert b"".join(annotator.feed(piece) for piece in data.draw(splits(stream))) + annotator.flush() == stream
+
+
+def test_a_frame_is_not_held_back_for_the_next_one() -> None:
+    annotator = StreamAnnotator(NOTES)
+    first, second = frame(chunk("a")), frame(chunk("b"))
+    assert annotator.feed(first + second[:10]) == first
+    assert annotator.feed(second[10:]) == second
+
+
+@pytest.mark.parametrize(
+    "event", [{"usage": USAGE}, {"choices": [], "usage": USAGE}, {"choices": None, "usage": USAGE}]
+)
+def test_the_final_frame_carries_the_cost(event: dict[str, Any]) -> None:
+    out = StreamAnnotator(NOTES).feed(frame(event))
+    assert json.loads(out.removeprefix(b"data: ")) == {**event, "usage": {**USAGE, "estimated_cost": COST}}
+    assert out.endswith(b"}\n\n")
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        pytest.param(
+            frame({"choices": [], "note": {"usage": {}}}),
+            id="usage of something else",
+        ),
+        pytest.param(
+            b'data: {"choices":[],"usage":{\n\n',
+            id="not JSON",
+        ),
+        pytest.param(
+            frame([{"usage": {}}]),
+            id="not an object",
+        ),
+        pytest.param(
+            frame(chunk("a", usage={})) + b"\n",
+            id="an empty line too many",
+        ),
+    ],
+)
+def test_what_is_no_final_usage_passes_as_it_is(stream: bytes) -> None:
+    annotator = StreamAnnotator(NOTES)
+    assert annotator.feed(stream) + annotator.flush() == stream
+
+
+def test_a_whole_answer_carries_the_cost_and_is_otherwise_the_same() -> None:
+    answer = {"id": "c-1", "model": "nano", "choices": [{"message": {"content": "tschüß \u2028"}}], "usage": USAGE}
+    priced = json.loads(annotate_answer(orjson.dumps(answer), NOTES))
+    assert priced == {**answer, "usage": {**USAGE, "estimated_cost": COST}}
+    assert list(priced) == list(answer)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        orjson.dumps({"choices": [{"text": 'an essay on "usage":{'}]}),
+        orjson.dumps({"choices": [], "usage": None}),
+        b"",
+        b"not JSON",
+        pytest.param(
+            orjson.dumps({"choices": [{"tool": {"usage": {}}}]}),
+        ),
+    ],
+)
+def test_an_answer_without_usage_is_returned_as_it_is(body: bytes) -> None:
+    assert annotate_answer(body, NOTES) == body
+
+
+@pytest.mark.parametrize(
+    ("usage", "cost"),
+    [
+        ({"prompt_tokens": 1000, "completion_tokens": 0}, 0.00003),
+        ({"prompt_tokens": 0, "completion_tokens": 1}, 1e-7),
+        ({"prompt_tokens": 10}, 3e-7),
+        ({"prompt_tokens": 10, "completion_tokens": None}, 3e-7),
+        ({}, 0.0),
+    ],
+)
+def test_tokens_that_are_not_told_cost_nothing(usage: dict[str, Any], cost: float) -> None:
+    NOTES.add_to(usage)
+    assert usage["estimated_cost"] == cost
+
+
+DETAILS = {"cached_tokens": 0, "multimodal_tokens": {"image": 111}}
+
+
+@pytest.mark.parametrize(
+    ("details", "image_modes", "expected"),
+    [
+        (DETAILS, ("tiny", "gundam"), {**DETAILS, "image_tokens": 111, "image_modes": ["tiny", "gundam"]}),
+        (DETAILS, (), {**DETAILS, "image_tokens": 111, "image_modes": []}),
+        ({"multimodal_tokens": {}}, (), {"multimodal_tokens": {}, "image_tokens": 0, "image_modes": []}),
+        ({"cached_tokens": 3}, (), {"cached_tokens": 3}),
+        ({"multimodal_tokens": None}, ("tiny",), {"multimodal_tokens": None}),
+        (None, ("tiny",), None),
+    ],
+)
+def test_what_images_took_is_told_where_the_engine_counts_them(
+    details: dict[str, Any] | None, image_modes: tuple[str, ...], expected: dict[str, Any] | None
+) -> None:
+    usage = {**USAGE, "prompt_tokens_details": None if details is None else dict(details)}
+    UsageNotes(NOTES.price, image_modes).add_to(usage)
+    assert usage["prompt_tokens_details"] == expected
+    assert usage["estimated_cost"] == COST

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import io
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+from rich.console import Console
+
+from serving import launch
+from serving.directory import EMPTY, ReplicaRecord, ReplicaState, Snapshot
+from serving.errors import SettingsError
+from serving.launch import StartError
+from serving.settings import ModelSettings, RouterSettings, Settings
+
+
+def build_settings(**router: object) -> Settings:
+    models = {"nano": ModelSettings(checkpoint="nano"), "other": ModelSettings(checkpoint="x")}
+    return Settings(models=models, router=RouterSettings.model_validate({"allow_unauthenticated": True, **router}))
+
+
+# The address
+
+
+@pytest.mark.parametrize("shares_port", [False, True])
+def test_a_taken_port_is_refused_even_when_its_owner_would_share(shares_port: bool) -> None:
+    with socket.socket() as stranger:
+        if shares_port:
+            stranger.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        stranger.bind(("127.0.0.1", 0))
+        stranger.listen()
+        port = stranger.getsockname()[1]
+        with pytest.raises(StartError, match=rf"127\.0\.0\.1:{port} cannot be listened on .*PORT="):
+            launch._refuse_taken_port("127.0.0.1", port)
+
+
+def test_a_free_port_stays_free() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launch._refuse_taken_port("127.0.0.1", port)
+    launch._refuse_taken_port("127.0.0.1", port)
+
+
+def test_an_address_of_another_machine_is_refused() -> None:
+    with pytest.raises(StartError, match=r"203\.0\.113\.1:8000 cannot be listened on"):
+        launch._refuse_taken_port("203.0.113.1", 8000)
+
+
+# Room for all replicas
+
+
+@pytest.mark.parametrize(
+    ("num_replicas", "cpus_per_replica", "router_cpus", "expected"),
+    [(1, 1.0, 0.5, 3), (100, 2.0, 0.5, 202), (100, 2.0, 1.5, 203), (3, 0.25, 0.0, 2)],
+)
+def test_a_cluster_of_our_own_has_room_for_all_replicas(
+    monkeypatch: pytest.MonkeyPatch, num_replicas: int, cpus_per_replica: float, router_cpus: float, expected: int
+) -> None:
+    model = ModelSettings(checkpoint="x", num_replicas=num_replicas, cpus_per_replica=cpus_per_replica)
+    settings = Settings(models={"m": model}, router=RouterSettings(cpus_per_replica=router_cpus))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert launch._needed_cpus(settings) == expected
+    monkeypatch.setattr(os, "cpu_count", lambda: 500)
+    assert launch._needed_cpus(settings) == 500
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert launch._needed_cpus(settings) == expected
+
+
+# The checkpoint
+
+
+def test_a_folder_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "weights").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert launch._resolve_checkpoint("weights") == str(tmp_path / "weights")
+    assert launch._resolve_checkpoint("./weights") == str(tmp_path / "weights")
+    assert launch._resolve_checkpoint(str(tmp_path / "weights")) == str(tmp_path / "weights")
+    assert launch._resolve_checkpoint("nano") == str(tmp_path / "checkpoints" / "nano")
+
+
+def test_a_repository_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert launch._resolve_checkpoint("deepseek-ai/DeepSeek-OCR") == "deepseek-ai/DeepSeek-OCR"
+
+
+@pytest.mark.parametrize("checkpoint", ["./missing", "/missing/weights", "~/missing", "../missing"])
+def test_a_folder_that_is_not_there_is_refused(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(SettingsError, match="there is no such folder"):
+        launch._resolve_checkpoint(checkpoint)
+
+
+def test_a_folder_in_the_home_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "weights").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert launch._resolve_checkpoint("~/weights") == str(tmp_path / "weights")
+
+
+# What the user is told
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8123"),
+        ("0.0.0.0", "http://127.0.0.1:8123"),
+        ("::", "http://127.0.0.1:8123"),
+        ("10.1.2.3", "http://10.1.2.3:8123"),
+        pytest.param(
+            "::1",
+            "http://[::1]:8123",
+        ),
+    ],
+)
+def test_the_greeting_shows_a_command_that_works(host: str, url: str) -> None:
+    greeting = launch._greeting(build_settings(host=host, port=8123), EMPTY)
+    assert f"curl {url}/v1/chat/completions " in greeting
+    assert f"{url}/v1," in greeting
+    assert '{"model": "nano", ' in greeting
+
+
+def test_the_greeting_tells_where_the_engines_are() -> None:
+    record = ReplicaRecord("a", "nano", "http://127.0.0.1:4321", ReplicaState.READY)
+    assert "nano at http://127.0.0.1:4321" in launch._greeting(build_settings(), Snapshot((1, 1), (record,)))
+
+
+def application(message: str, *deployments: str) -> SimpleNamespace:
+    return SimpleNamespace(
+        message=message,
+        deployments={str(number): SimpleNamespace(message=text) for number, text in enumerate(deployments)},
+    )
+
+
+TRACEBACK = """The replica failed:
+Traceback (most recent call last):
+  File "a.py", line 1, in f
+ValueError: first
+
+During handling of the above exception, another exception occurred:
+
+serving.errors.SettingsError: vLLM does not accept them
+  on two lines
+"""
+
+
+@pytest.mark.parametrize(
+    ("told", "is_verbose", "expected"),
+    [
+        (application("whole"), False, "whole"),
+        (application("whole", "", ""), False, "whole"),
+        (application("whole", "one", "", "two"), False, "one\ntwo"),
+        (application("whole", TRACEBACK), True, TRACEBACK),
+        (
+            application("whole", TRACEBACK),
+            False,
+            "serving.errors.SettingsError: vLLM does not accept them\n  on two lines\n(--verbose shows more)",
+        ),
+    ],
+)
+def test_the_reason_of_a_failure_is_its_last_error(told: SimpleNamespace, is_verbose: bool, expected: str) -> None:
+    assert launch._reason(told, is_verbose) == expected
+
+
+def test_each_thing_is_said_once_and_as_it_is() -> None:
+    output = io.StringIO()
+    updates: list[str] = []
+    say = launch._teller(Console(file=output, width=100), updates.append)
+    for text in ("loading [/weights]", "loading [/weights]", "ready", "loading [/weights]"):
+        say(text)
+    assert updates == ["loading [/weights]", "ready", "loading [/weights]"]
+    assert [line.partition("] ")[2] for line in output.getvalue().splitlines()] == updates
+
+
+# The end
+
+
+def test_what_outlives_a_shutdown_is_ended() -> None:
+    script = """
+import subprocess, sys
+from serving import launch
+launch._LEFTOVER_GRACE_S = 0.2
+stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
+child = subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE)
+child.stdout.readline()
+with launch._nothing_left_behind():
+    pass
+print(child.pid)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=True)
+    assert not psutil.pid_exists(int(ended.stdout))
+
+
+def test_a_stranger_is_not_ended() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        subprocess.run(
+            [sys.executable, "-c", "from serving import launch\nwith launch._nothing_left_behind(): pass"],
+            timeout=30,
+            check=True,
+        )
+        assert child.poll() is None
+    finally:
+        child.kill()
+        child.wait()
