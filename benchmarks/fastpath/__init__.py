@@ -7,6 +7,7 @@ from __future__ import annotations
 
 MEASURES = {
     "ngram": "benchmarks.fastpath.ngram",
+    "encoder": "benchmarks.fastpath.encoder",
     "servers": "benchmarks.fastpath.servers",
 }
 """Names of the measures and the modules that hold them; a module is imported when its measure is run."""

@@ -119,7 +119,7 @@ class DeepseekOCRForCausalLM(nn.Module, SupportsMultiModal, SupportsPP, Supports
             views = torch.cat([stacks[place] for place in places])
             encoded = [
                 encode_views(self.sam_model, self.vision_model, self.projector, self._normalise(part, dtype))
-                for part in views.split(views_per_batch(self.vision_sizes, size, dtype.itemsize))
+                for part in views.split(views_per_batch(self.vision_sizes, size, dtype, views.device))
             ]
             parts = torch.cat(encoded).split([len(stacks[place]) for place in places])
             for place, part in zip(places, parts, strict=True):

@@ -19,8 +19,10 @@ from serving.plugin.private import encoder_layers
 
 ImageEncoderViT, DeepCLIPVisionTransformer, MlpProjector = encoder_layers()
 
-_ATTENTION_BIAS_BUDGET_BYTES = 512 * 2**20
-"""Bound on SAM's relative position bias, the largest intermediate, when views are encoded together."""
+_CPU_BIAS_BYTES = 32 * 2**20
+_DEVICE_BIAS_BYTES = 512 * 2**20
+"""Bounds on SAM's relative position bias, the largest intermediate, when views are encoded together. A CPU gains
+nothing from larger batches and loses its caches to them (5% slower at 96 MiB, measured at the nano sizes)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +128,11 @@ def encode_views(sam: nn.Module, clip: nn.Module, projector: nn.Module, views: t
     return projector(features)
 
 
-def views_per_batch(sizes: VisionSizes, view_size: int, itemsize: int) -> int:
+def views_per_batch(sizes: VisionSizes, view_size: int, dtype: torch.dtype, device: torch.device) -> int:
     """How many views of this many pixels per side go through the encoder together within the memory bound."""
     num_patches = (view_size // sizes.sam_patch_size) ** 2
-    bias_bytes = sizes.sam_heads * num_patches**2 * itemsize
-    return max(1, _ATTENTION_BIAS_BUDGET_BYTES // bias_bytes)
+    bias_bytes = sizes.sam_heads * num_patches**2 * dtype.itemsize
+    return max(1, (_CPU_BIAS_BYTES if device.type == "cpu" else _DEVICE_BIAS_BYTES) // bias_bytes)
 
 
 def normalise(

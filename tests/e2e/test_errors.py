@@ -97,7 +97,11 @@ CASES: dict[str, tuple[bytes, int, dict[str, Any]]] = {
     "stream of the wrong type": (chat(stream="yes"), 400, {"param": "stream"}),
     "stream_options of the wrong type": (chat(stream=True, stream_options=[1]), 400, {"param": "stream_options"}),
     "too many logprobs": (chat(logprobs=True, top_logprobs=100_000), 400, {}),
-    "unknown processor argument": (chat(mm_processor_kwargs={"mode": "huge"}), 400, {}),
+    "unknown processor argument": (
+        chat(messages=page_message(encode(build_page())), mm_processor_kwargs={"size": 3}),
+        400,
+        {"param": "mm_processor_kwargs"},
+    ),
 }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.models.deepencoder import build_sam_vit_b
@@ -77,6 +78,9 @@ def test_towers_that_do_not_fit_each_other_are_refused() -> None:
 
 def test_views_are_batched_within_the_memory_bound() -> None:
     published, nano = read(PUBLISHED), read(build_model_config()["vision_config"])
-    assert views_per_batch(published, 1024, 4) == 1
-    assert views_per_batch(nano, 512, 4) > 8
-    assert views_per_batch(published, 4096, 4) == 1  # one view goes through whatever its size
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert views_per_batch(published, 640, torch.bfloat16, gpu) == 8
+    assert views_per_batch(published, 1024, torch.float32, gpu) == 1
+    assert views_per_batch(nano, 512, torch.float32, cpu) == 2
+    assert views_per_batch(nano, 512, torch.float32, gpu) > 8
+    assert views_per_batch(published, 4096, torch.float32, cpu) == 1  # one view goes through whatever its size
