@@ -1,6 +1,5 @@
 # Every verb sets itself up: a fresh clone needs Python 3.11, git, make and a C compiler, nothing else.
 PYTHON ?= python3.11
-PORT   ?= 8000
 CONFIG ?= configs/local.yaml
 BIN    := .venv/bin
 
@@ -15,8 +14,8 @@ install: ## make .venv ready (pinned dependencies; a second run takes a moment)
 checkpoint: install ## write the nano checkpoint to checkpoints/nano
 	@$(BIN)/python -m serving.demo.build
 
-serve: install ## start the stack in the foreground on PORT (Ctrl-C stops everything)
-	@SERVING__ROUTER__PORT=$(PORT) exec $(BIN)/serving up --config $(CONFIG)
+serve: install ## start the stack in the foreground, on PORT if given (Ctrl-C stops everything)
+	@$(if $(PORT),SERVING__ROUTER__PORT=$(PORT)) exec $(BIN)/serving up --config $(CONFIG)
 
 lint: install ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .

@@ -73,6 +73,25 @@ class PriceSettings(_Frozen):
     output_per_million: Annotated[Decimal, Field(ge=0, le=10_000, decimal_places=6)] = Decimal("0.10")
 
 
+class ImageSettings(_Frozen):
+    """Who decodes and cuts the pages of a replica, and how exactly."""
+
+    workers: Annotated[int, Field(ge=0, le=256)] = 0
+    """Processes that do it outside the API process; 0 leaves it to that process's own threads."""
+    queue: Annotated[int, Field(ge=1)] = 64
+    """Pages that may wait for a worker."""
+    queue_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    """After so long without room in the queue a request is refused with 503."""
+    work_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """After so long on one page a worker is given up, and the page with it."""
+    strict: bool = False
+    """Pixels bit for bit as Pillow resamples them; else within 2/255 on at most 0.5% of the values, and quicker."""
+
+    def environment(self) -> dict[str, str]:
+        """The same for the plugin, which a bare vLLM server configures by its environment."""
+        return {f"SERVING_IMAGE_{name.upper()}": str(value) for name, value in self.model_dump().items()}
+
+
 class ModelSettings(_Frozen):
     """One model: what runs, the names it answers to, and the replicas that run it."""
 
@@ -86,6 +105,7 @@ class ModelSettings(_Frozen):
     """vLLM's engine arguments under vLLM's own names (`max_model_len`, `enable_chunked_prefill`, ...)."""
     env: dict[str, str] = {}
     """Environment of the replica's processes (`VLLM_...`, `OMP_...`)."""
+    images: ImageSettings = ImageSettings()
     price: PriceSettings = PriceSettings()
     start_timeout_s: Annotated[float, Field(gt=0)] = 900
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 MEASURES = {
     "ngram": "benchmarks.fastpath.ngram",
+    "images": "benchmarks.fastpath.images",
     "encoder": "benchmarks.fastpath.encoder",
     "servers": "benchmarks.fastpath.servers",
 }

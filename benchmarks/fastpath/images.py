@@ -1,9 +1,9 @@
 """A page from the file to model-ready pixels: CPU time, pages per second with two processes, bytes to the engine.
 
-The page is 1654 x 2339 pixels (A4 at 200 dpi) of text as JPEG, in gundam mode. Stock is vLLM's own path: its connector's
-decoding with Pillow, its DeepseekOCRProcessor, and the cast to the model's dtype that it makes before the pixels cross
-to the engine. Ours are bytes until they are on the model's device; what normalising them there costs on a CPU is a row
-of its own, since stock's figure has it inside.
+The page is 1654 x 2339 pixels (A4 at 200 dpi) of text as JPEG, in gundam mode. Stock is vLLM's own path: its
+connector's decoding with Pillow, its DeepseekOCRProcessor, and the cast to the model's dtype that it makes before the
+pixels cross to the engine. Ours are bytes until they are on the model's device; rows that add the cost of normalising
+them there, as a CPU does it, are beside the others, since stock's figure has it inside.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ _READY_WITHIN_S = 240
 _PEER_NAME = "vLLM 0.32 server, stock code"
 _FLAGS = "--served-model-name m --dtype float32 --max-model-len 2048 --max-num-seqs 16 --enforce-eager " \
     "--no-enable-prefix-caching --mm-processor-cache-gb 0 --disable-uvicorn-access-log"  # fmt: skip
+_SERVER = "vllm.entrypoints.launchers.api_server.entry"
+_PIPELINE = {"VLLM_MEDIA_CONNECTOR": "serving", "SERVING_IMAGE_WORKERS": "1"}
 _STOCK_GUARD = "vllm.model_executor.models.deepseek_ocr:NGramPerReqLogitsProcessor"
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -71,7 +73,7 @@ class Server:
 
 
 @contextlib.contextmanager
-def run_server(module: str, checkpoint: Path, *flags: str) -> Iterator[Server]:
+def run_server(module: str, checkpoint: Path, *flags: str, environment: Mapping[str, str]) -> Iterator[Server]:
     """A vLLM server in processes of its own, ready when this yields.
 
     Raises:
@@ -84,7 +86,7 @@ def run_server(module: str, checkpoint: Path, *flags: str) -> Iterator[Server]:
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             [*command, "--host", "127.0.0.1", *_FLAGS.split(), *flags],
-            env={**os.environ, **_ENVIRONMENT},
+            env={**os.environ, **_ENVIRONMENT, **environment},
             stdout=log,
             stderr=log,
         )
@@ -159,9 +161,9 @@ def compare(name: str, sizes: NanoConfig, num_pages: int) -> Iterator[Row]:
     guard = {"vllm_xargs": {"ngram_size": 30, "window_size": 90, "whitelist_token_ids": [1000, 1001]}}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as servers:
         checkpoint = write_checkpoint(Path(folder) / "checkpoint", sizes)
-        ours = servers.enter_context(run_server("vllm.entrypoints.launchers.api_server.entry", checkpoint))
+        ours = servers.enter_context(run_server(_SERVER, checkpoint, environment=_PIPELINE))
         stock_flags = ("--logits-processors", _STOCK_GUARD)
-        stock = servers.enter_context(run_server("benchmarks.stock_server", checkpoint, *stock_flags))
+        stock = servers.enter_context(run_server("benchmarks.stock_server", checkpoint, *stock_flags, environment={}))
         sides = ((ours, {}), (stock, guard))
         for server, extra in sides:  # first requests pay for what is only done once
             asyncio.run(apply_load(server, pages[:4], extra))

@@ -32,7 +32,11 @@ from serving.settings import NANO, ModelSettings, Settings
 logger = logging.getLogger(__name__)
 
 # Known to every process of the replica. A user's `env` may change them.
-_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_COLOR": "0"}
+_ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_COLOR": "0",
+    "VLLM_MEDIA_CONNECTOR": "serving",  # leaves images encoded until the plugin's pipeline takes them
+}
 _HEALTH_PERIOD_S = 2.0
 _HEALTH_TIMEOUT_S = 30.0
 _MANY = 100_000
@@ -161,6 +165,12 @@ def _parse(private: ModuleType, flags: list[str]) -> Any:
         raise SettingsError(f"engine_args: vLLM does not accept them: {last.partition('error: ')[2] or last}") from None
 
 
+def _environment(settings: Settings, model: ModelSettings) -> dict[str, str]:
+    # The router has looked at sizes already; an engine that is reached some other way has the same limit.
+    limit = {"VLLM_MAX_IMAGE_PIXELS": str(settings.router.limits.max_image_pixels)}
+    return {**_ENVIRONMENT, **limit, **model.images.environment(), **model.env}
+
+
 def build_engine_app(name: str, settings: Settings, checkpoint: str) -> Application:
     """The Serve application that runs one model's replicas.
 
@@ -184,7 +194,7 @@ def build_engine_app(name: str, settings: Settings, checkpoint: str) -> Applicat
         ray_actor_options={
             "num_cpus": model.cpus_per_replica,
             "num_gpus": model.gpus_per_replica,
-            "runtime_env": {"env_vars": {**_ENVIRONMENT, **model.env}},
+            "runtime_env": {"env_vars": _environment(settings, model)},
         },
     )
     return deployment.bind(name, settings, checkpoint)

@@ -16,10 +16,11 @@ def register() -> None:
     """Put this project's model in the place of vLLM's own for the published architecture's name. May run many times."""
     from vllm import ModelRegistry
 
-    from serving.plugin.private import adapt_engine_config
+    from serving.plugin.private import adapt_engine_config, replace_renderer
 
     ModelRegistry.register_model(ARCHITECTURE, "serving.plugin.model:DeepseekOCRForCausalLM")
     adapt_engine_config(ARCHITECTURE, _configure)
+    replace_renderer("serving.plugin.renderer", "PageRenderer")
 
 
 def _configure(vllm_config: Any) -> None:

@@ -6,7 +6,6 @@ background. JPEG's draft mode, which decodes at a fraction of the size, is not u
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -35,8 +34,8 @@ _TURNED = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SWAPS_SIDES = 5
-"""Orientations from this one on show a lying image upright."""
+_SWAPS_SIDES = range(5, 9)
+"""Orientations that show a lying image upright."""
 
 
 class DecodeError(ValueError):
@@ -57,7 +56,7 @@ class Header:
     is_lazy: bool
 
 
-def read_header(data: bytes, formats: Sequence[str]) -> Header:
+def read_header(data: bytes, formats: tuple[str, ...]) -> Header:
     """Look at an image without decoding its pixels.
 
     Args:
@@ -74,14 +73,14 @@ def read_header(data: bytes, formats: Sequence[str]) -> Header:
             is_lazy = not any(mark in data for mark in _PNG_ORIENTATION)
         width, height = image.size
         # Pillow itself swaps the sides of a TIFF and of none of the other lazy formats.
-        if is_lazy and image.format in ("JPEG", "WEBP") and _orientation(image) >= _SWAPS_SIDES:
+        if is_lazy and image.format in ("JPEG", "WEBP") and _orientation(image) in _SWAPS_SIDES:
             width, height = height, width
-    except Exception as error:  # noqa: BLE001 - on hostile data Pillow's readers raise whatever they happen to
+    except Exception as error:  # on hostile data Pillow's readers raise whatever they happen to
         raise DecodeError(f"Failed to load image: {error}") from error
     return Header((width, height), image.mode, is_lazy)
 
 
-def decode(data: bytes, formats: Sequence[str], background: Colour) -> Pixels | Image.Image:
+def decode(data: bytes, formats: tuple[str, ...], background: Colour) -> Pixels | Image.Image:
     """Decode an image, bit for bit as vLLM does: turned, converted to RGB.
 
     Returns:
@@ -91,7 +90,7 @@ def decode(data: bytes, formats: Sequence[str], background: Colour) -> Pixels | 
         DecodeError: not an image of these formats, or damaged.
     """
     try:
-        image = Image.open(BytesIO(data), formats=formats)
+        image: Image.Image = Image.open(BytesIO(data), formats=formats)
         pixels = _decode_jpeg(data, image)
         if pixels is not None:
             return pixels
@@ -100,8 +99,13 @@ def decode(data: bytes, formats: Sequence[str], background: Colour) -> Pixels | 
         if orientation in _TURNED:
             image = image.transpose(_TURNED[orientation])
         return to_rgb(image, background)
-    except Exception as error:  # noqa: BLE001 - on hostile data Pillow's readers raise whatever they happen to
+    except Exception as error:  # on hostile data Pillow's readers raise whatever they happen to
         raise DecodeError(f"Failed to load image: {error}") from error
+
+
+def size_of(page: Pixels | Image.Image) -> Size:
+    """Width and height."""
+    return page.size if isinstance(page, Image.Image) else (page.shape[1], page.shape[0])
 
 
 def to_rgb(image: Image.Image, background: Colour) -> Image.Image:

@@ -1,4 +1,4 @@
-"""From a decoded page to the pixels that the encoder sees: views cut, resized and padded, as uint8.
+"""A page's views as tensors: uint8, in one piece of memory.
 
 Normalising to floats is left to the model's device: a byte per value crosses to the engine process instead of four.
 """
@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
+from serving.plugin.decoding import Colour, Pixels, size_of, to_rgb
 from serving.plugin.modes import ResolutionMode, TileGrid
+from serving.plugin.pixels import Layout, draw_views
+
+WHITE = (255, 255, 255)
+"""What vLLM shows behind transparent pixels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,40 +30,27 @@ class PageViews:
     tiles: torch.Tensor
     grid: TileGrid
 
+    @classmethod
+    def in_buffer(cls, buffer: torch.Tensor, layout: Layout) -> PageViews:
+        """The views that lie in a flat uint8 buffer, without a copy."""
+        view = buffer[: layout.view_bytes].view(layout.view_shape)
+        return cls(view, buffer[layout.view_bytes : layout.size_bytes].view(layout.tiles_shape), layout.grid)
 
-def build_views(page: Image.Image, mode: ResolutionMode, padding: tuple[int, int, int]) -> PageViews:
-    """Cut a page into its views, resampled bicubically as the published preprocessing does.
+
+def build_views(
+    page: Pixels | Image.Image, mode: ResolutionMode, padding: Colour, *, is_exact: bool = False
+) -> PageViews:
+    """Cut a page into its views, in this thread.
 
     Args:
-        page: RGB, any size.
+        page: any size; RGB when it is an array of shape (height, width, 3).
         mode: sizes and tiling.
         padding: RGB colour of the borders that keep the page's aspect ratio in the global view.
+        is_exact: bit for bit as Pillow resamples.
     """
-    grid = mode.tile_grid(*page.size)
-    side = mode.base_size
-    if mode.squeezes:
-        # Two steps when the sizes differ, as published: the squeezed page is then padded to the view.
-        page = page.resize((mode.image_size, mode.image_size))
-    view = ImageOps.pad(page, (side, side), color=padding)
-    tiles = (
-        _cut(page, grid, mode.image_size) if grid.is_tiled else torch.empty(_tiles_shape(0, mode), dtype=torch.uint8)
-    )
-    return PageViews(_to_planes(view)[0], tiles, grid)
-
-
-def _cut(page: Image.Image, grid: TileGrid, size: int) -> torch.Tensor:
-    """Stretch the page over the whole grid and cut it: (num_tiles, 3, size, size), row by row."""
-    stretched = page.resize((grid.columns * size, grid.rows * size))
-    planes = _to_planes(stretched)[0]
-    tiles = planes.view(3, grid.rows, size, grid.columns, size).permute(1, 3, 0, 2, 4)
-    return tiles.reshape(grid.num_tiles, 3, size, size)
-
-
-def _to_planes(image: Image.Image) -> torch.Tensor:
-    """An RGB image as (1, 3, height, width), contiguous."""
-    pixels = np.asarray(image, dtype=np.uint8)
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))[None]
-
-
-def _tiles_shape(num_tiles: int, mode: ResolutionMode) -> tuple[int, int, int, int]:
-    return (num_tiles, 3, mode.image_size, mode.image_size)
+    if isinstance(page, Image.Image):
+        page = to_rgb(page, WHITE)
+    layout = Layout.of(size_of(page), mode)
+    buffer = torch.empty(layout.size_bytes, dtype=torch.uint8)
+    draw_views(page, layout, padding, is_exact, buffer.numpy())
+    return PageViews.in_buffer(buffer, layout)

@@ -31,6 +31,20 @@ def mark_language_model(model: Any, vllm_config: Any) -> contextlib.AbstractCont
     return model._mark_language_model(vllm_config)
 
 
+def allowed_image_formats() -> tuple[str, ...]:
+    """Names of Pillow's formats that vLLM lets in."""
+    from vllm.multimodal.image import ALLOWED_IMAGE_FORMATS
+
+    return ALLOWED_IMAGE_FORMATS
+
+
+def replace_renderer(module: str, name: str) -> None:
+    """Have this class, a subclass of vLLM's `HfRenderer`, render for every model with a Hugging Face tokenizer."""
+    from vllm.renderers.registry import RENDERER_REGISTRY
+
+    RENDERER_REGISTRY.renderers["hf"] = (module, name)  # `register` would warn of what is meant
+
+
 def known_server_args() -> frozenset[str]:
     """Names that `engine_args` in the settings may use: every option of vLLM's OpenAI server."""
     return frozenset(vars(parse_server_args([])))

@@ -21,8 +21,10 @@ from vllm.multimodal.processing import (
     PromptUpdate,
 )
 
-from serving.plugin.images import build_views
+from serving.plugin.decoding import Colour
 from serving.plugin.modes import ResolutionMode
+from serving.plugin.pages import EncodedPage
+from serving.plugin.pipeline import image_pipeline
 from serving.plugin.selection import ChosenMode, ModeRules, SelectionError, Size
 
 IMAGE_TOKEN = "<image>"
@@ -54,6 +56,12 @@ class DeepseekOCRProcessingInfo(BaseProcessingInfo):
     @cached_property
     def image_mean(self) -> tuple[float, ...]:
         return tuple(self.ctx.get_hf_image_processor_config().get("image_mean", _DEFAULT_MEAN))
+
+    @cached_property
+    def padding(self) -> Colour:
+        """Colour of the borders around a page."""
+        red, green, blue = (int(value * 255) for value in self.image_mean)
+        return red, green, blue
 
     @cached_property
     def image_token_id(self) -> int:
@@ -98,11 +106,25 @@ class DeepseekOCRMultiModalProcessor(BaseMultiModalProcessor[DeepseekOCRProcessi
         inputs.hf_processor_mm_kwargs = {"mode": self.info.largest_mode[0]}
         return inputs
 
+    async def prepare(self, pages: Sequence[EncodedPage], options: Mapping[str, object]) -> None:
+        """Have the image workers make the views of a request's pages, before its turn in vLLM's processor comes.
+
+        Args:
+            pages: all images of the request.
+            options: its `mm_processor_kwargs`.
+
+        Raises:
+            VLLMValidationError: options that cannot be followed (vLLM answers 400).
+            ValueError: a page is damaged (400).
+            RetryableRequestError: no worker had time for a page (503).
+        """
+        chosen = self.info.choose_modes(options, [page.size for page in pages])
+        await image_pipeline().prepare(pages, chosen, self.info.padding)
+
     def _call_hf_processor(self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]) -> BatchFeature:
         pages = cast(list[Image.Image], hf_data["images"])
         chosen = self.info.choose_modes(hf_kwargs, [page.size for page in pages])
-        red, green, blue = (int(value * 255) for value in self.info.image_mean)
-        views = [build_views(page, choice.mode, (red, green, blue)) for page, choice in zip(pages, chosen, strict=True)]
+        views = image_pipeline().views(pages, chosen, self.info.padding)
         # Lists, one tensor per image: images of one request may be of different sizes.
         return BatchFeature(
             {

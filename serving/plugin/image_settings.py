@@ -1,0 +1,72 @@
+"""How the image pipeline is set, read from the environment, since a bare vLLM server has no other settings of ours."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+PREFIX = "SERVING_IMAGE_"
+_TRUE = frozenset({"1", "true", "yes", "on"})
+_FALSE = frozenset({"0", "false", "no", "off"})
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSettings:
+    """The pipeline's settings; each is read from `SERVING_IMAGE_` and its name in capitals.
+
+    workers: processes that decode and tile; 0 leaves it to the API process's own threads.
+    queue: pages that may wait for a worker; more wait outside, for `queue_timeout_s` at most.
+    queue_timeout_s: after so long without room in the queue a request is refused with 503.
+    work_timeout_s: after so long on one page a worker is given up, and the page with it.
+    strict: pixels bit for bit as Pillow resamples them, at about a quarter more CPU time.
+    """
+
+    workers: int = 0
+    queue: int = 64
+    queue_timeout_s: float = 30.0
+    work_timeout_s: float = 60.0
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise ValueError(f"{PREFIX}WORKERS must not be negative, not {self.workers}")
+        if self.queue < 1:
+            raise ValueError(f"{PREFIX}QUEUE must be 1 or more, not {self.queue}")
+        for name in ("queue_timeout_s", "work_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{PREFIX}{name.upper()} must be positive, not {getattr(self, name)}")
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str] = os.environ) -> ImageSettings:
+        """Read the settings.
+
+        Raises:
+            ValueError: a variable that is no number, no switch or out of range; the message names it.
+        """
+        default = cls()
+        return cls(
+            workers=int(_number(environ, "WORKERS", default.workers)),
+            queue=int(_number(environ, "QUEUE", default.queue)),
+            queue_timeout_s=_number(environ, "QUEUE_TIMEOUT_S", default.queue_timeout_s),
+            work_timeout_s=_number(environ, "WORK_TIMEOUT_S", default.work_timeout_s),
+            strict=_switch(environ, "STRICT", default.strict),
+        )
+
+
+def _number(environ: Mapping[str, str], name: str, default: float) -> float:
+    text = environ.get(PREFIX + name, "")
+    if not text:
+        return default
+    try:
+        value = float(text) if isinstance(default, float) else int(text)
+    except ValueError:
+        raise ValueError(f"{PREFIX}{name} must be a number, not {text!r}") from None
+    return value
+
+
+def _switch(environ: Mapping[str, str], name: str, default: bool) -> bool:
+    text = environ.get(PREFIX + name, "").lower()
+    if text in ("", *_TRUE, *_FALSE):
+        return default if not text else text in _TRUE
+    raise ValueError(f"{PREFIX}{name} must be true or false, not {text!r}")
