@@ -48,6 +48,8 @@ _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",  # as in configs/local.yaml
+    "MALLOC_TRIM_THRESHOLD_": "4294967296",
 }
 
 

@@ -39,7 +39,7 @@ class NanoConfig:
     num_experts: int = 8
     num_experts_per_token: int = 2
     num_shared_experts: int = 1
-    vocab_size: int = 272
+    vocab_size: int = 320
     max_positions: int = 8192
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0

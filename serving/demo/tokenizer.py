@@ -2,6 +2,10 @@
 
 Ids are fixed by construction, so training needs no tokenizer library: 0-2 are the sentence markers and padding as in
 the published vocabulary, then come the 256 bytes, then the other special tokens.
+
+Newlines and spaces have further tokens that the model writes but text is never encoded to: a newline that leads to line
+n of the page's grid, a space in column n. They decode to plain whitespace. A small decoder counts badly over hundreds
+of tokens; with these, what it wrote tells it where it is.
 """
 
 from collections.abc import Iterable
@@ -40,7 +44,14 @@ SPECIAL_IDS: Final[dict[str, int]] = {
     **{token: FIRST_BYTE_ID + 256 + index for index, token in enumerate(_EXTRA_TOKENS)},
 }
 IMAGE_ID: Final = SPECIAL_IDS[IMAGE]
-VOCAB_SIZE: Final = FIRST_BYTE_ID + 256 + len(_EXTRA_TOKENS)
+NUM_LINES: Final = 16
+NUM_COLUMNS: Final = 32
+FIRST_LINE_ID: Final = FIRST_BYTE_ID + 256 + len(_EXTRA_TOKENS)
+FIRST_COLUMN_ID: Final = FIRST_LINE_ID + NUM_LINES
+VOCAB_SIZE: Final = FIRST_COLUMN_ID + NUM_COLUMNS
+
+_FIRST_MARK: Final = 0xE000
+"""Private-use characters tell the placed whitespace tokens apart inside the vocabulary; decoding drops them."""
 
 
 def encode_text(text: str) -> list[int]:
@@ -49,8 +60,13 @@ def encode_text(text: str) -> list[int]:
 
 
 def decode_ids(ids: Iterable[int]) -> str:
-    """Return the text of the byte tokens in `ids`, skipping special tokens and mending broken UTF-8."""
-    data = bytes(i - FIRST_BYTE_ID for i in ids if FIRST_BYTE_ID <= i < FIRST_BYTE_ID + 256)
+    """Return the text of `ids`, skipping special tokens and mending broken UTF-8."""
+    data = bytearray()
+    for token in ids:
+        if FIRST_BYTE_ID <= token < FIRST_BYTE_ID + 256:
+            data.append(token - FIRST_BYTE_ID)
+        elif token >= FIRST_LINE_ID:
+            data += b"\n" if token < FIRST_COLUMN_ID else b" "
     return data.decode(errors="replace")
 
 
@@ -65,6 +81,12 @@ def _byte_symbols() -> list[str]:
     return [chr(byte) if byte in printable else stand_ins[byte] for byte in range(256)]
 
 
+def _placed_symbols(symbols: list[str]) -> dict[str, int]:
+    """Return the vocabulary entries of the placed newlines and spaces."""
+    lines = {symbols[ord("\n")] + chr(_FIRST_MARK + n): FIRST_LINE_ID + n for n in range(NUM_LINES)}
+    return lines | {symbols[ord(" ")] + chr(_FIRST_MARK + n): FIRST_COLUMN_ID + n for n in range(NUM_COLUMNS)}
+
+
 def _bos_template(*sequences: str) -> list[dict[str, Any]]:
     """Return a post-processor template: the start marker, then the sequences."""
     parts: list[dict[str, Any]] = [{"SpecialToken": {"id": BOS, "type_id": 0}}]
@@ -75,7 +97,10 @@ def build_tokenizer_json() -> dict[str, Any]:
     """Return `tokenizer.json` for the `tokenizers` library: byte-level, no merges, start marker added."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    vocab = {symbol: FIRST_BYTE_ID + byte for byte, symbol in enumerate(_byte_symbols())}
+    symbols = _byte_symbols()
+    vocab = {symbol: FIRST_BYTE_ID + byte for byte, symbol in enumerate(symbols)} | _placed_symbols(symbols)
+    marks = f"[{chr(_FIRST_MARK)}-{chr(_FIRST_MARK + NUM_COLUMNS - 1)}]"
+    drop_marks = {"type": "Replace", "pattern": {"Regex": marks}, "content": ""}
     return {
         "version": "1.0",
         "truncation": None,
@@ -89,7 +114,7 @@ def build_tokenizer_json() -> dict[str, Any]:
             "pair": _bos_template("A", "B"),
             "special_tokens": {BOS: {"id": BOS, "ids": [BOS_ID], "tokens": [BOS]}},
         },
-        "decoder": byte_level,
+        "decoder": {"type": "Sequence", "decoders": [drop_marks, byte_level]},
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -99,7 +124,7 @@ def build_tokenizer_json() -> dict[str, Any]:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": False,
-            "vocab": {**{token: i for token, i in SPECIAL_IDS.items() if i < FIRST_BYTE_ID}, **vocab},
+            "vocab": {**SPECIAL_IDS, **vocab},
             "merges": [],
         },
     }

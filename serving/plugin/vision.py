@@ -140,6 +140,7 @@ def normalise(
 ) -> torch.Tensor:
     """uint8 (n, 3, h, w) to the encoder's floats, in float32 first so that a narrow dtype rounds once."""
     shape = (1, 3, 1, 1)
-    scale = torch.tensor(std, device=pixels.device).view(shape)
-    offset = torch.tensor(mean, device=pixels.device).view(shape)
-    return pixels.to(torch.float32).div_(255).sub_(offset).div_(scale).to(dtype)
+    # (x / 255 - mean) / std in two passes over the pixels instead of three.
+    scale = torch.tensor([1 / (255 * value) for value in std], device=pixels.device).view(shape)
+    offset = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=pixels.device).view(shape)
+    return pixels.to(torch.float32).mul_(scale).add_(offset).to(dtype)
