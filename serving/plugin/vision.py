@@ -103,6 +103,20 @@ class SamEncoder(ImageEncoderViT):  # type: ignore[misc, valid-type]  # Any to m
         halve = partial(Conv2dLayer, kernel_size=3, stride=2, padding=1, bias=False)
         self.net_2 = halve(sizes.sam_neck_channels, first)
         self.net_3 = halve(first, second)
+        self._positions: dict[tuple[int, int, int], torch.Tensor] = {}
+
+    def get_abs_pos(self, abs_pos: torch.Tensor, tgt_size: int) -> torch.Tensor:
+        """The position table at another size, resampled once per size and not for every batch.
+
+        The key tells weights that were loaded anew or changed in place.
+        """
+        key = (tgt_size, abs_pos.data_ptr(), abs_pos._version)
+        positions = self._positions.get(key)
+        if positions is None:
+            positions = super().get_abs_pos(abs_pos, tgt_size)
+            self._positions = {old: value for old, value in self._positions.items() if old[1:] == key[1:]}
+            self._positions[key] = positions
+        return positions
 
 
 def build_clip(sizes: VisionSizes, quant_config: Any, prefix: str) -> nn.Module:

@@ -84,3 +84,15 @@ def test_views_are_batched_within_the_memory_bound() -> None:
     assert views_per_batch(nano, 512, torch.float32, cpu) == 2
     assert views_per_batch(nano, 512, torch.float32, gpu) > 8
     assert views_per_batch(published, 4096, torch.float32, cpu) == 1  # one view goes through whatever its size
+
+
+@torch.no_grad()
+def test_the_position_table_is_resampled_once_per_size_and_again_when_it_changes() -> None:
+    encoder = SamEncoder(read(build_model_config()["vision_config"]))
+    torch.nn.init.normal_(encoder.pos_embed)
+    small, large = encoder.get_abs_pos(encoder.pos_embed, 20), encoder.get_abs_pos(encoder.pos_embed, 64)
+    assert encoder.get_abs_pos(encoder.pos_embed, 20) is small
+    assert encoder.get_abs_pos(encoder.pos_embed, 64) is large
+    assert (small.shape[1], large.shape[1]) == (20, 64)
+    encoder.pos_embed.mul_(2)
+    torch.testing.assert_close(encoder.get_abs_pos(encoder.pos_embed, 20), 2 * small)
