@@ -107,7 +107,8 @@ def install_cpu_torch(python: Path, pip: list[str]) -> None:
 def install_locked(python: Path, pip: list[str], lock: Path) -> None:
     """Install the lock file without resolving: uv is quick, pip is the way out where only pip knows the mirror."""
     step(f"{sum('==' in line for line in lock.read_text().splitlines())} pinned packages from {lock.name}")
-    uv = [str(python), "-m", "uv", "pip", "install", "--quiet", "--python", str(python)]
+    # Compiled now: every start imports thousands of modules, and some machines never write what they compiled.
+    uv = [str(python), "-m", "uv", "pip", "install", "--quiet", "--compile-bytecode", "--python", str(python)]
     quick = subprocess.run([*uv, "--no-deps", "--requirements", str(lock)], check=False)
     if quick.returncode != 0:
         step("uv did not manage, trying pip (slower)")
