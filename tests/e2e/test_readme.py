@@ -34,11 +34,12 @@ def test_the_curl_command_answers_the_sample_page(stack: Stack) -> None:
     answer = json.loads(run(["bash", "-c", find_block("sh", "sample.png")], stack))
     assert answer["model"] == "nano"
     assert answer["usage"]["estimated_cost"] > 0
-    assert answer["choices"][0]["message"]["content"]
+    assert answer["choices"][0]["message"]["content"] + "\n" == find_block("text", "")
 
 
 def test_the_python_client_streams_the_sample_page(stack: Stack, tmp_path: Path) -> None:
     out = run([sys.executable, "-c", find_block("python", "openai.OpenAI")], stack)
+    assert out.startswith(find_block("text", ""))
     assert re.search(r"\n\d+ tokens, \$0\.0000\d+\n$", out)
 
 

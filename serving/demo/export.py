@@ -1,0 +1,49 @@
+"""Turn a training run into the files that ship: `python -m serving.demo.export --run DIR`."""
+
+import hashlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from serving.demo.pages import CORE, Page, sample_page, with_chars
+
+HERE = Path(__file__).parent
+SAMPLE_SEED = 2026
+SAMPLE_INDEX = 6
+
+
+def sample() -> Page:
+    """Return the page that documentation and first requests show; it is held out of training."""
+    return sample_page(with_chars(CORE, 150, 300), "test", SAMPLE_SEED, SAMPLE_INDEX)
+
+
+def export_weights(run: Path, out: Path) -> str:
+    """Write the run's weights to `out` in float16 under their published names and return the file's SHA-256."""
+    import torch
+    from safetensors.torch import save
+
+    state = torch.load(run / "training.pt", weights_only=True)["model"]
+    data = save({name: state[name].half().contiguous() for name in sorted(state)})
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_bytes(data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def export_sample(folder: Path) -> None:
+    """Write `sample.png` and the text on it, `sample.txt`."""
+    from PIL import Image
+
+    page = sample()
+    Image.fromarray(page.pixels).save(folder / "sample.png", optimize=True)
+    (folder / "sample.txt").write_text(page.text + "\n")
+
+
+def main(run: Annotated[Path, typer.Option(help="Directory of the training run.")]) -> None:
+    """Write the shipped weights and the sample page into the package."""
+    typer.echo(export_weights(run, HERE / "weights" / "nano.safetensors"))
+    export_sample(HERE)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,331 @@
+"""Train the nano checkpoint on the CPU: `python -m serving.demo.train --out DIR`.
+
+Pages are rendered on the way, so there is no data set. The run can be stopped at any time (Ctrl-C or SIGTERM) and goes
+on from its own checkpoint. A budget in minutes counts only the time spent training.
+"""
+
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+from serving.demo.batches import OCR_PROMPT, Batch
+from serving.demo.config import NANO, NanoConfig
+from serving.demo.initial import start_weights
+from serving.demo.losses import (
+    LossWeights,
+    TrainingHeads,
+    attention_loss,
+    balance_loss,
+    encoder_losses,
+    place_loss,
+    text_loss,
+)
+from serving.demo.measure import measure_pages
+from serving.demo.model import NanoOcr
+from serving.demo.pages import CORE, WIDE, PageSpec, sample_page, with_chars
+from serving.demo.tokenizer import BOS_ID, EOS_ID, encode_text
+
+_GROUP = 8
+"""Batches rendered together and sorted by length, so that little is padded."""
+_OTHER_EVERY = 10
+"""Prompts without an image come once in so many steps."""
+_OTHER_PROMPTS = ("", "\nFree OCR", "Free OCR.\n", "\nOCR this image.", "\nRead this page.", "\nWhat does this say?")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The recipe. Progress runs from 0 to 1 over the budget."""
+
+    seed: int = 0
+    batch_pages: int = 16
+    peak_rate: float = 8e-4
+    floor_share: float = 0.03
+    warmup_steps: int = 150
+    decay_from: float = 0.55
+    encoder_until: float = 0.03
+    encoder_every: int = 1
+    wide_from: float = 0.58
+    wide_share: float = 0.3
+    weight_decay: float = 0.02
+    core: PageSpec = CORE
+    wide: PageSpec = WIDE
+    measured_chars: tuple[int, int] = (100, 350)
+    weights: LossWeights = field(default_factory=LossWeights)
+
+
+@dataclass
+class Clock:
+    """How far a run is: steps and seconds done, against the budget of either."""
+
+    max_steps: int
+    max_seconds: float
+    step: int = 0
+    seconds: float = 0.0
+
+    @property
+    def progress(self) -> float:
+        """Share of the budget that is used up, whichever budget is further."""
+        return max(self.step / self.max_steps, self.seconds / self.max_seconds)
+
+
+def learning_rate(plan: Plan, step: int, progress: float) -> float:
+    """Return the rate: a short warm-up, a plateau, then half a cosine down to the floor."""
+    decay = min(1.0, max(0.0, (progress - plan.decay_from) / (1 - plan.decay_from)))
+    share = plan.floor_share + (1 - plan.floor_share) * 0.5 * (1 + math.cos(math.pi * decay))
+    return plan.peak_rate * share * min(1.0, (step + 1) / plan.warmup_steps)
+
+
+def training_spec(index: int, plan: Plan, progress: float) -> PageSpec:
+    """Return what page number `index` may look like at this progress; every second page is a long one."""
+    is_wide = progress >= plan.wide_from and (index * 0.618034) % 1 < plan.wide_share
+    spec = plan.wide if is_wide else plan.core
+    most = spec.num_lines[1]
+    return replace(spec, num_lines=((most + 1) // 2, most)) if index % 2 else spec
+
+
+def render_group(plan: Plan, group: int, progress: float, sizes: NanoConfig) -> list[Batch]:
+    """Return the batches of a group, in an order shuffled by its number."""
+    first = group * _GROUP * plan.batch_pages
+    indices = range(first, first + _GROUP * plan.batch_pages)
+    pages = [sample_page(training_spec(i, plan, progress), "train", plan.seed, i) for i in indices]
+    pages.sort(key=lambda page: len(page.text))
+    batches = [pages[i : i + plan.batch_pages] for i in range(0, len(pages), plan.batch_pages)]
+    order = torch.randperm(_GROUP, generator=torch.Generator().manual_seed(group)).tolist()
+    return [Batch.from_pages(batches[i], sizes) for i in order]
+
+
+class BatchStream:
+    """Hands out batches by step number and renders the next group in a thread meanwhile."""
+
+    def __init__(self, plan: Plan, sizes: NanoConfig, clock: Clock) -> None:
+        self._plan, self._sizes, self._clock = plan, sizes, clock
+        self._pool = ThreadPoolExecutor(1)
+        self._pending: dict[int, Future[list[Batch]]] = {}
+
+    def _request(self, group: int) -> Future[list[Batch]]:
+        if group not in self._pending:
+            progress = self._clock.progress
+            self._pending[group] = self._pool.submit(render_group, self._plan, group, progress, self._sizes)
+        return self._pending[group]
+
+    def batch(self, step: int) -> Batch:
+        """Return the batch of a step."""
+        group, index = divmod(step, _GROUP)
+        current = self._request(group)
+        self._request(group + 1)
+        for old in [number for number in self._pending if number < group]:
+            del self._pending[old]
+        return current.result()[index]
+
+    def close(self) -> None:
+        """Stop the thread."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+class Trainer:
+    """Model, read-outs and optimiser, with the step that improves them."""
+
+    def __init__(self, plan: Plan, clock: Clock, sizes: NanoConfig = NANO) -> None:
+        torch.manual_seed(plan.seed)
+        self.plan, self.clock = plan, clock
+        self.model = NanoOcr(sizes)
+        self.heads = TrainingHeads(sizes)
+        start_weights(self.model)
+        trainable = [p for module in (self.model, self.heads) for p in module.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trainable if p.dim() > 1], "weight_decay": plan.weight_decay},
+            {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, plan.peak_rate, betas=(0.9, 0.98), fused=True)
+        self.parameters = trainable
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """Take one optimiser step and return the loss terms and accuracies."""
+        rate = learning_rate(self.plan, self.clock.step, self.clock.progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        with torch.autocast("cpu", torch.bfloat16):
+            terms = self._terms(batch)
+        loss = torch.stack([value for name, value in terms.items() if name not in ("read", "right")]).sum()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.clock.step += 1
+        values = {name: round(float(value.detach()), 4) for name, value in terms.items()}
+        return values | {"loss": round(float(loss.detach()), 4), "norm": round(float(norm), 3), "rate": round(rate, 6)}
+
+    def _terms(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the terms of a step. Once the encoder reads it rests in most steps, to save time."""
+        progress = self.clock.progress
+        if self.clock.step % self.plan.encoder_every and progress >= self.plan.encoder_until:
+            with torch.no_grad():
+                encoded = self.model.encode(batch.pages)
+            terms = {}
+        else:
+            encoded = self.model.encode(batch.pages)
+            terms = encoder_losses(encoded, self.heads, batch, self.plan.weights)
+        if progress < self.plan.encoder_until:
+            return terms
+        terms |= self._text_terms(encoded.cells, batch)
+        return terms if self.clock.step % _OTHER_EVERY else terms | {"other": self._other_loss()}
+
+    def _text_terms(self, cells: Tensor, batch: Batch) -> dict[str, Tensor]:
+        weights, prompt = self.plan.weights, self._sample_prompt()
+        start = self.model.sizes.num_image_tokens + len(prompt)
+        text = self.model.model.embed_tokens(batch.ids[:, :-1])
+        trace = self.model.decode(torch.cat([self.model.embed_prompt(cells, prompt), text], 1))
+        loss, right = text_loss(self.model.lm_head(trace.hidden[:, start:]), batch)
+        balance = sum(balance_loss(logits) for logits in trace.router_logits)
+        return {
+            "text": weights.text * loss,
+            "places": weights.places * place_loss(trace, self.heads, batch, start),
+            "attention": weights.attention * attention_loss(trace, batch, start),
+            "balance": weights.balance * balance,
+            "right": right,
+        }
+
+    def _sample_prompt(self) -> list[int]:
+        pick = int(torch.randint(5 * len(_OTHER_PROMPTS), ()))
+        return encode_text(_OTHER_PROMPTS[pick]) if pick < len(_OTHER_PROMPTS) else OCR_PROMPT
+
+    def _other_loss(self) -> Tensor:
+        """Return the loss of ending at once when there is no image: a few random printable texts of one length."""
+        length = int(torch.randint(1, 40, ()))
+        ids = torch.randint(*_PRINTABLE_IDS, (4, length))
+        starts = torch.full((4, 1), BOS_ID)
+        trace = self.model.decode(self.model.model.embed_tokens(torch.cat([starts, ids], 1)))
+        ends = torch.full((4,), EOS_ID)
+        return 0.1 * torch.nn.functional.cross_entropy(self.model.lm_head(trace.hidden[:, -1]).float(), ends)
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that going on needs."""
+        return {
+            "model": self.model.state_dict(),
+            "heads": self.heads.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+            "step": self.clock.step,
+            "seconds": self.clock.seconds,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to a saved state."""
+        self.model.load_state_dict(state["model"])
+        self.heads.load_state_dict(state["heads"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])
+        self.clock.step, self.clock.seconds = state["step"], state["seconds"]
+
+
+_PRINTABLE_IDS = (encode_text(" ")[0], encode_text("~")[0] + 1)
+
+
+def _measure(model: NanoOcr, plan: Plan, num_pages: int) -> dict[str, float]:
+    """Return the mean character error rate on held-out pages, core and wide."""
+    specs = {"cer_core": plan.core, "cer_wide": plan.wide}
+    with torch.autocast("cpu", torch.bfloat16):
+        results = {
+            name: measure_pages(model, with_chars(spec, *plan.measured_chars), num_pages, seed=1)
+            for name, spec in specs.items()
+        }
+    return {name: round(sum(result.rate for result in pages) / num_pages, 4) for name, pages in results.items()}
+
+
+def _save(state: dict[str, Any], file: Path) -> None:
+    temporary = file.with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, file)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Yield a list that a first Ctrl-C or SIGTERM is put into; a second Ctrl-C interrupts as usual."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class Rhythm:
+    """How often to log, measure and save, in steps, seconds and seconds; pages per measurement."""
+
+    log_steps: int = 25
+    measure_s: float = 420.0
+    save_s: float = 120.0
+    measured_pages: int = 16
+
+
+def run_training(out: Path, plan: Plan, clock: Clock, rhythm: Rhythm, sizes: NanoConfig = NANO) -> NanoOcr:
+    """Train until the budget is used up or a signal comes, going on from `out` when it holds a checkpoint."""
+    out.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(plan, clock, sizes)
+    checkpoint = out / "training.pt"
+    if checkpoint.exists():
+        trainer.restore(torch.load(checkpoint, weights_only=True))
+    stream = BatchStream(plan, sizes, clock)
+    columns = (TextColumn("step {task.fields[step]}"), BarColumn(), TextColumn("{task.percentage:.1f}%"))
+    with (
+        _stop_signals() as signals,
+        (out / "log.jsonl").open("a", buffering=1) as log,
+        Progress(*columns, TextColumn("{task.fields[note]}"), TimeElapsedColumn(), refresh_per_second=1) as bar,
+    ):
+        task = bar.add_task("", total=1.0, step=clock.step, note="")
+        saved = measured = clock.seconds
+        while clock.progress < 1 and not signals:
+            began = time.monotonic()
+            values = trainer.step(stream.batch(clock.step))
+            clock.seconds += time.monotonic() - began
+            if clock.step % rhythm.log_steps == 0:
+                log.write(json.dumps({"step": clock.step, "seconds": round(clock.seconds), **values}) + "\n")
+            if clock.seconds - measured >= rhythm.measure_s or clock.progress >= 1:
+                measured = clock.seconds
+                rates = _measure(trainer.model, plan, rhythm.measured_pages)
+                log.write(json.dumps({"step": clock.step, "seconds": round(clock.seconds), **rates}) + "\n")
+            if clock.seconds - saved >= rhythm.save_s:
+                saved = clock.seconds
+                _save(trainer.state(), checkpoint)
+            note = f"loss {values['loss']:.3f}"
+            bar.update(task, completed=min(1.0, clock.progress), step=clock.step, note=note)
+        _save(trainer.state(), checkpoint)
+    stream.close()
+    return trainer.model
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Directory of the run: checkpoint and log.")],
+    minutes: Annotated[float, typer.Option(help="Budget of training time.")] = 120.0,
+    steps: Annotated[int, typer.Option(help="Budget of optimiser steps.")] = 1_000_000,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of the weights and the pages.")] = 0,
+) -> None:
+    """Train the nano checkpoint on rendered pages."""
+    torch.set_num_threads(threads)
+    run_training(out, Plan(seed=seed), Clock(steps, minutes * 60), Rhythm())
+
+
+if __name__ == "__main__":
+    typer.run(main)

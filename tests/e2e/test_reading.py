@@ -1,0 +1,56 @@
+"""The nano checkpoint reads: pages that it never saw, through the whole stack."""
+
+from __future__ import annotations
+
+import concurrent.futures
+from collections.abc import Sequence
+
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+
+from e2e.conftest import ROOT
+from e2e.pages import encode, page_message
+from serving.demo.metrics import character_error_rate
+from serving.demo.pages import CORE, Page, sample_page, with_chars
+
+# Seeds and words of the split "test" are never trained on.
+SEED, NUM_PAGES = 2_026, 24
+
+
+def read(client: openai.OpenAI, image: Image.Image) -> str:
+    answer = client.chat.completions.create(
+        model="nano",
+        messages=page_message(encode(image)),  # type: ignore[arg-type]
+        max_tokens=600,
+    )
+    assert answer.choices[0].finish_reason == "stop"
+    return answer.choices[0].message.content or ""
+
+
+def read_all(client: openai.OpenAI, pages: Sequence[Page], num_at_once: int) -> list[str]:
+    with concurrent.futures.ThreadPoolExecutor(num_at_once) as pool:
+        return list(pool.map(lambda page: read(client, Image.fromarray(page.pixels)), pages))
+
+
+@pytest.fixture(scope="module")
+def pages() -> list[Page]:
+    spec = with_chars(CORE, 100, 350)
+    return [sample_page(spec, "test", SEED, index) for index in range(NUM_PAGES)]
+
+
+def test_printed_pages_are_read(client: openai.OpenAI, pages: list[Page]) -> None:
+    texts = read_all(client, pages, 8)
+    rates = [character_error_rate(text, page.text) for text, page in zip(texts, pages, strict=True)]
+    assert float(np.mean(rates)) <= 0.02, rates
+
+
+def test_a_page_reads_the_same_alone_and_among_others(client: openai.OpenAI, pages: list[Page]) -> None:
+    together = read_all(client, pages[:8], 8)
+    assert together == read_all(client, pages[:8], 1)
+
+
+def test_the_sample_page_is_read_to_the_letter(client: openai.OpenAI) -> None:
+    with Image.open(ROOT / "serving/demo/sample.png") as image:
+        assert read(client, image) + "\n" == (ROOT / "serving/demo/sample.txt").read_text()

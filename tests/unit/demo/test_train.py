@@ -1,0 +1,119 @@
+import json
+import os
+import signal
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from serving.demo.batches import IGNORED, Batch
+from serving.demo.config import NanoConfig
+from serving.demo.metrics import character_error_rate, edit_distance, mean_error_rate
+from serving.demo.pages import CORE, WIDE, sample_page
+from serving.demo.tokenizer import EOS_ID, decode_ids
+from serving.demo.train import Clock, Plan, Rhythm, learning_rate, run_training, training_spec
+
+SMALL = NanoConfig(
+    image_size=128,
+    sam_width=32,
+    sam_layers=2,
+    sam_heads=2,
+    neck_channels=16,
+    downsample_channels=(32, 64),
+    clip_width=64,
+    clip_layers=1,
+    clip_heads=1,
+    hidden_size=256,
+    num_heads=4,
+    dense_size=64,
+    expert_size=16,
+)
+SMALL_PAGES = {"size_px": 128, "num_lines": (1, 3)}
+PLAN = Plan(
+    batch_pages=2,
+    encoder_until=0.3,
+    core=replace(CORE, **SMALL_PAGES),
+    wide=replace(WIDE, **SMALL_PAGES),
+    measured_chars=(1, 30),
+)
+RHYTHM = Rhythm(log_steps=1, measured_pages=2)
+
+
+def train(out: Path, max_steps: int, stop_after: int | None = None) -> dict[str, torch.Tensor]:
+    clock = Clock(max_steps, 1e9)
+    if stop_after is None:
+        return run_training(out, PLAN, clock, RHYTHM, SMALL).state_dict()
+    interrupt = threading.Thread(target=interrupt_at, args=(clock, stop_after))
+    interrupt.start()
+    model = run_training(out, PLAN, clock, RHYTHM, SMALL)
+    interrupt.join()
+    assert stop_after <= clock.step < max_steps
+    return model.state_dict()
+
+
+def interrupt_at(clock: Clock, step: int) -> None:
+    while clock.step < step:
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    straight = train(tmp_path / "straight", 40)
+    train(tmp_path / "stopped", 40, stop_after=5)
+    resumed = train(tmp_path / "stopped", 40)
+    assert straight.keys() == resumed.keys()
+    for name, weight in straight.items():
+        assert torch.equal(weight, resumed[name]), name
+
+
+def test_a_run_logs_losses_and_error_rates(tmp_path: Path) -> None:
+    train(tmp_path, 10)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [*range(1, 11), 10]
+    assert "text" not in lines[0]
+    assert lines[-2]["text"] > 0
+    assert lines[-1].keys() >= {"cer_core", "cer_wide"}
+
+
+def test_the_rate_warms_up_stays_and_decays() -> None:
+    plan = Plan(warmup_steps=10)
+    assert learning_rate(plan, 0, 0.0) == pytest.approx(plan.peak_rate / 10)
+    assert learning_rate(plan, 100, plan.decay_from) == plan.peak_rate
+    assert learning_rate(plan, 100, 1.0) == pytest.approx(plan.peak_rate * plan.floor_share)
+
+
+def test_wide_pages_come_late() -> None:
+    plan = Plan()
+    early = {training_spec(index, plan, 0.1).fonts for index in range(50)}
+    late = {training_spec(index, plan, 0.9).fonts for index in range(50)}
+    assert early == {CORE.fonts}
+    assert late == {CORE.fonts, WIDE.fonts}
+
+
+def test_a_batch_says_where_every_token_is_read() -> None:
+    pages = [sample_page(CORE, "train", 0, index) for index in range(3)]
+    batch = Batch.from_pages(pages)
+    for row, page in enumerate(pages):
+        count = len(page.text)
+        assert decode_ids(batch.ids[row].tolist()) == page.text
+        assert batch.ids[row, count] == EOS_ID
+        assert int(batch.is_text[row].sum()) == count + 1
+        columns, rows = (table[row, :count].tolist() for table in (batch.columns, batch.rows))
+        for char, x, y in zip(page.text, columns, rows, strict=True):
+            if char not in " \n":
+                assert batch.patch_chars[row, y, x] in (ord(char), IGNORED)
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "distance"),
+    [("", "", 0), ("", "abc", 3), ("abc", "", 3), ("kitten", "sitting", 3), ("ab", "ba", 2)],
+)
+def test_edit_distance(left: str, right: str, distance: int) -> None:
+    assert edit_distance(left, right) == distance == edit_distance(right, left)
+
+
+def test_error_rates() -> None:
+    assert character_error_rate("abd", "abc") == pytest.approx(1 / 3)
+    assert mean_error_rate(["a", "x"], ["a", "y"]) == 0.5
