@@ -170,7 +170,7 @@ class Trainer:
         return values | {"loss": round(float(loss.detach()), 4), "norm": round(float(norm), 3), "rate": round(rate, 6)}
 
     def _terms(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the terms of a step. Once the encoder reads it rests in most steps, to save time."""
+        """Return the terms of a step; past its own stage the encoder is trained in every `encoder_every`-th only."""
         progress = self.clock.progress
         if self.clock.step % self.plan.encoder_every and progress >= self.plan.encoder_until:
             with torch.no_grad():

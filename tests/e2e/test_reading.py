@@ -15,8 +15,8 @@ from e2e.pages import encode, page_message
 from serving.demo.metrics import character_error_rate
 from serving.demo.pages import CORE, Page, sample_page, with_chars
 
-# Seeds and words of the split "test" are never trained on.
-SEED, NUM_PAGES = 2_026, 24
+# Seeds and words of the split "test" are never trained on. These are the pages of the model card's table.
+SEED, NUM_PAGES = 100, 100
 
 
 def read(client: openai.OpenAI, image: Image.Image) -> str:
@@ -43,7 +43,8 @@ def pages() -> list[Page]:
 def test_printed_pages_are_read(client: openai.OpenAI, pages: list[Page]) -> None:
     texts = read_all(client, pages, 8)
     rates = [character_error_rate(text, page.text) for text, page in zip(texts, pages, strict=True)]
-    assert float(np.mean(rates)) <= 0.02, rates
+    assert float(np.mean(rates)) <= 0.02, rates  # 0.9% when it was made; a page whose end is missed weighs much
+    assert float(np.median(rates)) == 0
 
 
 def test_a_page_reads_the_same_alone_and_among_others(client: openai.OpenAI, pages: list[Page]) -> None:
