@@ -10,11 +10,12 @@
     │   ├── ModelNotFoundError      404
     │   ├── MethodNotAllowedError   405
     │   └── BodyTooLargeError       413
+    ├── EngineError                 4xx an engine's own refusal, made by `from_engine`; never retried
     └── UpstreamError               the stack is at fault; another replica may be tried
         ├── NoReplicaError          503
         ├── ReplicaUnreachableError 502
-        ├── ReplicaTimeoutError     504
-        └── InternalError           500
+        ├── ReplicaTimeoutError     504 never retried
+        └── InternalError           500, or the engine's other 5xx; never retried
 
 The body is OpenAI's: `{"error": {"message", "type", "param", "code"}}`
 (https://platform.openai.com/docs/guides/error-codes). One branch renders them all; foreign errors become one of these
