@@ -42,10 +42,10 @@ def run_stack(settings: Settings, *, is_verbose: bool) -> int:
     """Serve until SIGINT or SIGTERM. Returns the exit status."""
     console = Console(stderr=False, highlight=False, soft_wrap=True)
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    _stop_on_signals(stop)
     try:
         with _cluster(settings, is_verbose), console.status("starting Ray") as status:
+            _stop_on_signals(stop)  # again: ray.init puts a handler of its own in the place of SIGTERM's
             say = _teller(console, status.update)
             _deploy(settings, say)
             if not _wait_until_ready(settings, say, stop, is_verbose):
@@ -59,6 +59,11 @@ def run_stack(settings: Settings, *, is_verbose: bool) -> int:
         return 1
     console.print("stopped")
     return 0
+
+
+def _stop_on_signals(stop: threading.Event) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
 
 
 def _teller(console: Console, update: Callable[[str], None]) -> Callable[[str], None]:
