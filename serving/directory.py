@@ -29,6 +29,8 @@ class ReplicaRecord:
     state: ReplicaState
     max_num_seqs: int = 0
     """Sequences that its engine runs at once; more wait in the engine."""
+    capacity_tokens: int = 0
+    """Tokens that its KV cache holds: the work it can have under way."""
     max_model_len: int = 0
     """Longest prompt and answer together, in tokens."""
     image_config: tuple[tuple[str, Any], ...] = ()
@@ -52,6 +54,30 @@ class Snapshot:
         return tuple(r for r in self.records if r.model == model and r.state is ReplicaState.READY)
 
 
+@dataclass(frozen=True, slots=True)
+class TenantUse:
+    """What one router has let through for one tenant since it started (totals), and what runs now."""
+
+    num_requests: int = 0
+    num_tokens: int = 0
+    num_running: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RouterReport:
+    """What one router tells the others, through the directory. All work is in tokens.
+
+    Totals only ever grow while `router_id` lives, so a report that is lost or read twice changes nothing.
+    """
+
+    router_id: str
+    queued_work: tuple[tuple[str, int], ...] = ()
+    """Waiting in the router, by model."""
+    replica_work: tuple[tuple[str, int], ...] = ()
+    """Under way, by replica id."""
+    tenants: tuple[tuple[str, TenantUse], ...] = ()
+
+
 EMPTY = Snapshot(version=(0, 0))
 
 
@@ -67,6 +93,7 @@ class Directory:
     _change: int = 0
     _records: dict[str, ReplicaRecord] = field(default_factory=dict)
     _heard_s: dict[str, float] = field(default_factory=dict)
+    _reports: dict[str, tuple[float, RouterReport]] = field(default_factory=dict)
 
     def put(self, record: ReplicaRecord, now_s: float) -> bool:
         """Take a replica's word; returns whether the list changed."""
@@ -96,6 +123,16 @@ class Directory:
         for replica_id in late:
             self.remove(replica_id)
         return bool(late)
+
+    def exchange(self, report: RouterReport, now_s: float) -> tuple[RouterReport, ...]:
+        """Take a router's report; gives those of the others, without routers that have been silent for a lease."""
+        self._reports[report.router_id] = (now_s, report)
+        return tuple(other for other in self.reports(now_s) if other.router_id != report.router_id)
+
+    def reports(self, now_s: float) -> tuple[RouterReport, ...]:
+        """The last report of every router that is alive."""
+        self._reports = {key: known for key, known in self._reports.items() if now_s - known[0] <= self.lease_s}
+        return tuple(report for _, report in self._reports.values())
 
     @property
     def snapshot(self) -> Snapshot:

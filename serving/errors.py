@@ -6,10 +6,16 @@
     │   ├── InvalidRequestError     400
     │   │   ├── InvalidImageError   400
     │   │   └── ImageTooLargeError  400
+    │   ├── AuthenticationError     401
+    │   ├── PermissionDeniedError   403
     │   ├── RouteNotFoundError      404
     │   ├── ModelNotFoundError      404
     │   ├── MethodNotAllowedError   405
-    │   └── BodyTooLargeError       413
+    │   ├── RequestTimeoutError     408 the client sends too slowly
+    │   ├── BodyTooLargeError       413
+    │   ├── RateLimitError          429 with Retry-After
+    │   └── QuotaExceededError      429 the month's budget is spent
+    ├── OverloadedError             503 with Retry-After: nothing was tried
     ├── EngineError                 4xx an engine's own refusal, made by `from_engine`; never retried
     └── UpstreamError               the stack is at fault; another replica may be tried
         ├── NoReplicaError          503
@@ -24,6 +30,7 @@ where they enter (`from_engine`).
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 
@@ -98,6 +105,75 @@ class MethodNotAllowedError(RequestError):
         return {"allow": self.allowed}  # RFC 9110, section 15.5.6
 
 
+class AuthenticationError(RequestError):
+    status = 401
+    type = "authentication_error"
+    default_code = "invalid_api_key"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"www-authenticate": "Bearer"}  # RFC 9110, section 15.5.2
+
+
+class PermissionDeniedError(RequestError):
+    status = 403
+    type = "permission_error"
+    default_code = "permission_denied"
+
+
+class RequestTimeoutError(RequestError):
+    status = 408
+    type = "timeout_error"
+    default_code = "request_timeout"
+
+
+class RateLimitError(RequestError):
+    """A tenant's own limit; others are served meanwhile."""
+
+    status = 429
+    type = "rate_limit_error"
+    default_code = "rate_limit_exceeded"
+
+    def __init__(
+        self, message: str, retry_after_s: float = 1.0, *, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message, param=param, code=code)
+        self.retry_after_s = retry_after_s
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return _retry_after(self.retry_after_s)
+
+
+class QuotaExceededError(RequestError):
+    status = 429
+    type = "insufficient_quota"
+    default_code = "insufficient_quota"
+
+
+class OverloadedError(ServingError):
+    """More work than the replicas can take: a full queue, or a deadline that would pass in it."""
+
+    status = 503
+    type = "service_unavailable_error"
+    default_code = "overloaded"
+
+    def __init__(
+        self, message: str, retry_after_s: float = 1.0, *, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message, param=param, code=code)
+        self.retry_after_s = retry_after_s
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return _retry_after(self.retry_after_s)
+
+
+def _retry_after(seconds: float) -> dict[str, str]:
+    """In whole seconds for everybody (RFC 9110, section 10.2.3), in milliseconds for OpenAI's clients."""
+    return {"retry-after": str(max(1, math.ceil(seconds))), "retry-after-ms": str(max(1, math.ceil(seconds * 1000)))}
+
+
 class BodyTooLargeError(RequestError):
     status = 413
     default_code = "request_too_large"
@@ -111,6 +187,10 @@ class NoReplicaError(UpstreamError):
     status = 503
     type = "service_unavailable_error"
     default_code = "no_replica"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return _retry_after(1.0)
 
 
 class ReplicaUnreachableError(UpstreamError):

@@ -7,29 +7,20 @@ refused with the place it came from, the key and the reason.
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 from collections import Counter
 from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SecretStr,
-    StringConstraints,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, SecretStr, ValidationError, model_validator
 
 from serving.errors import SettingsError
+from serving.frozen import Frozen, Name, is_loopback
+from serving.router_settings import RouterSettings
 from serving.sources import ENV_PREFIX, overlay, read_yaml
 
 __all__ = ["ENV_PREFIX", "NANO", "Settings", "dump_settings", "load_settings"]
@@ -40,40 +31,15 @@ NANO = "nano"
 _SECRET_NAME = re.compile(r"token(?!s|izer)|secret|password|api_?key|credential", re.IGNORECASE)
 _MASK = "**********"
 
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}$")]
 
-
-def is_loopback(host: str) -> bool:
-    """Whether an address can only be reached from this machine."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _refuse_yes_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML's `yes` is a bool, which Python takes for 1."""
-        field = cls.model_fields[info.field_name or ""]
-        if isinstance(value, bool) and {int, float, Decimal} & {field.annotation, *get_args(field.annotation)}:
-            raise ValueError("must be a number")
-        return value
-
-
-class PriceSettings(_Frozen):
+class PriceSettings(Frozen):
     """US dollars per million tokens, at most six decimals, so that a token's price is a whole number of picodollars."""
 
     input_per_million: Annotated[Decimal, Field(ge=0, le=10_000, decimal_places=6)] = Decimal("0.03")
     output_per_million: Annotated[Decimal, Field(ge=0, le=10_000, decimal_places=6)] = Decimal("0.10")
 
 
-class ImageSettings(_Frozen):
+class ImageSettings(Frozen):
     """Who decodes and cuts the pages of a replica, and how exactly."""
 
     workers: Annotated[int, Field(ge=0, le=256)] = 0
@@ -92,22 +58,60 @@ class ImageSettings(_Frozen):
         return {f"SERVING_IMAGE_{name.upper()}": str(value) for name, value in self.model_dump().items()}
 
 
-class ModelSettings(_Frozen):
+class AutoscalingSettings(Frozen):
+    """Replicas that come and go with the work, queued and running."""
+
+    min_replicas: Annotated[int, Field(ge=1, le=1000)] = 1
+    max_replicas: Annotated[int, Field(ge=1, le=1000)] = 1
+    target_load: Annotated[float, Field(gt=0, le=10)] = 0.7
+    """Work per replica that is aimed at, as a part of a replica's capacity."""
+    upscale_delay_s: Annotated[float, Field(ge=0)] = 10.0
+    downscale_delay_s: Annotated[float, Field(ge=0)] = 300.0
+
+    @model_validator(mode="after")
+    def _check_range(self) -> AutoscalingSettings:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError("max_replicas must be at least min_replicas")
+        return self
+
+
+class ScriptSettings(Frozen):
+    """A stand-in for vLLM in tests and benchmarks: an engine that answers in vLLM's shapes by a script, no model."""
+
+    tokens_per_s: Annotated[float, Field(gt=0)] | None = None
+    """Rate of one sequence; None is as fast as it goes."""
+    prefill_tokens_per_s: Annotated[float, Field(gt=0)] | None = None
+    output_tokens: Annotated[int, Field(ge=1)] = 64
+    """Length of an answer when the request's `max_tokens` asks for no less."""
+    max_num_seqs: Annotated[int, Field(ge=1)] = 64
+    kv_tokens: Annotated[int, Field(ge=1)] = 65_536
+    """Capacity that it tells the directory."""
+    max_model_len: Annotated[int, Field(ge=1)] = 8192
+    start_s: Annotated[float, Field(ge=0)] = 0.0
+    failures: tuple[str, ...] = ()
+    """What goes wrong, see serving/engine/scripted.py."""
+
+
+class ModelSettings(Frozen):
     """One model: what runs, the names it answers to, and the replicas that run it."""
 
     checkpoint: str
     """A directory, a Hugging Face repository, or `nano` for the checkpoint that comes with the project."""
     aliases: tuple[Name, ...] = ()
     num_replicas: Annotated[int, Field(ge=1, le=1000)] = 1
+    autoscaling: AutoscalingSettings | None = None
+    """In the place of a fixed `num_replicas`."""
     cpus_per_replica: Annotated[float, Field(ge=0)] = 1
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0
-    engine_args: dict[str, Any] = {}
+    engine_args: dict[str, Any] = Field(default_factory=dict)
     """vLLM's engine arguments under vLLM's own names (`max_model_len`, `enable_chunked_prefill`, ...)."""
-    env: dict[str, str] = {}
+    env: dict[str, str] = Field(default_factory=dict)
     """Environment of the replica's processes (`VLLM_...`, `OMP_...`)."""
     images: ImageSettings = ImageSettings()
     price: PriceSettings = PriceSettings()
     start_timeout_s: Annotated[float, Field(gt=0)] = 900
+    script: ScriptSettings | None = None
+    """Runs the scripted engine in the place of vLLM: for tests and benchmarks of everything around it."""
 
     @model_validator(mode="after")
     def _check_engine_args(self) -> ModelSettings:
@@ -119,7 +123,7 @@ class ModelSettings(_Frozen):
         return self
 
 
-class EngineSettings(_Frozen):
+class EngineSettings(Frozen):
     """What all engine replicas share."""
 
     host: str = "127.0.0.1"
@@ -152,43 +156,7 @@ class EngineSettings(_Frozen):
         return self
 
 
-class LimitSettings(_Frozen):
-    """Bounds on everything a client controls."""
-
-    max_body_bytes: Annotated[int, Field(ge=1024)] = 50 * 2**20
-    max_image_pixels: Annotated[int, Field(ge=1, le=178_000_000)] = 50_000_000
-    """At most what Pillow opens before it calls an image a decompression bomb."""
-    max_images: Annotated[int, Field(ge=1)] = 16
-    max_messages: Annotated[int, Field(ge=1)] = 256
-    max_choices: Annotated[int, Field(ge=1)] = 16
-    """Largest `n` and `best_of`, and most prompts of a completion: each is a whole sequence on the engine."""
-
-
-class RouterSettings(_Frozen):
-    host: str = "127.0.0.1"
-    port: Annotated[int, Field(ge=1, le=65535)] = 8000
-    num_replicas: Annotated[int, Field(ge=1, le=100)] = 1
-    cpus_per_replica: Annotated[float, Field(ge=0)] = 0.5
-    allow_unauthenticated: bool = False
-    """Must be said before the router listens on an address that others can reach."""
-    allow_remote_images: bool = False
-    connect_timeout_s: Annotated[float, Field(gt=0)] = 5.0
-    read_timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """Longest silence of an engine between two pieces of an answer."""
-    max_tries: Annotated[int, Field(ge=1, le=10)] = 3
-    limits: LimitSettings = LimitSettings()
-
-    @model_validator(mode="after")
-    def _check_address(self) -> RouterSettings:
-        if not is_loopback(self.host) and not self.allow_unauthenticated:
-            raise ValueError(
-                f"host {self.host} can be reached by others and nobody is asked for a key; "
-                "set allow_unauthenticated: true if that is meant, or listen on 127.0.0.1"
-            )
-        return self
-
-
-class RaySettings(_Frozen):
+class RaySettings(Frozen):
     """Where Ray comes from: a cluster of its own on this machine, or one that is there."""
 
     address: str | None = None
@@ -198,11 +166,11 @@ class RaySettings(_Frozen):
     namespace: Name = "serving"
 
 
-class LogSettings(_Frozen):
+class LogSettings(Frozen):
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
-class Settings(_Frozen):
+class Settings(Frozen):
     """The whole of it. `models` is keyed by the name that answers carry."""
 
     models: Annotated[dict[Name, ModelSettings], Field(min_length=1)]
@@ -218,6 +186,12 @@ class Settings(_Frozen):
             if count > 1:
                 where = ", ".join(owner for name, owner in owners if name == alias)
                 raise ValueError(f"models: the name {alias!r} is given twice ({where})")
+        return self
+
+    @model_validator(mode="after")
+    def _check_mode(self) -> Settings:
+        if self.router.mode == "inline" and len(self.models) > 1:
+            raise ValueError("router.mode: inline serves one model only; use gateway for several")
         return self
 
     def find_model(self, name: str) -> str | None:

@@ -9,7 +9,7 @@ import time
 import ray
 from ray.actor import ActorHandle
 
-from serving.directory import Directory, ReplicaRecord, Snapshot
+from serving.directory import Directory, ReplicaRecord, RouterReport, Snapshot
 
 DIRECTORY_NAME = "replica-directory"
 _START_LEASE_S = 900.0
@@ -39,6 +39,14 @@ class ReplicaDirectory:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(changed.wait(), timeout_s)
         return self._directory.snapshot
+
+    async def exchange(self, report: RouterReport) -> tuple[RouterReport, ...]:
+        """A router's report in, the others' out."""
+        return self._directory.exchange(report, time.monotonic())
+
+    async def reports(self) -> tuple[RouterReport, ...]:
+        """Of all routers: the work that replicas are scaled by."""
+        return self._directory.reports(time.monotonic())
 
     async def _expire_forever(self) -> None:
         while True:

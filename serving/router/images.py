@@ -10,7 +10,7 @@ import pybase64
 from PIL import Image, UnidentifiedImageError
 
 from serving.errors import ImageTooLargeError, InvalidImageError, InvalidRequestError
-from serving.settings import RouterSettings
+from serving.router_settings import RouterSettings
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF")
 """Formats that are read, by content; what the data URL claims to be does not matter."""
@@ -32,7 +32,7 @@ def check_image_url(url: Any, param: str, router: RouterSettings) -> tuple[int, 
     if not isinstance(url, str) or not url:
         raise InvalidRequestError("image_url must hold a URL.", param=param)
     if not url.startswith("data:"):
-        if router.allow_remote_images and url.startswith(("http://", "https://")):
+        if router.remote_images.enabled and url.startswith(("http://", "https://")):
             return None
         raise InvalidImageError(
             "Only data: URLs are read (data:image/png;base64,...); remote images are switched off.", param=param

@@ -15,7 +15,7 @@ from serving.directory import ReplicaRecord
 from serving.errors import InternalError, ReplicaTimeoutError, ReplicaUnreachableError, ServingError, from_engine
 from serving.router.requests import RoutedRequest
 from serving.router.usage import StreamAnnotator, UsageNotes, annotate_answer
-from serving.settings import RouterSettings
+from serving.router_settings import RouterSettings
 
 _MAX_ERROR_BYTES = 256 * 1024
 _JSON = b"application/json"

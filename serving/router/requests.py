@@ -16,7 +16,8 @@ from serving.directory import ReplicaRecord
 from serving.errors import InvalidRequestError, ModelNotFoundError
 from serving.plugin.selection import DEFAULT, MODE_FOR_DETAIL, ModeRules, SelectionError
 from serving.router.images import check_image_url
-from serving.settings import RouterSettings, Settings
+from serving.router_settings import RouterSettings
+from serving.settings import Settings
 
 _CHOICE_COUNTS = ("n", "best_of")
 
@@ -36,6 +37,11 @@ class RoutedRequest:
     """Width and height of every image in its order, None where only the engine will know."""
     image_options: Mapping[str, Any] = field(default_factory=dict)
     """The `mm_processor_kwargs` that the engine gets."""
+    num_text_chars: int = 0
+    """Characters of the prompt's text: what there is to guess its tokens by."""
+    max_tokens: int | None = None
+    """Longest answer that the request allows, per choice."""
+    num_choices: int = 1
 
 
 def parse_request(path: str, body: bytes, settings: Settings) -> RoutedRequest:

@@ -15,6 +15,12 @@ TREE: dict[type[ServingError], tuple[int, str, str | None, bool]] = {
     errors.InvalidRequestError: (400, "invalid_request_error", None, False),
     errors.InvalidImageError: (400, "invalid_request_error", "invalid_image", False),
     errors.ImageTooLargeError: (400, "invalid_request_error", "image_too_large", False),
+    errors.AuthenticationError: (401, "authentication_error", "invalid_api_key", False),
+    errors.PermissionDeniedError: (403, "permission_error", "permission_denied", False),
+    errors.RequestTimeoutError: (408, "timeout_error", "request_timeout", False),
+    errors.RateLimitError: (429, "rate_limit_error", "rate_limit_exceeded", False),
+    errors.QuotaExceededError: (429, "insufficient_quota", "insufficient_quota", False),
+    errors.OverloadedError: (503, "service_unavailable_error", "overloaded", False),
     errors.RouteNotFoundError: (404, "invalid_request_error", "not_found", False),
     errors.ModelNotFoundError: (404, "invalid_request_error", "model_not_found", False),
     errors.MethodNotAllowedError: (405, "invalid_request_error", "method_not_allowed", False),
@@ -47,6 +53,12 @@ def test_an_error_is_shown_as_openai_shows_it(kind: type[ServingError]) -> None:
         "error": {"message": "what went wrong", "type": type_, "param": "messages", "code": code},
     }
     assert str(error) == "what went wrong"
+
+
+@pytest.mark.parametrize(("wait_s", "shown"), [(0.0, ("1", "1")), (0.25, ("1", "250")), (61.5, ("62", "61500"))])
+def test_who_is_refused_for_now_learns_when_to_come_back(wait_s: float, shown: tuple[str, str]) -> None:
+    for kind in (errors.RateLimitError, errors.OverloadedError):
+        assert kind("later", wait_s).headers == {"retry-after": shown[0], "retry-after-ms": shown[1]}
 
 
 def test_a_code_that_is_given_goes_before_the_default() -> None:

@@ -16,7 +16,8 @@ from serving import launch
 from serving.directory import EMPTY, ReplicaRecord, ReplicaState, Snapshot
 from serving.errors import SettingsError
 from serving.launch import StartError
-from serving.settings import ModelSettings, RouterSettings, Settings
+from serving.router_settings import RouterSettings
+from serving.settings import ModelSettings, Settings
 
 
 def build_settings(**router: object) -> Settings:

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.errors import SettingsError
-from serving.settings import NANO, Settings, dump_settings, is_loopback, load_settings
+from serving.frozen import is_loopback
+from serving.settings import NANO, Settings, dump_settings, load_settings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 WriteSettings = Callable[..., Path]
@@ -57,7 +58,7 @@ def test_the_local_file_runs_nano_on_loopback_at_the_hosted_price() -> None:
     assert settings.models["nano"].price.input_per_million == Decimal("0.03")
     assert settings.models["nano"].price.output_per_million == Decimal("0.10")
     assert (settings.router.host, settings.router.port) == ("127.0.0.1", 8000)
-    assert not settings.router.allow_remote_images
+    assert not settings.router.remote_images.enabled
 
 
 def test_the_gpu_file_runs_several_replicas_of_the_published_checkpoint() -> None:

@@ -15,7 +15,8 @@ import orjson
 from serving.directory import ReplicaRecord, ReplicaState, Snapshot
 from serving.http_server import HttpServer
 from serving.router.app import RouterApp
-from serving.settings import EngineSettings, LimitSettings, ModelSettings, RouterSettings, Settings
+from serving.router_settings import LimitSettings, RouterSettings
+from serving.settings import EngineSettings, ModelSettings, Settings
 
 MODEL = "nano"
 ALIAS = "deepseek-ai/DeepSeek-OCR"

@@ -14,11 +14,12 @@ from pydantic import ValidationError
 
 from serving.errors import ImageTooLargeError, InvalidImageError, InvalidRequestError, RequestError
 from serving.router.images import FORMATS, check_image_url, read_size
-from serving.settings import LimitSettings, RouterSettings
+from serving.router_settings import LimitSettings, RemoteImageSettings, RouterSettings
 
 from .pictures import animate_image, encode_image, png_header, to_url
 
 ROUTER = RouterSettings()
+REMOTE = RouterSettings(remote_images=RemoteImageSettings(enabled=True, hosts=("*",)))
 PARAM = "messages[0].content[1].image_url"
 
 
@@ -155,14 +156,13 @@ def test_what_is_no_url_is_refused(url: Any) -> None:
     ],
 )
 def test_remote_images_are_web_addresses_and_nothing_else(url: str, is_allowed: bool) -> None:
-    router = RouterSettings(allow_remote_images=True)
     with contextlib.nullcontext() if is_allowed else pytest.raises(InvalidImageError):
-        check_image_url(url, PARAM, router)
+        check_image_url(url, PARAM, REMOTE)
 
 
 def test_data_urls_are_checked_where_remote_images_are_allowed() -> None:
     with pytest.raises(InvalidImageError):
-        check_image_url(to_url(b"hello"), PARAM, RouterSettings(allow_remote_images=True))
+        check_image_url(to_url(b"hello"), PARAM, REMOTE)
 
 
 def check_politely(url: Any) -> None:

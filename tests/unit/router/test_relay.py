@@ -21,7 +21,7 @@ from serving.errors import (
 from serving.router.relay import Relay, cancel, send_body, send_error
 from serving.router.requests import RoutedRequest
 from serving.router.usage import UsageNotes
-from serving.settings import RouterSettings
+from serving.router_settings import RouterSettings
 
 from .stack import COST, USAGE, Engine, Exchange, Script, answers, dead_replica, deaf_replica, dies_after, streams
 

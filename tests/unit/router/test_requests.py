@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from serving.directory import ReplicaRecord, ReplicaState
 from serving.errors import ImageTooLargeError, ServingError
 from serving.router.requests import RoutedRequest, parse_request, resolve_modes
-from serving.settings import LimitSettings, ModelSettings, RouterSettings, Settings
+from serving.router_settings import LimitSettings, RemoteImageSettings, RouterSettings
+from serving.settings import ModelSettings, Settings
 
 from .pictures import encode_image, image_part, png_header, to_url
 
@@ -181,7 +182,7 @@ def test_the_sizes_of_images_are_told_in_their_order() -> None:
 
 
 def test_the_size_of_a_remote_image_is_not_known() -> None:
-    router = RouterSettings(allow_remote_images=True)
+    router = RouterSettings(remote_images=RemoteImageSettings(enabled=True, hosts=("*",)))
     body = orjson.dumps({"model": "nano", "messages": user(image_part("https://example.com/a.png"), page(3, 4))})
     request = parse_request(CHAT, body, Settings(models=SETTINGS.models, router=router))
     assert request.image_sizes == (None, (3, 4))

@@ -1,0 +1,36 @@
+"""What every section of the settings is made of."""
+
+from __future__ import annotations
+
+import ipaddress
+from decimal import Decimal
+from typing import Annotated, Any, get_args
+
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationInfo, field_validator
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}$")]
+
+
+class Frozen(BaseModel):
+    """Cannot be changed, knows every key it is given, and takes no infinity for a number."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_yes_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML's `yes` is a bool, which Python takes for 1."""
+        field = cls.model_fields[info.field_name or ""]
+        if isinstance(value, bool) and {int, float, Decimal} & {field.annotation, *get_args(field.annotation)}:
+            raise ValueError("must be a number")
+        return value
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address can only be reached from this machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
