@@ -13,6 +13,7 @@
     │   ├── MethodNotAllowedError   405
     │   ├── RequestTimeoutError     408 the client sends too slowly
     │   ├── BodyTooLargeError       413
+    │   ├── HeadersTooLargeError    431
     │   ├── RateLimitError          429 with Retry-After
     │   └── QuotaExceededError      429 the month's budget is spent
     ├── OverloadedError             503 with Retry-After: nothing was tried
@@ -20,6 +21,7 @@
     └── UpstreamError               the stack is at fault; another replica may be tried
         ├── NoReplicaError          503
         ├── ReplicaUnreachableError 502
+        │   └── ReplicaConnectError 502 it never got the request
         ├── ReplicaTimeoutError     504 never retried
         └── InternalError           500, or the engine's other 5xx; never retried
 
@@ -179,6 +181,11 @@ class BodyTooLargeError(RequestError):
     default_code = "request_too_large"
 
 
+class HeadersTooLargeError(RequestError):
+    status = 431
+    default_code = "headers_too_large"
+
+
 class UpstreamError(ServingError):
     is_retryable = True
 
@@ -196,6 +203,10 @@ class NoReplicaError(UpstreamError):
 class ReplicaUnreachableError(UpstreamError):
     status = 502
     default_code = "replica_unreachable"
+
+
+class ReplicaConnectError(ReplicaUnreachableError):
+    """No connection came about, so the replica has done nothing for the request."""
 
 
 class ReplicaTimeoutError(UpstreamError):

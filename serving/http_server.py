@@ -10,6 +10,9 @@ from typing import Any
 
 import uvicorn
 
+from serving.http_protocol import build_protocol
+from serving.router_settings import LimitSettings
+
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 75
 
@@ -26,7 +29,15 @@ class HttpServer:
     """Starts listening at once, serves until stopped, and lets running requests finish."""
 
     def __init__(
-        self, app: Any, *, host: str, port: int, drain_s: float, shares_port: bool = False, has_lifespan: bool = False
+        self,
+        app: Any,
+        *,
+        host: str,
+        port: int,
+        drain_s: float,
+        shares_port: bool = False,
+        has_lifespan: bool = False,
+        limits: LimitSettings | None = None,
     ) -> None:
         """Bind the address.
 
@@ -37,6 +48,7 @@ class HttpServer:
             drain_s: how long `stop` waits for running requests.
             shares_port: let other processes listen on the same port; the kernel spreads connections over them.
             has_lifespan: whether the app wants ASGI's lifespan events.
+            limits: guards against strangers; None for a server that only the stack itself talks to.
 
         Raises:
             OSError: the address is taken or not this machine's.
@@ -54,7 +66,7 @@ class HttpServer:
             raise
         config = uvicorn.Config(
             app,
-            http="httptools",
+            http="httptools" if limits is None else build_protocol(limits),
             loop="none",
             lifespan="on" if has_lifespan else "off",
             ws="none",

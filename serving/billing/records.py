@@ -31,6 +31,15 @@ class TokenCounts:
 
 
 @dataclass(frozen=True, slots=True)
+class LostTry:
+    """What a replica counted for a request that it did not answer: reconciled with its counters, billed to nobody."""
+
+    replica_id: str
+    num_prompt_tokens: int = 0
+    num_completion_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class RequestRecord:
     """One request, whatever its end. Times are nanoseconds since the epoch (UTC)."""
 
@@ -66,3 +75,11 @@ class RequestRecord:
     first_byte_ns: int = 0
     """0 when no byte of an answer came."""
     ended_ns: int = 0
+    queue_wait_ns: int = 0
+    """How long it waited for a replica with room."""
+    priority: str = "normal"
+    is_stream: bool = False
+    router_id: str = ""
+    """The life of the router that wrote it; another life of it has another id."""
+    lost_tries: tuple[LostTry, ...] = ()
+    """Tries before the last one whose replicas lived to count them."""

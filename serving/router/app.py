@@ -1,87 +1,154 @@
-"""The router's ASGI app: routes, and the few steps from a request to a replica and back."""
+"""The router's ASGI app: routes, and the parts behind them put together."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import itertools
 import logging
+import random
 import time
-from collections import Counter
+import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import Any
 
 import orjson
 from starlette.types import Receive, Scope, Send
 
-from serving.billing.prices import Price
-from serving.directory import EMPTY, ReplicaRecord, Snapshot
+from serving.billing.records import RequestRecord
+from serving.directory import EMPTY, RouterReport, Snapshot
 from serving.errors import (
-    BodyTooLargeError,
     InternalError,
     MethodNotAllowedError,
     ModelNotFoundError,
-    NoReplicaError,
+    PermissionDeniedError,
     RouteNotFoundError,
     ServingError,
 )
-from serving.router.balance import choose_replica
-from serving.router.relay import Relay, cancel, send_body, send_error
-from serving.router.requests import RoutedRequest, parse_request, resolve_modes
-from serving.router.usage import UsageNotes
+from serving.router.auth import Authenticator, check_model_allowed
+from serving.router.dispatch import Dispatcher
+from serving.router.gateway import Backend, Gateway
+from serving.router.generation import Generation
+from serving.router.guards import ClientGoneError, read_request_id
+from serving.router.limits import TenantLimits
+from serving.router.metering import Accountant, Call
+from serving.router.openapi import build_document
+from serving.router.relay import Relay
+from serving.router.remote import RemoteImages
+from serving.router.reply import Reply
+from serving.router.state import RouterState
 from serving.settings import Settings
+from serving.telemetry.router_metrics import RouterMetrics
+from serving.tenants import Identity
 
 logger = logging.getLogger(__name__)
 
 _GENERATE = ("/v1/chat/completions", "/v1/completions")
-_LISTS = ("/v1/models", "/health", "/ready")
+_OPEN = ("/health", "/ready", "/openapi.json")
+_LISTS = ("/v1/models", "/admin/state", *_OPEN)
 _MODEL = "/v1/models/"
 _PREFIX = "/v1/openai/"  # DeepInfra's
-_DISCARD_S = 10.0
 
 
-class ClientGoneError(Exception):
-    """The client closed the connection before its request was complete."""
-
-
-@dataclass(slots=True)
 class RouterApp:
-    """The app. `read_snapshot` gives the replica list as it is now; whoever follows the directory fills it."""
+    """The app. Requests come through `__call__`; whoever runs it calls `refresh`, `tick`, `report` and `absorb`."""
 
-    settings: Settings
-    read_snapshot: Callable[[], Snapshot] = lambda: EMPTY
-    started_s: int = field(default_factory=lambda: int(time.time()))
-    _relay: Relay = field(init=False)
-    _prices: dict[str, Price] = field(init=False)
-    _outstanding: Counter[str] = field(default_factory=Counter)
-    _turns: itertools.count[int] = field(default_factory=itertools.count)
+    def __init__(
+        self,
+        settings: Settings,
+        read_snapshot: Callable[[], Snapshot] = lambda: EMPTY,
+        *,
+        backend: Backend | None = None,
+        on_record: Callable[[RequestRecord], None] = lambda record: None,
+    ) -> None:
+        """Put the parts together.
 
-    def __post_init__(self) -> None:
-        key = self.settings.engine.api_key
-        self._relay = Relay(self.settings.router, key.get_secret_value() if key is not None else None)
-        self._prices = {name: Price.from_settings(model.price) for name, model in self.settings.models.items()}
+        Args:
+            settings: the whole of them.
+            read_snapshot: gives the replica list as it is now; whoever follows the directory keeps it.
+            backend: answers what was let in; None relays to replicas over the network.
+            on_record: gets the record of every request that ended.
+
+        Raises:
+            SettingsError: the keys file cannot be used.
+        """
+        self.settings = settings
+        self.router_id = uuid.uuid4().hex[:12]
+        self._read_snapshot = read_snapshot
+        self._on_record = on_record
+        self._started_s = int(time.time())
+        key = settings.engine.api_key
+        self._backend = backend or Gateway(Relay(settings.router, key.get_secret_value() if key is not None else None))
+        self._keys = Authenticator(settings.router.keys_file)
+        self._limits = TenantLimits(time.monotonic)
+        self._dispatcher = Dispatcher(settings, read_snapshot, router_id=self.router_id, rng=random.Random())
+        self._accountant = Accountant(self._backend.fetch_usage, self._settle)
+        self._remote = RemoteImages(settings.router.remote_images)
+        self._state = RouterState(self.router_id, read_snapshot, self._dispatcher, self._limits)
+        self._metrics = RouterMetrics(self._state.read_gauges)
+        self._document = orjson.dumps(build_document(settings))
+        self._generation = Generation(
+            settings, self._keys, self._limits, self._dispatcher, self._backend, self._accountant, self._remote
+        )
 
     async def start(self) -> None:
-        await self._relay.start()
+        """Must run inside the event loop that serves."""
+        await self._backend.start()
+        await self._remote.start()
 
     async def close(self) -> None:
-        await self._relay.close()
+        self._dispatcher.close()
+        await self._accountant.close()
+        await self._remote.close()
+        await self._backend.close()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is waiting, under way, or still to be accounted for."""
+        return self._dispatcher.is_idle and self._accountant.num_open == 0
+
+    def refresh(self) -> None:
+        """The replica list has changed."""
+        self._dispatcher.refresh()
+
+    def tick(self) -> None:
+        """Called about twice a second: keys that have changed, waits that have lasted too long."""
+        self._keys.reload_if_changed()
+        self._dispatcher.tick()
+
+    def report(self) -> RouterReport:
+        """What the other routers should know of this one."""
+        return RouterReport(
+            router_id=self.router_id,
+            queued_work=tuple(self._dispatcher.queued_work().items()),
+            replica_work=tuple(self._dispatcher.replica_work().items()),
+            tenants=self._limits.uses(),
+        )
+
+    def render_metrics(self) -> bytes:
+        """Prometheus' text format. Served on a port of each router's own: the public one is shared."""
+        return self._metrics.render()
+
+    def absorb(self, reports: tuple[RouterReport, ...]) -> None:
+        """What the others reported."""
+        self._dispatcher.absorb(reports)
+        self._limits.absorb(reports)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One HTTP request; whatever goes wrong ends as an answer in OpenAI's shape."""
         if scope["type"] != "http":
             return
+        request_id = read_request_id(dict(scope["headers"]))
+        reply = Reply(send, [(b"x-request-id", request_id.encode())])
         try:
-            await self._route(scope, receive, send)
+            await self._route(request_id, scope, receive, reply)
         except ServingError as error:
-            await send_error(send, error)
+            await reply.send_error(error)
         except ClientGoneError:
             return
         except Exception:
-            logger.exception("the router failed on %s %s", scope["method"], scope["path"])
-            await send_error(send, InternalError("The router failed on this request; it has been logged."))
+            logger.exception("the router failed on %s %s (%s)", scope["method"], scope["path"], request_id)
+            failure = InternalError("The router failed on this request; it has been logged.")
+            await (reply.end_with_error(failure) if reply.has_begun else reply.send_error(failure))
 
-    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _route(self, request_id: str, scope: Scope, receive: Receive, reply: Reply) -> None:
         path = _canonical_path(scope["path"])
         allowed = "POST" if path in _GENERATE else "GET" if path in _LISTS or path.startswith(_MODEL) else None
         if allowed is None:
@@ -89,130 +156,61 @@ class RouterApp:
         if scope["method"] != allowed and not (allowed == "GET" and scope["method"] == "HEAD"):
             raise MethodNotAllowedError(f"{path} answers {allowed} only.", allowed)
         if path in _GENERATE:
-            await self._generate(path, receive, send, scope)
-        elif path == "/v1/models":
-            await send_body(send, 200, orjson.dumps({"object": "list", "data": self._model_cards()}))
-        elif path.startswith(_MODEL):
-            await send_body(send, 200, orjson.dumps(self._find_card(path.removeprefix(_MODEL))))
+            await self._generation.serve(path, request_id, scope, receive, reply)
         elif path == "/health":
-            await send_body(send, 200, b'{"status":"up"}')
+            await reply.send_body(200, b'{"status":"up"}')
+        elif path == "/ready":
+            await self._answer_ready(reply)
+        elif path == "/openapi.json":
+            await reply.send_body(200, self._document)
         else:
-            await self._answer_ready(send)
+            identity = self._keys.identify(dict(scope["headers"]))
+            await reply.send_body(200, orjson.dumps(self._look_up(path, identity)))
 
-    async def _generate(self, path: str, receive: Receive, send: Send, scope: Scope) -> None:
-        body = await read_body(scope, receive, self.settings.router.limits.max_body_bytes)
-        request = parse_request(path, body, self.settings)
-        relaying = asyncio.ensure_future(self._relay_somewhere(request, send))
-        leaving = asyncio.ensure_future(_wait_for_disconnect(receive))
-        try:
-            await asyncio.wait((relaying, leaving), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            await cancel(leaving)
-            if not relaying.done():
-                await cancel(relaying)  # closes the connection to the replica, which aborts the request
-        if not relaying.cancelled():
-            relaying.result()
+    def _look_up(self, path: str, identity: Identity) -> dict[str, Any]:
+        if path == "/admin/state":
+            if not identity.is_admin:
+                raise PermissionDeniedError("This needs an admin key; `serving keys create --admin` makes one.")
+            return self._state.describe()
+        if path == "/v1/models":
+            return {"object": "list", "data": self._model_cards(identity)}
+        return self._find_card(path.removeprefix(_MODEL), identity)
 
-    async def _relay_somewhere(self, request: RoutedRequest, send: Send) -> None:
-        """Try replicas until one has taken the request; nothing reaches the client before that."""
-        tried: list[str] = []
-        failure: ServingError = NoReplicaError("No replica of this model is ready; try again shortly.")
-        for _ in range(self.settings.router.max_tries):
-            ready = self.read_snapshot().ready(request.model)
-            replica = choose_replica(ready, self._outstanding, tried, next(self._turns))
-            if replica is None:
-                break
-            tried.append(replica.replica_id)
-            self._outstanding[replica.replica_id] += 1
-            try:
-                return await self._relay.relay(request, replica, self._notes(request, replica), send)
-            except ServingError as error:
-                if not error.is_retryable:
-                    raise
-                logger.warning("replica %s failed a request: %s", replica.replica_id, error)
-                failure = error
-            finally:
-                self._outstanding[replica.replica_id] -= 1
-                if not self._outstanding[replica.replica_id]:
-                    del self._outstanding[replica.replica_id]
-        raise failure
-
-    def _notes(self, request: RoutedRequest, replica: ReplicaRecord) -> UsageNotes:
-        return UsageNotes(self._prices[request.model], resolve_modes(request, replica))
-
-    def _model_cards(self) -> list[dict[str, object]]:
+    def _model_cards(self, identity: Identity) -> list[dict[str, Any]]:
         """OpenAI's cards: every name that a request may use, with the model that runs behind it as `root`."""
-        snapshot = self.read_snapshot()
-        cards: list[dict[str, object]] = []
+        snapshot = self._read_snapshot()
+        cards: list[dict[str, Any]] = []
         for name, model in self.settings.models.items():
+            try:
+                check_model_allowed(identity, name, *model.aliases)
+            except PermissionDeniedError:
+                continue
             ready = snapshot.ready(name)
             longest = min((record.max_model_len for record in ready), default=None)
             for alias in (name, *model.aliases):
-                card = {"id": alias, "object": "model", "created": self.started_s, "owned_by": "serving"}
+                card = {"id": alias, "object": "model", "created": self._started_s, "owned_by": "serving"}
                 cards.append({**card, "root": name, "max_model_len": longest, "ready_replicas": len(ready)})
         return cards
 
-    def _find_card(self, name: str) -> dict[str, object]:
-        card = next((card for card in self._model_cards() if card["id"] == name), None)
+    def _find_card(self, name: str, identity: Identity) -> dict[str, Any]:
+        card = next((card for card in self._model_cards(identity) if card["id"] == name), None)
         if card is None:
             raise ModelNotFoundError(f"The model '{name[:100]}' does not exist; GET /v1/models lists those that do.")
         return card
 
-    async def _answer_ready(self, send: Send) -> None:
-        snapshot = self.read_snapshot()
+    async def _answer_ready(self, reply: Reply) -> None:
+        snapshot = self._read_snapshot()
         counts = {name: len(snapshot.ready(name)) for name in self.settings.models}
         is_ready = any(counts.values())
-        await send_body(send, 200 if is_ready else 503, orjson.dumps({"ready": is_ready, "replicas": counts}))
+        await reply.send_body(200 if is_ready else 503, orjson.dumps({"ready": is_ready, "replicas": counts}))
+
+    def _settle(self, call: Call, record: RequestRecord) -> None:
+        used = record.tokens.num_prompt_tokens + record.tokens.num_completion_tokens
+        self._limits.settle(call.identity, call.reserved_tokens, used, time.monotonic())
+        self._metrics.count(record)
+        self._on_record(record)
 
 
 def _canonical_path(path: str) -> str:
     path = path.rstrip("/")
     return "/v1/" + path.removeprefix(_PREFIX) if path.startswith(_PREFIX) else path
-
-
-async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
-    """The whole body.
-
-    Raises:
-        BodyTooLargeError: it announces or brings more than `max_bytes`.
-        ClientGoneError: the client left while sending.
-    """
-    too_large = BodyTooLargeError(f"The body may be {max_bytes} bytes at most.")
-    headers = dict(scope["headers"])
-    announced = headers.get(b"content-length", b"0")
-    if announced.isdigit() and int(announced) > max_bytes:
-        if b"expect" not in headers:  # who asks before sending has sent nothing yet
-            await _discard_body(receive, max_bytes)
-        raise too_large
-    parts: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGoneError
-        part = message.get("body", b"")
-        size += len(part)
-        if size > max_bytes:
-            if message.get("more_body", False):
-                await _discard_body(receive, max_bytes)
-            raise too_large
-        parts.append(part)
-        if not message.get("more_body", False):
-            return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-async def _discard_body(receive: Receive, max_bytes: int) -> None:
-    """Read on for a while before refusing: a client that is still sending would see a reset instead of the answer."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_DISCARD_S):
-            size = 0
-            while size <= max_bytes:
-                message = await receive()
-                size += len(message.get("body", b""))
-                if not message.get("more_body", False):
-                    return
-
-
-async def _wait_for_disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

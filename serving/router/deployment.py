@@ -1,9 +1,11 @@
-"""The router as a Ray Serve deployment: the app on a port of its own, and a task that follows the replica list."""
+"""The router as a Ray Serve deployment: the app on a port of its own, and tasks that keep it informed."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from collections.abc import Awaitable, Callable
 
 import ray
 from ray import serve
@@ -13,12 +15,15 @@ from ray.serve import Application
 from serving.directory import EMPTY, Snapshot
 from serving.http_server import HttpServer
 from serving.router.app import RouterApp
+from serving.router.draining import Drainable
 from serving.settings import Settings
+from serving.versions import router_version, surge_percent, with_version
 
 logger = logging.getLogger(__name__)
 
 _WATCH_S = 10.0
 _RETRY_S = 0.5
+_TICK_S = 0.5
 _MANY = 100_000
 
 
@@ -29,53 +34,91 @@ class RouterReplica:
         self, settings: Settings, directory: ActorHandle
     ) -> None:
         self._directory = directory
+        self._reader = serve.get_replica_context().replica_id.unique_id
+        self._report_s = settings.router.report_s
         self._snapshot: Snapshot = EMPTY
         self._app = RouterApp(settings, read_snapshot=lambda: self._snapshot)
+        self._drainable = Drainable(self._app)
+        self._drain_s = settings.engine.drain_s
         router = settings.router
         self._server = HttpServer(
-            self._app, host=router.host, port=router.port, drain_s=settings.engine.drain_s, shares_port=True
+            self._drainable,
+            host=router.host,
+            port=router.port,
+            drain_s=self._drain_s,
+            shares_port=True,
+            limits=router.limits,
         )
         await self._app.start()
+        with contextlib.suppress(ray.exceptions.RayError):  # what replicas there are, before the first client asks
+            await self._follow(timeout_s=0.0)
         await self._server.start()
-        self._following = asyncio.create_task(self._follow_directory())
+        self._tasks = [
+            asyncio.create_task(_repeat(step, pause_s))
+            for step, pause_s in ((self._follow, 0.0), (self._report, self._report_s), (self._tick, _TICK_S))
+        ]
 
     async def check_health(self) -> None:
         """Called by Ray Serve, which replaces a router that raises.
 
         Raises:
-            RuntimeError: nothing listens any more, or the replica list is no longer followed.
+            RuntimeError: nothing listens any more, or the app is no longer kept informed.
         """
         if not self._server.is_serving:
             raise RuntimeError("the router's HTTP server has ended")
-        if self._following.done():
-            raise RuntimeError(f"the replica list is no longer followed: {self._following}")
+        ended = [task for task in self._tasks if task.done()]
+        if ended:
+            raise RuntimeError(f"the router is no longer kept informed: {ended}")
 
     async def __del__(self) -> None:
-        """Called by Ray Serve before it ends the replica: take no more, finish what runs."""
+        """Called by Ray Serve before it ends the replica: clients go elsewhere, what runs is finished."""
+        await self._drainable.drain(self._drain_s)
         await self._server.stop()
-        self._following.cancel()
+        for task in self._tasks:
+            task.cancel()
         await self._app.close()
+        with contextlib.suppress(ray.exceptions.RayError):
+            await self._report()  # no more work here, and the tenants' last totals
+            await self._directory.leave.remote(self._reader)
 
-    async def _follow_directory(self) -> None:
-        """Keep the list fresh. A directory that cannot be reached leaves the last list in force."""
-        while True:
-            try:
-                self._snapshot = await self._directory.watch.remote(self._snapshot.version, _WATCH_S)
-            except ray.exceptions.RayError as error:
-                logger.warning("the replica directory cannot be reached, trying again: %s", error)
-                await asyncio.sleep(_RETRY_S)
+    async def _follow(self, timeout_s: float = _WATCH_S) -> None:
+        """Wait for the next change of the replica list. While the directory is away the last list stays in force."""
+        snapshot = await self._directory.watch.remote(self._snapshot.version, timeout_s, self._reader)
+        if snapshot.version != self._snapshot.version:
+            self._snapshot = snapshot
+            self._app.refresh()
+
+    async def _report(self) -> None:
+        self._app.absorb(await self._directory.exchange.remote(self._app.report()))
+
+    async def _tick(self) -> None:
+        self._app.tick()
+
+
+async def _repeat(step: Callable[[], Awaitable[None]], pause_s: float) -> None:
+    """Do it over and over; a directory that cannot be reached is tried again."""
+    while True:
+        try:
+            await step()
+            await asyncio.sleep(pause_s)
+        except ray.exceptions.RayError as error:
+            logger.warning("the replica directory cannot be reached, trying again: %s", error)
+            await asyncio.sleep(_RETRY_S)
 
 
 def build_router_app(settings: Settings, directory: ActorHandle) -> Application:
-    """The Serve application of the routers."""
+    """The Serve application of the routers. Deploying it again replaces routers only when they would do otherwise."""
+    num_replicas = settings.router.num_replicas
     deployment = serve.deployment(
         RouterReplica,
         name="router",
-        num_replicas=settings.router.num_replicas,
+        num_replicas=num_replicas,
         max_ongoing_requests=_MANY,
         health_check_period_s=2.0,
-        graceful_shutdown_timeout_s=settings.engine.drain_s + 30,
+        graceful_shutdown_timeout_s=2 * settings.engine.drain_s + 30,  # what runs, and what came meanwhile
         graceful_shutdown_wait_loop_s=0.1,
+        # The port is shared, so a new router can listen beside the one whose place it takes.
+        max_surge_percent=surge_percent(settings, num_replicas),
         ray_actor_options={"num_cpus": settings.router.cpus_per_replica},
     )
-    return deployment.bind(settings, directory)
+    return with_version(deployment, router_version(settings)).bind(settings, directory)

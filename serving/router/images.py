@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from typing import Any
 
@@ -15,6 +16,9 @@ from serving.router_settings import RouterSettings
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF")
 """Formats that are read, by content; what the data URL claims to be does not matter."""
 
+_HEAD = re.compile(r"""data:[A-Za-z0-9!#$&^_.+*/;="-]{0,255};base64""")
+"""Before the comma."""
+_MAX_URL_CHARS = 8192
 _HEAD_CHARS = 64 * 1024  # a multiple of four, so that it is base64 by itself
 
 
@@ -32,21 +36,31 @@ def check_image_url(url: Any, param: str, router: RouterSettings) -> tuple[int, 
     if not isinstance(url, str) or not url:
         raise InvalidRequestError("image_url must hold a URL.", param=param)
     if not url.startswith("data:"):
-        if router.remote_images.enabled and url.startswith(("http://", "https://")):
+        if router.remote_images.enabled and url.startswith(("http://", "https://")) and len(url) <= _MAX_URL_CHARS:
             return None
         raise InvalidImageError(
             "Only data: URLs are read (data:image/png;base64,...); remote images are switched off.", param=param
         )
     head, _, encoded = url.partition(",")
-    if not head.endswith(";base64"):
+    if not _HEAD.fullmatch(head):
         raise InvalidImageError("The image's data URL must be base64: data:image/png;base64,...", param=param)
-    width, height = _read_encoded_size(encoded, param)
+    size = _read_encoded_size(encoded, param)
+    check_size(size, param, router)
+    return size
+
+
+def check_size(size: tuple[int, int], param: str, router: RouterSettings) -> None:
+    """Refuse an image over the pixel limit.
+
+    Raises:
+        ImageTooLargeError: it is.
+    """
+    width, height = size
     if width * height > router.limits.max_image_pixels:
         raise ImageTooLargeError(
             f"The image has {width} x {height} pixels; {router.limits.max_image_pixels} pixels are allowed.",
             param=param,
         )
-    return width, height
 
 
 def _read_encoded_size(encoded: str, param: str) -> tuple[int, int]:

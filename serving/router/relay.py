@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
 import orjson
-from starlette.types import Send
 
 from serving.directory import ReplicaRecord
-from serving.errors import InternalError, ReplicaTimeoutError, ReplicaUnreachableError, ServingError, from_engine
+from serving.errors import InternalError, ReplicaConnectError, ReplicaTimeoutError, ReplicaUnreachableError, from_engine
+from serving.router.reply import Reply
 from serving.router.requests import RoutedRequest
 from serving.router.usage import StreamAnnotator, UsageNotes, annotate_answer
 from serving.router_settings import RouterSettings
 
 _MAX_ERROR_BYTES = 256 * 1024
-_JSON = b"application/json"
-_EVENT_STREAM = b"text/event-stream; charset=utf-8"
+_USAGE_TIMEOUT = aiohttp.ClientTimeout(total=5, sock_connect=1)
 
 
 class Relay:
@@ -45,63 +43,71 @@ class Relay:
         if self._session is not None:
             await self._session.close()
 
-    async def relay(self, request: RoutedRequest, replica: ReplicaRecord, notes: UsageNotes, send: Send) -> None:
+    async def relay(
+        self, request: RoutedRequest, request_id: str, replica: ReplicaRecord, notes: UsageNotes, reply: Reply
+    ) -> None:
         """Ask the replica and send its answer on.
 
         Cancelling this closes the connection to the replica, on which vLLM aborts the request.
 
         Raises:
-            ServingError: nothing was sent to the client yet. A retryable one may be tried on another replica.
+            ServingError: the reply has not begun (a retryable error may be tried on another replica), or it is a
+                stream that broke, which is left without its end.
         """
-        async with self._ask(request, replica) as upstream:
+        async with self._ask(request, request_id, replica) as upstream:
             if upstream.status >= 400:
                 raise from_engine(upstream.status, await _read_error(upstream))
             if request.is_stream:
-                await _relay_stream(upstream, notes if request.wants_stream_usage else None, send)
+                await _relay_stream(upstream, StreamAnnotator(notes, shows_usage=request.wants_stream_usage), reply)
             else:
                 body = annotate_answer(await upstream.read(), notes)
-                await send_body(send, 200, body)
+                await reply.send_body(200, body)
+
+    async def fetch_usage(self, replica: ReplicaRecord, request_id: str) -> dict[str, Any] | None:
+        """What the replica's engine counted for a request whose answer did not say; None when it cannot tell."""
+        assert self._session is not None
+        url = f"{replica.base_url}/usage/{request_id}"
+        try:
+            async with self._session.get(url, headers=self._headers, timeout=_USAGE_TIMEOUT) as answer:
+                found = orjson.loads(await answer.read()) if answer.status == 200 else None
+        except (aiohttp.ClientError, TimeoutError, OSError, orjson.JSONDecodeError):
+            return None
+        return found if isinstance(found, dict) else None
 
     @contextlib.asynccontextmanager
-    async def _ask(self, request: RoutedRequest, replica: ReplicaRecord) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def _ask(
+        self, request: RoutedRequest, request_id: str, replica: ReplicaRecord
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
         if self._session is None:
             raise InternalError("The router has not started.")
         url = replica.base_url + request.path
+        headers = {**self._headers, "x-request-id": request_id}
         try:
-            async with self._session.post(url, data=request.body, headers=self._headers) as upstream:
+            async with self._session.post(url, data=request.body, headers=headers) as upstream:
                 yield upstream
-        except aiohttp.ConnectionTimeoutError as error:
-            raise ReplicaUnreachableError("The replica cannot be reached.") from error
+        except (aiohttp.ConnectionTimeoutError, aiohttp.ClientConnectorError) as error:
+            raise ReplicaConnectError("The replica cannot be reached.") from error
         except TimeoutError as error:
             raise ReplicaTimeoutError("The model did not answer in time.") from error
         except (aiohttp.ClientError, OSError) as error:
             raise ReplicaUnreachableError("The replica that ran this request was lost.") from error
 
 
-async def _relay_stream(upstream: aiohttp.ClientResponse, notes: UsageNotes | None, send: Send) -> None:
-    """Send frames as they come. Until the first one is there nothing was sent, and another replica may be tried;
-    after it an error is told as an event, since the status is out.
-
-    Raises:
-        ServingError: the replica was lost before its first byte.
-    """
-    annotator = StreamAnnotator(notes)
+async def _relay_stream(upstream: aiohttp.ClientResponse, annotator: StreamAnnotator, reply: Reply) -> None:
+    """Send frames as they come. Nothing is sent before the first, so that until then another replica may be tried."""
     chunks = upstream.content.iter_any()
     out = annotator.feed(await anext(chunks, b""))
-    await send({"type": "http.response.start", "status": 200, "headers": _headers(_EVENT_STREAM)})
-    try:
+    await reply.start_stream()
+    if out:
+        await reply.write(out)
+    async for chunk in chunks:
+        out = annotator.feed(chunk)
         if out:
-            await send({"type": "http.response.body", "body": out, "more_body": True})
-        async for chunk in chunks:
-            out = annotator.feed(chunk)
-            if out:
-                await send({"type": "http.response.body", "body": out, "more_body": True})
-        last = annotator.flush()
-    except TimeoutError:
-        last = _error_event(ReplicaTimeoutError("The model fell silent in the middle of this answer."))
-    except (aiohttp.ClientError, OSError):
-        last = _error_event(ReplicaUnreachableError("The replica that ran this request was lost in the middle of it."))
-    await send({"type": "http.response.body", "body": last, "more_body": False})
+            await reply.write(out)
+    last = annotator.flush()
+    if not annotator.is_done:
+        raise ReplicaUnreachableError("The replica ended this answer before it was complete.")
+    await reply.end(last)
 
 
 async def _read_error(upstream: aiohttp.ClientResponse) -> Any:
@@ -113,34 +119,3 @@ async def _read_error(upstream: aiohttp.ClientResponse) -> Any:
         return orjson.loads(body)
     except orjson.JSONDecodeError:
         return None
-
-
-def _error_event(error: ServingError) -> bytes:
-    """A server-sent event that tells of an error; no `[DONE]` follows it."""
-    return b"data: " + orjson.dumps(error.body()) + b"\n\n"
-
-
-def _headers(content_type: bytes, length: int | None = None) -> list[tuple[bytes, bytes]]:
-    headers = [(b"content-type", content_type)]
-    if length is None:
-        return [*headers, (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
-    return [*headers, (b"content-length", b"%d" % length)]
-
-
-async def send_body(send: Send, status: int, body: bytes, extra: Mapping[str, str] | None = None) -> None:
-    """A whole JSON answer."""
-    headers = _headers(_JSON, len(body)) + [(name.encode(), value.encode()) for name, value in (extra or {}).items()]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body, "more_body": False})
-
-
-async def send_error(send: Send, error: ServingError) -> None:
-    """An error in OpenAI's shape."""
-    await send_body(send, error.http_status, orjson.dumps(error.body()), error.headers)
-
-
-async def cancel(task: asyncio.Task[Any]) -> None:
-    """Cancel a task and wait until it has ended."""
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task

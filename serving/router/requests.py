@@ -1,11 +1,12 @@
 """What the router must know of a request before it relays the body's bytes: checked once, here. Pure.
 
-Everything else about a request is the engine's to judge; vLLM's own answer is then brought into OpenAI's shape.
+Single fields are checked by `fields`. What depends on the model (context length, vocabulary, the pixels of an image)
+is the engine's to judge; vLLM's own answer is then brought into OpenAI's shape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -15,11 +16,30 @@ import orjson
 from serving.directory import ReplicaRecord
 from serving.errors import InvalidRequestError, ModelNotFoundError
 from serving.plugin.selection import DEFAULT, MODE_FOR_DETAIL, ModeRules, SelectionError
+from serving.router.fields import CHAT_FIELDS, TEXT_FIELDS, check_fields, check_function, refuse
+from serving.router.guards import decode_json
 from serving.router.images import check_image_url
 from serving.router_settings import RouterSettings
 from serving.settings import Settings
 
 _CHOICE_COUNTS = ("n", "best_of")
+_DEFAULT_COMPLETION_TOKENS = 16
+"""OpenAI's, and vLLM's, for a completion that does not say; a chat goes on to the end of the context."""
+_CHARS_PER_TOKEN_ID = 3
+"""What a prompt's token id counts for in characters."""
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+_OTHER_MEDIA = frozenset({"uuid", "image_pil", "image_embeds", "input_image"}) | {
+    "audio_url",
+    "audio_embeds",
+    "input_audio",
+    "video_url",
+    "video_embeds",
+    "prompt_embeds",
+    "file",
+    "thinking",
+    "tool_reference",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,41 +70,36 @@ def parse_request(path: str, body: bytes, settings: Settings) -> RoutedRequest:
     Raises:
         RequestError: what is wrong with it.
     """
-    payload = _decode(body)
+    payload = decode_json(body, settings.router.limits)
     model = _find_model(payload.get("model"), settings)
-    is_stream = _read_bool(payload, "stream")
+    is_chat = path.endswith("/chat/completions")
+    num_choices = _count_choices(payload, settings.router.limits.max_choices)
+    check_fields(payload, CHAT_FIELDS if is_chat else TEXT_FIELDS)
+    if is_chat:
+        content = _check_messages(payload.get("messages"), settings.router)
+    else:
+        content = _check_prompt(payload)
+        num_choices *= content.num_prompts
+        if num_choices > settings.router.limits.max_choices:
+            raise refuse("prompt", f"at most {settings.router.limits.max_choices} prompts times n")
     stream_options = payload.get("stream_options")
-    if stream_options is not None and not isinstance(stream_options, dict):
-        raise InvalidRequestError("stream_options must be an object.", param="stream_options")
-    _check_choices(payload, settings.router)
-    images: list[_Image] = []
-    if path.endswith("/chat/completions"):
-        images = _check_messages(payload.get("messages"), settings.router)
-    options = _read_image_options(payload)
-    details = [image.detail for image in images]
-    if any(details) and "mode" not in options:
+    options = payload.get("mm_processor_kwargs") or {}
+    if any(content.details) and "mode" not in options:
         # The engine knows nothing of `detail`; only then is the body written anew.
-        options = {**options, "mode": [MODE_FOR_DETAIL.get(detail or "", DEFAULT) for detail in details]}
+        options = {**options, "mode": [MODE_FOR_DETAIL.get(detail or "", DEFAULT) for detail in content.details]}
         body = orjson.dumps({**payload, "mm_processor_kwargs": options})
     return RoutedRequest(
         path=path,
         model=model,
         body=body,
-        image_sizes=tuple(image.size for image in images),
+        image_sizes=tuple(content.sizes),
         image_options=options,
-        is_stream=is_stream,
+        is_stream=bool(payload.get("stream")),
         wants_stream_usage=bool(stream_options and stream_options.get("include_usage")),
+        num_text_chars=content.num_chars,
+        max_tokens=_read_max_tokens(payload, is_chat),
+        num_choices=num_choices,
     )
-
-
-def _decode(body: bytes) -> dict[str, Any]:
-    try:
-        payload = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequestError(f"The body is not valid JSON: {error}.", code="invalid_json") from error
-    if not isinstance(payload, dict):
-        raise InvalidRequestError("The body must be a JSON object.", code="invalid_json")
-    return payload
 
 
 def _find_model(name: Any, settings: Settings) -> str:
@@ -99,73 +114,130 @@ def _find_model(name: Any, settings: Settings) -> str:
     return model
 
 
-def _read_bool(payload: dict[str, Any], key: str) -> bool:
-    value = payload.get(key)
-    if value is None:
-        return False
-    if not isinstance(value, bool):
-        raise InvalidRequestError(f"{key} must be true or false.", param=key)
-    return value
-
-
-def _check_choices(payload: dict[str, Any], router: RouterSettings) -> None:
+def _count_choices(payload: dict[str, Any], limit: int) -> int:
     """Numbers in other clothes (1e6, "1000000") are refused too, since the engine would read them."""
-    limit = router.limits.max_choices
+    counts = [1]
     for key in _CHOICE_COUNTS:
         value = payload.get(key)
-        if value is not None and (type(value) is not int or value > limit):
-            raise InvalidRequestError(f"{key} must be a whole number of at most {limit}.", param=key)
+        if value is not None:
+            if type(value) is not int or not 1 <= value <= limit:
+                raise refuse(key, f"a whole number from 1 to {limit}")
+            counts.append(value)
     prompts = payload.get("prompt")
     if isinstance(prompts, list) and len(prompts) > limit and not isinstance(prompts[0], int):
         raise InvalidRequestError(f"prompt may hold {limit} prompts at most.", param="prompt")
+    return max(counts)
 
 
-@dataclass(frozen=True, slots=True)
-class _Image:
-    size: tuple[int, int] | None
-    detail: str | None
+def _read_max_tokens(payload: dict[str, Any], is_chat: bool) -> int | None:
+    if not is_chat:
+        given = payload.get("max_tokens")
+        return _DEFAULT_COMPLETION_TOKENS if given is None else int(given)
+    newer: int | None = payload.get("max_completion_tokens")
+    older: int | None = payload.get("max_tokens")
+    return older if newer is None else newer
 
 
-def _check_messages(messages: Any, router: RouterSettings) -> list[_Image]:
+@dataclass(slots=True)
+class _Content:
+    """What the prompt is made of."""
+
+    num_chars: int = 0
+    sizes: list[tuple[int, int] | None] = field(default_factory=list)
+    details: list[str | None] = field(default_factory=list)
+    num_prompts: int = 1
+
+
+def _check_prompt(payload: dict[str, Any]) -> _Content:
+    """A text, a list of token ids, or a list of either."""
+    prompt = payload.get("prompt")
+    if payload.get("echo") and payload.get("logprobs") is not None:
+        # vLLM would compute a row of the whole vocabulary for every token of the prompt.
+        raise InvalidRequestError("echo cannot be had together with logprobs.", param="echo")
+    if isinstance(prompt, str) and prompt:
+        return _Content(num_chars=len(prompt))
+    prompts = [prompt] if _is_token_ids(prompt) else prompt
+    if not isinstance(prompts, list) or not prompts or not all(prompts):
+        raise refuse("prompt", "a text, a list of token ids, or a list of such")
+    if all(isinstance(text, str) for text in prompts):
+        return _Content(num_chars=sum(map(len, prompts)), num_prompts=len(prompts))
+    if not all(_is_token_ids(ids) for ids in prompts):
+        raise refuse("prompt", "a text, a list of token ids, or a list of such")
+    return _Content(num_chars=_CHARS_PER_TOKEN_ID * sum(map(len, prompts)), num_prompts=len(prompts))
+
+
+def _is_token_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(token) is int and 0 <= token < 2**31 for token in value) and bool(value)
+
+
+def _check_messages(messages: Any, router: RouterSettings) -> _Content:
     if not isinstance(messages, list) or not messages:
         raise InvalidRequestError("messages must be a list with at least one message.", param="messages")
     if len(messages) > router.limits.max_messages:
         raise InvalidRequestError(f"messages may hold {router.limits.max_messages} at most.", param="messages")
-    images: list[_Image] = []
-    for param, part in _image_parts(messages):
-        if len(images) == router.limits.max_images:
-            raise InvalidRequestError(f"A request may hold {router.limits.max_images} images at most.", param=param)
-        url, detail = (part.get("url"), part.get("detail")) if isinstance(part, dict) else (part, None)
-        if detail is not None and (not isinstance(detail, str) or detail not in MODE_FOR_DETAIL):
-            known = ", ".join(MODE_FOR_DETAIL)
-            raise InvalidRequestError(f"detail must be one of {known}.", param=f"{param}.detail")
-        images.append(_Image(check_image_url(url, param, router), detail))
-    return images
-
-
-def _image_parts(messages: list[Any]) -> Iterator[tuple[str, Any]]:
-    """Every image part's place and its `image_url`. Parts of other types are left to the engine."""
+    found = _Content()
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
             raise InvalidRequestError("Every message must be an object.", param=f"messages[{i}]")
         content = message.get("content")
-        if not isinstance(content, list):
-            continue
-        for j, part in enumerate(content):
-            param = f"messages[{i}].content[{j}]"
-            if not isinstance(part, dict):
-                raise InvalidRequestError("Every content part must be an object.", param=param)
-            if part.get("type") == "image_url" or "image_url" in part:
-                yield f"{param}.image_url", part.get("image_url")
+        if isinstance(content, str):
+            found.num_chars += len(content)
+        elif isinstance(content, list):
+            for j, part in enumerate(content):
+                _check_part(part, f"messages[{i}].content[{j}]", found, router)
+        elif content is not None:
+            raise refuse(f"messages[{i}].content", "a text or a list of parts")
+        role = message.get("role")
+        if not isinstance(role, str) or role not in _ROLES:
+            raise refuse(f"messages[{i}].role", f"one of {', '.join(_ROLES)}")
+        _check_calls(message, f"messages[{i}]")
+    return found
 
 
-def _read_image_options(payload: dict[str, Any]) -> dict[str, Any]:
-    options = payload.get("mm_processor_kwargs")
-    if options is None:
-        return {}
-    if not isinstance(options, dict):
-        raise InvalidRequestError("mm_processor_kwargs must be an object.", param="mm_processor_kwargs")
-    return options
+def _check_part(part: Any, param: str, found: _Content, router: RouterSettings) -> None:
+    """Only text and images: vLLM would fetch what other parts point to, and takes embeddings and the names of what is
+    in its cache (`uuid`, which is shared by everybody) from anywhere in a part."""
+    if not isinstance(part, dict):
+        raise InvalidRequestError("Every content part must be an object.", param=param)
+    kind = part.get("type", "image_url" if "image_url" in part else None)
+    text_key = _TEXT_PARTS.get(kind) if isinstance(kind, str) else None
+    if (text_key is None and kind != "image_url") or (text_key is not None and "image_url" in part):
+        raise InvalidRequestError("Content parts may be of type text, refusal and image_url.", param=f"{param}.type")
+    if not _OTHER_MEDIA.isdisjoint(part):
+        key = sorted(_OTHER_MEDIA.intersection(part))[0]
+        raise InvalidRequestError(f"A content part may not have {key}.", param=f"{param}.{key}")
+    if text_key is None:
+        _check_image(part.get("image_url"), f"{param}.image_url", found, router)
+        return
+    text = part.get(text_key)
+    if text is not None:
+        if not isinstance(text, str):
+            raise refuse(f"{param}.{text_key}", "a text")
+        found.num_chars += len(text)
+
+
+def _check_image(image: Any, param: str, found: _Content, router: RouterSettings) -> None:
+    if len(found.sizes) == router.limits.max_images:
+        raise InvalidRequestError(f"A request may hold {router.limits.max_images} images at most.", param=param)
+    url, detail = (image.get("url"), image.get("detail")) if isinstance(image, dict) else (image, None)
+    if detail is not None and (not isinstance(detail, str) or detail not in MODE_FOR_DETAIL):
+        known = ", ".join(MODE_FOR_DETAIL)
+        raise InvalidRequestError(f"detail must be one of {known}.", param=f"{param}.detail")
+    found.sizes.append(check_image_url(url, param, router))
+    found.details.append(detail)
+
+
+def _check_calls(message: dict[str, Any], param: str) -> None:
+    """What vLLM takes from a message without a look at its type."""
+    calls = message.get("tool_calls")
+    if calls is not None:
+        if not isinstance(calls, list):
+            raise refuse(f"{param}.tool_calls", "a list")
+        for k, call in enumerate(calls):
+            check_function(f"{param}.tool_calls[{k}]", call)
+    for key in ("name", "tool_call_id"):
+        if not isinstance(message.get(key, ""), str | None):
+            raise refuse(f"{param}.{key}", "a text")
 
 
 def resolve_modes(request: RoutedRequest, replica: ReplicaRecord) -> tuple[str, ...]:

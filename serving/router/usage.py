@@ -1,4 +1,8 @@
-"""What the router adds to an answer: cost, image tokens and modes in `usage`. Pure; the rest passes as it came."""
+"""What the router reads from an answer, and what it adds: cost, image tokens and modes in `usage`. Pure.
+
+Engines end every stream with a frame that holds its usage (`--enable-force-include-usage`). A client that did not ask
+for it does not get it; everything else passes as it came.
+"""
 
 from __future__ import annotations
 
@@ -8,32 +12,55 @@ from typing import Any
 import orjson
 
 from serving.billing.prices import Price, to_dollars
+from serving.billing.records import TokenCounts
 
 # A quote inside a JSON string is always escaped, so these bytes cannot be text that the model wrote.
 _USAGE = b'"usage":{'
+_FINISH = b'"finish_reason":"'
 _FRAME_END = b"\n\n"
 _DATA = b"data: "
+_DONE = b"data: [DONE]"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class UsageNotes:
-    """What is added to a `usage` object."""
+    """What is added to the `usage` of one answer, and what was read there."""
 
     price: Price
     image_modes: tuple[str, ...] = ()
     """The resolution mode of every image, where it is known."""
+    tokens: TokenCounts | None = None
+    """As the engine counted them; None until it has said so."""
+    cost_nanodollars: int = 0
+    finish_reason: str = ""
+    """OpenAI's, of the first choice that has one."""
+    num_frames: int = 0
+    """Frames of a stream that were passed: about one per token."""
 
-    def add_to(self, usage: dict[str, Any]) -> None:
-        """Put the cost in, in dollars, and what the images took."""
-        cost = self.price.cost_nanodollars(
-            num_prompt_tokens=int(usage.get("prompt_tokens") or 0),
-            num_completion_tokens=int(usage.get("completion_tokens") or 0),
+    def take(self, usage: dict[str, Any]) -> None:
+        """Read an engine's `usage` and put the cost in, in dollars, and what the images took."""
+        self.tokens = read_tokens(usage)
+        self.cost_nanodollars = self.price.cost_nanodollars(
+            num_prompt_tokens=self.tokens.num_prompt_tokens, num_completion_tokens=self.tokens.num_completion_tokens
         )
-        usage["estimated_cost"] = to_dollars(cost)
+        usage["estimated_cost"] = to_dollars(self.cost_nanodollars)
         details = usage.get("prompt_tokens_details")
         if isinstance(details, dict) and isinstance(details.get("multimodal_tokens"), dict):
             details["image_tokens"] = details["multimodal_tokens"].get("image", 0)
             details["image_modes"] = list(self.image_modes)
+
+
+def read_tokens(usage: dict[str, Any]) -> TokenCounts:
+    """The counts of an OpenAI `usage` object, with vLLM's details where they are."""
+    details = usage.get("prompt_tokens_details")
+    details = details if isinstance(details, dict) else {}
+    multimodal = details.get("multimodal_tokens")
+    return TokenCounts(
+        num_prompt_tokens=int(usage.get("prompt_tokens") or 0),
+        num_image_tokens=int(multimodal.get("image") or 0) if isinstance(multimodal, dict) else 0,
+        num_cached_tokens=int(details.get("cached_tokens") or 0),
+        num_completion_tokens=int(usage.get("completion_tokens") or 0),
+    )
 
 
 def annotate_answer(body: bytes, notes: UsageNotes) -> bytes:
@@ -41,7 +68,10 @@ def annotate_answer(body: bytes, notes: UsageNotes) -> bytes:
     answer = _decode(body) if _USAGE in body else {}
     if not isinstance(answer.get("usage"), dict):
         return body
-    notes.add_to(answer["usage"])
+    notes.take(answer["usage"])
+    choices = answer.get("choices")
+    if isinstance(choices, list) and choices and isinstance(choices[0], dict):
+        notes.finish_reason = str(choices[0].get("finish_reason") or "")
     return orjson.dumps(answer)
 
 
@@ -49,43 +79,60 @@ class StreamAnnotator:
     """Cuts a stream of server-sent events into whole frames, finds the one with usage and adds the notes.
 
     Only that frame is looked into: others pass byte for byte, and are held back no longer than until they are whole.
-    Without notes (None) all of them pass.
     """
 
-    def __init__(self, notes: UsageNotes | None) -> None:
+    def __init__(self, notes: UsageNotes, *, shows_usage: bool) -> None:
+        """Args:
+        notes: what is added and read.
+        shows_usage: whether the client asked for the usage frame; otherwise it is read and dropped.
+        """
         self._notes = notes
+        self._shows_usage = shows_usage
         self._partial = b""
+        self._last = b""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the engine has said that it said everything: `[DONE]` came last."""
+        return self._last.rstrip().endswith(_DONE)
 
     def feed(self, chunk: bytes) -> bytes:
         """Bytes from the engine in, whole frames for the client out."""
         if self._partial:
             chunk = self._partial + chunk
             self._partial = b""
-        end = chunk.rfind(_FRAME_END) + len(_FRAME_END)
-        if end < len(_FRAME_END):
-            self._partial = chunk
-            return b""
-        if end != len(chunk):
+        if not chunk.endswith(_FRAME_END):
+            end = chunk.rfind(_FRAME_END) + len(_FRAME_END)
+            if end < len(_FRAME_END):
+                self._partial = chunk
+                return b""
             self._partial = chunk[end:]
             chunk = chunk[:end]
-        if self._notes is None or _USAGE not in chunk:
+        self._last = chunk
+        self._notes.num_frames += chunk.count(_FRAME_END)
+        if _FINISH in chunk and not self._notes.finish_reason:
+            start = chunk.index(_FINISH) + len(_FINISH)
+            self._notes.finish_reason = chunk[start : chunk.index(b'"', start)].decode()
+        if _USAGE not in chunk:
             return chunk
-        return _FRAME_END.join(self._annotate(frame, self._notes) for frame in chunk.split(_FRAME_END))
+        *frames, rest = chunk.split(_FRAME_END)
+        return b"".join(self._annotate(frame + _FRAME_END) for frame in frames) + rest
 
     def flush(self) -> bytes:
         """What is left when the engine has closed the stream: an unfinished frame, passed as it is."""
         left, self._partial = self._partial, b""
+        self._last = left or self._last
         return left
 
-    def _annotate(self, frame: bytes, notes: UsageNotes) -> bytes:
+    def _annotate(self, frame: bytes) -> bytes:
         if _USAGE not in frame or not frame.startswith(_DATA):
             return frame
         event = _decode(frame[len(_DATA) :])
         # With continuous usage every chunk counts; the cost stands in the last one, which has no choices.
         if not isinstance(event.get("usage"), dict) or event.get("choices"):
             return frame
-        notes.add_to(event["usage"])
-        return _DATA + orjson.dumps(event)
+        self._notes.take(event["usage"])
+        return _DATA + orjson.dumps(event) + _FRAME_END if self._shows_usage else b""
 
 
 def _decode(text: bytes) -> dict[str, Any]:

@@ -25,9 +25,11 @@ TREE: dict[type[ServingError], tuple[int, str, str | None, bool]] = {
     errors.ModelNotFoundError: (404, "invalid_request_error", "model_not_found", False),
     errors.MethodNotAllowedError: (405, "invalid_request_error", "method_not_allowed", False),
     errors.BodyTooLargeError: (413, "invalid_request_error", "request_too_large", False),
+    errors.HeadersTooLargeError: (431, "invalid_request_error", "headers_too_large", False),
     errors.UpstreamError: (500, "server_error", None, True),
     errors.NoReplicaError: (503, "service_unavailable_error", "no_replica", True),
     errors.ReplicaUnreachableError: (502, "server_error", "replica_unreachable", True),
+    errors.ReplicaConnectError: (502, "server_error", "replica_unreachable", True),
     errors.ReplicaTimeoutError: (504, "timeout_error", "replica_timeout", False),
     errors.InternalError: (500, "server_error", "internal_error", False),
 }

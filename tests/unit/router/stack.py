@@ -15,7 +15,7 @@ import orjson
 from serving.directory import ReplicaRecord, ReplicaState, Snapshot
 from serving.http_server import HttpServer
 from serving.router.app import RouterApp
-from serving.router_settings import LimitSettings, RouterSettings
+from serving.router_settings import AdmissionSettings, LimitSettings, RouterSettings
 from serving.settings import EngineSettings, ModelSettings, Settings
 
 MODEL = "nano"
@@ -26,11 +26,15 @@ COST = 0.00008
 
 
 def build_settings(*, api_key: str | None = None, **router: Any) -> Settings:
-    router = {"limits": LimitSettings(max_body_bytes=MAX_BODY_BYTES), "read_timeout_s": 5.0, **router}
+    defaults = {
+        "limits": LimitSettings(max_body_bytes=MAX_BODY_BYTES),
+        "admission": AdmissionSettings(replica_wait_s=0),
+        "read_timeout_s": 5.0,
+    }
     return Settings(
         models={MODEL: ModelSettings(checkpoint="nano", aliases=(ALIAS,))},
         engine=EngineSettings(api_key=api_key),
-        router=RouterSettings(**router),
+        router=RouterSettings(**{**defaults, **router}),
     )
 
 
@@ -131,6 +135,8 @@ class Engine:
     script: Script
     replica_id: str = "engine"
     max_num_seqs: int = 4
+    tells_usage: bool = False
+    """Whether its script answers for `GET /usage/...` too; otherwise it knows nothing of any request."""
     asked: list[Asked] = field(default_factory=list)
     _server: asyncio.Server | None = None
     _running: set[asyncio.Task[None]] = field(default_factory=set)
@@ -160,6 +166,9 @@ class Engine:
             with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
                 while not writer.is_closing():
                     asked = await read_request(reader)
+                    if asked.path.startswith("/usage/") and not self.tells_usage:
+                        await answers(b"{}", status=404)(Exchange(reader, writer, asked))
+                        continue
                     self.asked.append(asked)
                     await self.script(Exchange(reader, writer, asked))
         finally:
@@ -214,22 +223,24 @@ class RunningRouter:
     async def fronting(self, *records: ReplicaRecord) -> AsyncIterator[None]:
         """Uses these replicas for a while. In the end nothing may be counted as under way."""
         self.records[:] = records
+        self.app.refresh()
         try:
             yield
             assert await self.is_idle()
         finally:
             self.records.clear()
+            self.app.refresh()
 
     async def is_idle(self) -> bool:
         """Whether nothing is counted as under way, a moment after the answer at the latest."""
-        return await eventually(lambda: not self.app._outstanding)
+        return await eventually(lambda: self.app.is_idle)
 
 
 @contextlib.asynccontextmanager
 async def run_router(*records: ReplicaRecord, settings: Settings | None = None) -> AsyncIterator[RunningRouter]:
     known = list(records)
     app = RouterApp(settings or build_settings(), read_snapshot=lambda: Snapshot((1, 1), tuple(known)))
-    server = HttpServer(app, host="127.0.0.1", port=0, drain_s=1)
+    server = HttpServer(app, host="127.0.0.1", port=0, drain_s=1, limits=app.settings.router.limits)
     await app.start()
     await server.start()
     try:

@@ -18,14 +18,27 @@ from serving.errors import (
     ReplicaUnreachableError,
     ServingError,
 )
-from serving.router.relay import Relay, cancel, send_body, send_error
+from serving.router.relay import Relay
+from serving.router.reply import Reply
 from serving.router.requests import RoutedRequest
 from serving.router.usage import UsageNotes
 from serving.router_settings import RouterSettings
 
-from .stack import COST, USAGE, Engine, Exchange, Script, answers, dead_replica, deaf_replica, dies_after, streams
+from .stack import (
+    COST,
+    USAGE,
+    Engine,
+    Exchange,
+    Script,
+    answers,
+    dead_replica,
+    deaf_replica,
+    dies_after,
+    hang_up,
+    streams,
+)
 
-NOTES = UsageNotes(Price(input_picodollars=30_000, output_picodollars=100_000))
+PRICE = Price(input_picodollars=30_000, output_picodollars=100_000)
 REQUEST = RoutedRequest("/v1/chat/completions", "nano", b'{"as": "it came"}', is_stream=False, wants_stream_usage=False)
 STREAM = dataclasses.replace(REQUEST, is_stream=True)
 ANSWER = orjson.dumps({"choices": [], "usage": USAGE})
@@ -63,10 +76,14 @@ async def relay_to(
     client = Client()
     relay = Relay(RouterSettings(**router), api_key)
     await relay.start()
+    reply = Reply(client.send)
     try:
-        await relay.relay(request, replica, NOTES, client.send)
+        await relay.relay(request, "r-1", replica, UsageNotes(PRICE), reply)
     except ServingError:
-        assert client.messages == [], "an error may only be raised while the client has seen nothing"
+        assert reply.has_begun is bool(client.messages)
+        assert not reply.is_complete, "whoever gets the error must be able to tell the client of it"
+        if client.messages and client.body:
+            assert client.body.endswith(b"\n\n"), "what comes next must be a frame of its own"
         raise
     finally:
         await relay.close()
@@ -75,7 +92,7 @@ async def relay_to(
 
 async def test_a_body_is_sent_with_its_length() -> None:
     client = Client()
-    await send_body(client.send, 201, b'{"a":1}')
+    await Reply(client.send).send_body(201, b'{"a":1}')
     assert client.status == 201
     assert client.headers == {b"content-type": b"application/json", b"content-length": b"7"}
     assert client.body == b'{"a":1}'
@@ -85,7 +102,7 @@ async def test_a_body_is_sent_with_its_length() -> None:
 async def test_an_error_is_sent_in_openai_shape_with_its_status() -> None:
     client = Client()
     error = InvalidImageError("no image", param="messages[0]")
-    await send_error(client.send, error)
+    await Reply(client.send).send_error(error)
     assert client.status == 400
     assert orjson.loads(client.body) == error.body()
 
@@ -121,7 +138,7 @@ async def test_a_whole_answer_comes_with_its_cost() -> None:
 
 
 async def test_a_stream_is_told_to_be_one() -> None:
-    async with Engine(streams(b"data: {}\n\n")) as engine:
+    async with Engine(streams(b"data: {}\n\n", b"data: [DONE]\n\n")) as engine:
         client = await relay_to(engine.record, STREAM)
     assert client.headers == {
         b"content-type": b"text/event-stream; charset=utf-8",
@@ -139,7 +156,7 @@ async def test_an_unfinished_frame_at_the_end_is_passed() -> None:
 
 async def test_a_relay_that_was_not_started_says_so() -> None:
     with dead_replica() as replica, pytest.raises(InternalError):
-        await Relay(RouterSettings(), None).relay(REQUEST, replica, NOTES, Client().send)
+        await Relay(RouterSettings(), None).relay(REQUEST, "r-1", replica, UsageNotes(PRICE), Reply(Client().send))
 
 
 async def silence(exchange: Exchange) -> None:
@@ -219,29 +236,13 @@ async def test_an_error_answer_in_two_pieces_is_read_whole() -> None:
             await relay_to(engine.record, REQUEST)
 
 
+@pytest.mark.parametrize("frames", [(b'data: {"a":1}\n\n',), (b'data: {"a":1}\n\ndata: {"b',)], ids=["whole", "cut"])
 @pytest.mark.parametrize("wants_stream_usage", [True, False])
-async def test_a_stream_that_is_cut_ends_with_an_error_event(wants_stream_usage: bool) -> None:
-    async with Engine(dies_after(b'data: {"a":1}\n\n')) as engine:
-        client = await relay_to(engine.record, dataclasses.replace(STREAM, wants_stream_usage=wants_stream_usage))
-    first, error, rest = client.body.split(b"\n\n")
-    assert first == b'data: {"a":1}'
-    assert orjson.loads(error.removeprefix(b"data: "))["error"]["code"] == "replica_unreachable"
-    assert rest == b""
-    assert client.is_complete
-
-
-@pytest.mark.parametrize(
-    "wants_stream_usage",
-    [
-        True,
-        pytest.param(False),
-    ],
-)
-async def test_the_error_event_is_a_frame_of_its_own(wants_stream_usage: bool) -> None:
-    async with Engine(dies_after(b'data: {"a":1}\n\ndata: {"b')) as engine:
-        client = await relay_to(engine.record, dataclasses.replace(STREAM, wants_stream_usage=wants_stream_usage))
-    events = [orjson.loads(frame.removeprefix(b"data: ")) for frame in client.body.split(b"\n\n") if frame]
-    assert list(events[-1]) == ["error"]
+@pytest.mark.parametrize("script", [dies_after, streams], ids=["dies", "ends without saying so"])
+async def test_a_stream_that_is_cut_is_raised(script: Any, wants_stream_usage: bool, frames: tuple[bytes, ...]) -> None:
+    async with Engine(script(*frames)) as engine:
+        with pytest.raises(ReplicaUnreachableError):
+            await relay_to(engine.record, dataclasses.replace(STREAM, wants_stream_usage=wants_stream_usage))
 
 
 async def test_a_stream_that_is_cut_before_its_first_byte_may_be_tried_elsewhere() -> None:
@@ -257,25 +258,39 @@ async def test_a_stream_that_falls_silent_ends_with_an_error_event() -> None:
         await exchange.wait_until_left()
 
     async with Engine(script) as engine:
-        client = await relay_to(engine.record, STREAM, read_timeout_s=0.2)
-    assert b'data: {"error"' in client.body
-    assert b"[DONE]" not in client.body
-    assert client.is_complete
+        with pytest.raises(ReplicaTimeoutError):
+            await relay_to(engine.record, STREAM, read_timeout_s=0.2)
 
 
-async def test_cancelling_a_task_waits_for_its_end() -> None:
-    has_ended = False
+async def test_the_engine_learns_the_requests_id() -> None:
+    async with Engine(answers(ANSWER)) as engine:
+        await relay_to(engine.record, REQUEST)
+    assert engine.asked[0].headers["x-request-id"] == "r-1"
 
-    async def work() -> None:
-        nonlocal has_ended
-        try:
-            await asyncio.Event().wait()
-        finally:
-            await asyncio.sleep(0.01)
-            has_ended = True
 
-    task = asyncio.create_task(work())
-    await asyncio.sleep(0)
-    await cancel(task)
-    assert has_ended
-    assert task.cancelled()
+@pytest.mark.parametrize(
+    ("script", "found"),
+    [
+        (answers(b'{"completion_tokens":3}'), {"completion_tokens": 3}),
+        (answers(b'{"error":{}}', status=404), None),
+        (answers(b"no JSON"), None),
+        (answers(b"[]"), None),
+        (hang_up, None),
+    ],
+)
+async def test_an_engine_is_asked_for_what_it_counted(script: Script, found: Any) -> None:
+    relay = Relay(RouterSettings(), "sesame")
+    await relay.start()
+    async with Engine(script, tells_usage=True) as engine:
+        assert await relay.fetch_usage(engine.record, "r-1") == found
+    assert (engine.asked[0].method, engine.asked[0].path) == ("GET", "/usage/r-1")
+    assert engine.asked[0].headers["authorization"] == "Bearer sesame"
+    await relay.close()
+
+
+async def test_an_engine_that_is_gone_cannot_tell() -> None:
+    relay = Relay(RouterSettings(), None)
+    await relay.start()
+    with dead_replica() as replica:
+        assert await relay.fetch_usage(replica, "r-1") is None
+    await relay.close()

@@ -29,9 +29,21 @@ IMAGE = image_part(to_url(encode_image("PNG")))
 USER = {"role": "user", "content": "Hello"}
 
 
+def build_body(path: str = CHAT, **fields: Any) -> bytes:
+    content: dict[str, Any] = {"messages": [USER]} if path == CHAT else {"prompt": "Once"}
+    return json.dumps({"model": "nano", **content, **fields}).encode()
+
+
 def parse(path: str = CHAT, **fields: Any) -> RoutedRequest:
-    payload = {"model": "nano", "messages": [USER], **fields}
-    return parse_request(path, orjson.dumps(payload), SETTINGS)
+    return parse_request(path, build_body(path, **fields), SETTINGS)
+
+
+def page(width: int, height: int, **more: Any) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": to_url(png_header(width, height)), **more}}
+
+
+def user(*parts: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": list(parts)}]
 
 
 def refusal(path: str, body: bytes) -> tuple[int, str | None, str | None]:
@@ -45,7 +57,7 @@ def refusal(path: str, body: bytes) -> tuple[int, str | None, str | None]:
 def test_the_body_goes_on_as_it_came() -> None:
     body = b' {"model" : "nano","messages":[{"role":"user","content":"\\u00e9"}]}\n'
     request = parse_request(CHAT, body, SETTINGS)
-    assert request == RoutedRequest(CHAT, "nano", body, is_stream=False, wants_stream_usage=False)
+    assert request == RoutedRequest(CHAT, "nano", body, is_stream=False, wants_stream_usage=False, num_text_chars=1)
 
 
 def test_an_alias_leads_to_the_model_behind_it() -> None:
@@ -100,8 +112,7 @@ def test_what_is_no_json_object_is_refused(path: str, body: bytes) -> None:
 def test_what_every_request_needs_is_checked(
     path: str, fields: dict[str, Any], expected: tuple[int, str | None, str | None]
 ) -> None:
-    body = orjson.dumps({"model": "nano", "messages": [USER], **fields})
-    assert refusal(path, body) == expected
+    assert refusal(path, build_body(path, **fields)) == expected
 
 
 @pytest.mark.parametrize(
@@ -120,7 +131,16 @@ def test_what_every_request_needs_is_checked(
         ({"messages": [{"content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content[0].image_url"),
         ({"messages": [{"content": [image_part(3)]}]}, "messages[0].content[0].image_url"),
         ({"messages": [{"content": [IMAGE] * 3}]}, "messages[0].content[2].image_url"),
-        ({"messages": [{"content": [IMAGE]}] * 3}, "messages[2].content[0].image_url"),
+        ({"messages": [{"role": "user", "content": [IMAGE]}] * 3}, "messages[2].content[0].image_url"),
+        ({"messages": [{"content": "Hello"}]}, "messages[0].role"),
+        ({"messages": [{"role": "root", "content": "Hello"}]}, "messages[0].role"),
+        ({"messages": [{"role": ["user"], "content": "Hello"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": {"type": "text"}}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]}, "messages[0].content[0].text"),
+        ({"messages": [{"role": "assistant", "tool_calls": 3}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "assistant", "tool_calls": [3]}]}, "messages[0].tool_calls[0]"),
+        ({"messages": [{"role": "user", "content": "Hello", "name": 3}]}, "messages[0].name"),
     ],
 )
 def test_messages_that_cannot_be_read_are_refused_where_they_stand(fields: dict[str, Any], expected: str) -> None:
@@ -128,20 +148,50 @@ def test_messages_that_cannot_be_read_are_refused_where_they_stand(fields: dict[
     assert refusal(CHAT, body) == (400, expected, None)
 
 
+BAD_IMAGE = "data:image/png;base64,AAAA"
+
+
 @pytest.mark.parametrize(
     "part",
     [
-        image_part("data:image/png;base64,AAAA"),
-        {"type": "image_url", "image_url": "data:image/png;base64,AAAA"},
-        {"image_url": {"url": "data:image/png;base64,AAAA"}},
-        {"type": "text", "text": "look", "image_url": {"url": "data:image/png;base64,AAAA"}},
-        {"type": "input_image", "image_url": "data:image/png;base64,AAAA"},
+        image_part(BAD_IMAGE),
+        {"type": "image_url", "image_url": BAD_IMAGE},
+        {"image_url": {"url": BAD_IMAGE}},
     ],
 )
 @pytest.mark.parametrize("role", ["user", "system", "tool"])
 def test_no_spelling_of_an_image_part_gets_past_the_check(part: dict[str, Any], role: str) -> None:
     body = orjson.dumps({"model": "nano", "messages": [USER, {"role": role, "content": [{"type": "text"}, part]}]})
     assert refusal(CHAT, body) == (400, "messages[1].content[1].image_url", "invalid_image")
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "text", "text": "look", "image_url": {"url": BAD_IMAGE}},
+        {"type": "input_image", "image_url": BAD_IMAGE},
+        {"type": None, "image_url": BAD_IMAGE},
+        {"type": ["image_url"], "image_url": BAD_IMAGE},
+        {"type": "video_url", "video_url": {"url": "http://127.0.0.1/v.mp4"}},
+        {"type": "audio_url", "audio_url": {"url": "http://127.0.0.1/a.mp3"}},
+        {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}},
+        {"type": "image_embeds", "image_embeds": "AAAA"},
+        {"type": "prompt_embeds", "data": "AAAA"},
+        {"type": "file", "file": {"file_id": "f"}},
+        {"type": "smell"},
+        {"text": "Hello"},
+        {},
+    ],
+)
+def test_parts_that_are_neither_text_nor_image_are_refused(part: dict[str, Any]) -> None:
+    assert refusal(CHAT, build_body(messages=user(part))) == (400, "messages[0].content[0].type", None)
+
+
+@pytest.mark.parametrize("key", ["uuid", "image_pil", "image_embeds", "video_url", "audio_url", "input_audio", "file"])
+@pytest.mark.parametrize("part", [IMAGE, {"type": "text", "text": "Hello"}])
+def test_a_part_cannot_carry_more_than_it_says(part: dict[str, Any], key: str) -> None:
+    body = build_body(messages=user({**part, key: "http://127.0.0.1/"}))
+    assert refusal(CHAT, body) == (400, f"messages[0].content[0].{key}", None)
 
 
 def test_a_giant_among_good_images_is_found() -> None:
@@ -165,14 +215,6 @@ def test_a_giant_among_good_images_is_found() -> None:
 )
 def test_chats_within_the_limits_pass(messages: list[Any]) -> None:
     assert parse(messages=messages).model == "nano"
-
-
-def page(width: int, height: int, **more: Any) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": to_url(png_header(width, height)), **more}}
-
-
-def user(*parts: dict[str, Any]) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": list(parts)}]
 
 
 def test_the_sizes_of_images_are_told_in_their_order() -> None:
@@ -209,7 +251,7 @@ def test_a_mode_goes_before_details() -> None:
     fields = {"messages": user(page(30, 20, detail="low")), "mm_processor_kwargs": {"mode": "base"}}
     request = parse(**fields)
     assert request.image_options == {"mode": "base"}
-    assert request.body == orjson.dumps({"model": "nano", **fields})
+    assert request.body == build_body(**fields)
 
 
 @pytest.mark.parametrize("detail", ["medium", "", 3, [], {}, True])
@@ -221,8 +263,7 @@ def test_a_detail_that_openai_does_not_know_is_refused(detail: Any) -> None:
 @pytest.mark.parametrize("options", [3, "base", [], True])
 @pytest.mark.parametrize("path", [CHAT, TEXT])
 def test_image_options_are_an_object(path: str, options: Any) -> None:
-    body = orjson.dumps({"model": "nano", "messages": [USER], "mm_processor_kwargs": options})
-    assert refusal(path, body) == (400, "mm_processor_kwargs", None)
+    assert refusal(path, build_body(path, mm_processor_kwargs=options)) == (400, "mm_processor_kwargs", None)
 
 
 REPLICA = ReplicaRecord(
@@ -261,12 +302,57 @@ def test_the_mode_of_every_image_is_told_where_it_is_known(
     assert resolve_modes(request_, replica) == modes
 
 
-@pytest.mark.parametrize("fields", [{"n": 4}, {"best_of": 4}, {"n": None}, {"n": 0}, {"n": -1}])
-def test_the_rest_is_the_engines_to_judge(fields: dict[str, Any]) -> None:
-    assert parse(temperature=-3, max_tokens="many", **fields).model == "nano"
+@pytest.mark.parametrize(
+    ("path", "fields", "num_choices"),
+    [
+        (CHAT, {}, 1),
+        (CHAT, {"n": None}, 1),
+        (CHAT, {"n": 4}, 4),
+        (TEXT, {"n": 1, "best_of": 4}, 4),
+        (TEXT, {"prompt": ["a", "b"]}, 2),
+        (TEXT, {"prompt": ["a", "b"], "n": 2}, 4),
+        (TEXT, {"prompt": [[1, 2], [3]]}, 2),
+        (TEXT, {"prompt": [1, 2, 3]}, 1),
+    ],
+)
+def test_choices_are_counted(path: str, fields: dict[str, Any], num_choices: int) -> None:
+    assert parse(path, **fields).num_choices == num_choices
 
 
-@pytest.mark.parametrize("value", [1e6, "1000000", 10**30])
+@pytest.mark.parametrize(
+    ("path", "fields", "max_tokens"),
+    [
+        (CHAT, {}, None),
+        (CHAT, {"max_tokens": 5}, 5),
+        (CHAT, {"max_completion_tokens": 7}, 7),
+        (CHAT, {"max_tokens": 5, "max_completion_tokens": 7}, 7),
+        (CHAT, {"max_tokens": 5, "max_completion_tokens": None}, 5),
+        (TEXT, {}, 16),
+        (TEXT, {"max_tokens": None}, 16),
+        (TEXT, {"max_tokens": 3}, 3),
+    ],
+)
+def test_the_longest_answer_is_told(path: str, fields: dict[str, Any], max_tokens: int | None) -> None:
+    assert parse(path, **fields).max_tokens == max_tokens
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "num_chars"),
+    [
+        (CHAT, {"messages": [USER, {"role": "assistant", "content": None}, USER]}, 10),
+        (CHAT, {"messages": [{"role": "user", "content": [IMAGE, {"type": "text", "text": "Free OCR."}]}]}, 9),
+        (CHAT, {"messages": [{"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}]}, 3),
+        (TEXT, {"prompt": "Once"}, 4),
+        (TEXT, {"prompt": ["Once", "upon"]}, 8),
+        (TEXT, {"prompt": [1, 2]}, 6),
+        (TEXT, {"prompt": [[1, 2], [3]]}, 9),
+    ],
+)
+def test_the_prompts_text_is_measured(path: str, fields: dict[str, Any], num_chars: int) -> None:
+    assert parse(path, **fields).num_text_chars == num_chars
+
+
+@pytest.mark.parametrize("value", [1e6, "1000000", 10**30, 0, -1, True, 1.0])
 @pytest.mark.parametrize("key", ["n", "best_of"])
 def test_no_spelling_of_a_number_gets_past_the_limit_of_choices(key: str, value: Any) -> None:
     body = json.dumps({"model": "nano", "messages": [USER], key: value}).encode()
@@ -274,8 +360,24 @@ def test_no_spelling_of_a_number_gets_past_the_limit_of_choices(key: str, value:
 
 
 def test_completions_need_no_messages() -> None:
-    request = parse_request(TEXT, b'{"model": "nano", "prompt": "Once", "messages": 3}', SETTINGS)
+    request = parse_request(TEXT, b'{"model": "nano", "prompt": "Once"}', SETTINGS)
     assert (request.path, request.model) == (TEXT, "nano")
+
+
+@pytest.mark.parametrize(
+    "prompt", [None, "", [], [""], [[]], 3, {}, [True], [1.5], [-1], [2**31], ["a", 1], [1, "a"], [[1], "a"], [None]]
+)
+def test_a_prompt_that_is_none_is_refused(prompt: Any) -> None:
+    assert refusal(TEXT, build_body(TEXT, prompt=prompt)) == (400, "prompt", None)
+
+
+def test_prompts_times_choices_are_bounded() -> None:
+    assert refusal(TEXT, build_body(TEXT, prompt=["a", "b", "c"], n=2)) == (400, "prompt", None)
+
+
+def test_logprobs_of_a_prompt_cannot_be_had() -> None:
+    assert refusal(TEXT, build_body(TEXT, echo=True, logprobs=1)) == (400, "echo", None)
+    assert parse(TEXT, echo=True).path == TEXT
 
 
 def test_a_long_model_name_is_not_sent_back_whole() -> None:

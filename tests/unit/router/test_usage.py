@@ -10,11 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.billing.prices import Price
+from serving.billing.records import TokenCounts
 from serving.router.usage import StreamAnnotator, UsageNotes, annotate_answer
 
-NOTES = UsageNotes(Price(input_picodollars=30_000, output_picodollars=100_000))
+PRICE = Price(input_picodollars=30_000, output_picodollars=100_000)
 USAGE = {"prompt_tokens": 1000, "total_tokens": 1500, "completion_tokens": 500}
 COST = 0.00008
+
+
+def annotator_for(*, shows_usage: bool = True) -> StreamAnnotator:
+    return StreamAnnotator(UsageNotes(PRICE), shows_usage=shows_usage)
 
 
 def frame(event: Any) -> bytes:
@@ -65,7 +70,7 @@ def test_however_a_stream_is_split_only_its_final_usage_changes(
 ) -> None:
     stream = b"".join(sent for sent, _ in frames) + unfinished
     ends = list(itertools.accumulate(len(sent) for sent, _ in frames))
-    annotator = StreamAnnotator(NOTES)
+    annotator = annotator_for()
     fed, got = 0, b""
     for piece in data.draw(splits(stream)):
         got += annotator.feed(piece)
@@ -80,12 +85,12 @@ def test_however_a_stream_is_split_only_its_final_usage_changes(
 @given(st.data(), st.lists(st.sampled_from([b"\n", b"\r\n", b"data: ", b"{", b'"usage":', b"[DONE]", b"\xff"])))
 def test_bytes_without_usage_pass_as_they_are(data: st.DataObject, parts: list[bytes]) -> None:
     stream = b"".join(parts).replace(b'"usage":{', b"")
-    annotator = StreamAnnotator(NOTES)
+    annotator = annotator_for()
     assert b"".join(annotator.feed(piece) for piece in data.draw(splits(stream))) + annotator.flush() == stream
 
 
 def test_a_frame_is_not_held_back_for_the_next_one() -> None:
-    annotator = StreamAnnotator(NOTES)
+    annotator = annotator_for()
     first, second = frame(chunk("a")), frame(chunk("b"))
     assert annotator.feed(first + second[:10]) == first
     assert annotator.feed(second[10:]) == second
@@ -95,7 +100,7 @@ def test_a_frame_is_not_held_back_for_the_next_one() -> None:
     "event", [{"usage": USAGE}, {"choices": [], "usage": USAGE}, {"choices": None, "usage": USAGE}]
 )
 def test_the_final_frame_carries_the_cost(event: dict[str, Any]) -> None:
-    out = StreamAnnotator(NOTES).feed(frame(event))
+    out = annotator_for().feed(frame(event))
     assert json.loads(out.removeprefix(b"data: ")) == {**event, "usage": {**USAGE, "estimated_cost": COST}}
     assert out.endswith(b"}\n\n")
 
@@ -122,13 +127,13 @@ def test_the_final_frame_carries_the_cost(event: dict[str, Any]) -> None:
     ],
 )
 def test_what_is_no_final_usage_passes_as_it_is(stream: bytes) -> None:
-    annotator = StreamAnnotator(NOTES)
+    annotator = annotator_for()
     assert annotator.feed(stream) + annotator.flush() == stream
 
 
 def test_a_whole_answer_carries_the_cost_and_is_otherwise_the_same() -> None:
     answer = {"id": "c-1", "model": "nano", "choices": [{"message": {"content": "tschüß \u2028"}}], "usage": USAGE}
-    priced = json.loads(annotate_answer(orjson.dumps(answer), NOTES))
+    priced = json.loads(annotate_answer(orjson.dumps(answer), UsageNotes(PRICE)))
     assert priced == {**answer, "usage": {**USAGE, "estimated_cost": COST}}
     assert list(priced) == list(answer)
 
@@ -146,7 +151,7 @@ def test_a_whole_answer_carries_the_cost_and_is_otherwise_the_same() -> None:
     ],
 )
 def test_an_answer_without_usage_is_returned_as_it_is(body: bytes) -> None:
-    assert annotate_answer(body, NOTES) == body
+    assert annotate_answer(body, UsageNotes(PRICE)) == body
 
 
 @pytest.mark.parametrize(
@@ -160,7 +165,7 @@ def test_an_answer_without_usage_is_returned_as_it_is(body: bytes) -> None:
     ],
 )
 def test_tokens_that_are_not_told_cost_nothing(usage: dict[str, Any], cost: float) -> None:
-    NOTES.add_to(usage)
+    UsageNotes(PRICE).take(usage)
     assert usage["estimated_cost"] == cost
 
 
@@ -182,6 +187,50 @@ def test_what_images_took_is_told_where_the_engine_counts_them(
     details: dict[str, Any] | None, image_modes: tuple[str, ...], expected: dict[str, Any] | None
 ) -> None:
     usage = {**USAGE, "prompt_tokens_details": None if details is None else dict(details)}
-    UsageNotes(NOTES.price, image_modes).add_to(usage)
+    UsageNotes(PRICE, image_modes).take(usage)
     assert usage["prompt_tokens_details"] == expected
     assert usage["estimated_cost"] == COST
+
+
+def test_who_did_not_ask_for_usage_does_not_get_its_frame() -> None:
+    notes = UsageNotes(PRICE)
+    annotator = StreamAnnotator(notes, shows_usage=False)
+    text, last, done = frame(chunk("a")), frame({"choices": [], "usage": USAGE}), b"data: [DONE]\n\n"
+    assert annotator.feed(text + last[:9]) == text
+    assert annotator.feed(last[9:] + done) == done
+    assert notes.tokens == TokenCounts(num_prompt_tokens=1000, num_completion_tokens=500)
+    assert notes.cost_nanodollars == 80_000
+
+
+@pytest.mark.parametrize(
+    ("pieces", "is_done"),
+    [
+        ([b"data: {}\n\n", b"data: [DONE]\n\n"], True),
+        ([b"data: {}\n\ndata: [DO", b"NE]\n\n"], True),
+        ([b"data: {}\n\n", b"data: [DONE]"], True),
+        ([b"data: {}\n\n"], False),
+        ([b'data: {"choices":[{"delta":{"content":"data: [DONE]"}}]}\n\n'], False),
+        ([], False),
+    ],
+)
+def test_a_stream_is_done_when_its_engine_says_so(pieces: list[bytes], is_done: bool) -> None:
+    annotator = annotator_for()
+    for piece in pieces:
+        annotator.feed(piece)
+    annotator.flush()
+    assert annotator.is_done is is_done
+
+
+def test_frames_and_the_reason_of_the_end_are_noted() -> None:
+    notes = UsageNotes(PRICE)
+    annotator = StreamAnnotator(notes, shows_usage=True)
+    text = chunk('"finish_reason":"no"')
+    for event in (text, text, {"choices": [{"delta": {}, "finish_reason": "length", "stop_reason": "repetition"}]}):
+        annotator.feed(frame(event))
+    assert (notes.num_frames, notes.finish_reason) == (3, "length")
+
+
+def test_a_whole_answer_tells_the_reason_of_its_end() -> None:
+    notes = UsageNotes(PRICE)
+    annotate_answer(orjson.dumps({"choices": [{"finish_reason": "stop"}], "usage": USAGE}), notes)
+    assert notes.finish_reason == "stop"

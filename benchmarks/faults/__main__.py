@@ -1,0 +1,169 @@
+"""`python -m benchmarks.faults`: kills under load, a table of what was lost, and the same as JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks.faults.client import Load, Seen
+from benchmarks.faults.stack import RunningStack, run_stack
+
+app = typer.Typer(add_completion=False)
+
+VICTIMS = ("replica", "router", "directory")
+_STEADY_S = 1.5
+_HEALED_WITHIN_S = 60.0
+_MIB = 2**20
+
+
+@dataclass
+class Round:
+    """One kill, and what came of it."""
+
+    victim: str
+    healed_s: float = 0.0
+    """From the kill until every replica and router was there again; infinite when they were not in time."""
+    streams: dict[str, int] = field(default_factory=dict)
+    whole: dict[str, int] = field(default_factory=dict)
+    lost: int = 0
+    """Whole requests that failed for good, the client's own retries included."""
+    work_left: int = 0
+    """Tokens of work that the routers still counted when all requests had ended: a leak unless 0."""
+    router_files: int = 0
+    """Open descriptors of all routers after the round."""
+    router_mib: float = 0.0
+
+    @property
+    def is_clean(self) -> bool:
+        """Nothing lost, nothing leaked; only who was connected to the very process that died saw a lost connection."""
+        silent = self.streams.get(Seen.SILENT, 0) + self.whole.get(Seen.SILENT, 0)
+        failed = self.streams.get(Seen.FAILED, 0) + self.whole.get(Seen.FAILED, 0)
+        reset = self.streams.get(Seen.RESET, 0) + self.whole.get(Seen.RESET, 0)
+        is_excused = self.victim == "router"
+        return not (silent or failed or self.lost or self.work_left or (reset and not is_excused))
+
+
+def build_settings(num_replicas: int, num_routers: int) -> dict[str, Any]:
+    """Scripted engines: what is under test is everything around them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    script = {"tokens_per_s": 60, "output_tokens": 60, "max_num_seqs": 128, "kv_tokens": 200_000}
+    model = {"checkpoint": "scripted", "num_replicas": num_replicas, "cpus_per_replica": 0.1, "script": script}
+    return {
+        "models": {"nano": model},
+        "router": {"host": "127.0.0.1", "port": port, "num_replicas": num_routers, "cpus_per_replica": 0.1},
+        "engine": {"drain_s": 10, "heartbeat_s": 0.5, "lease_s": 3},
+        "ray": {"num_cpus": 2},
+    }
+
+
+async def kill_under_load(stack: RunningStack, victim: str, num_replicas: int, num_routers: int) -> Round:
+    """One round: load, SIGKILL to the oldest process of a part, heal, let all requests end, look for leaks."""
+    load = Load(stack.url, "nano")
+    result = Round(victim)
+    running = asyncio.create_task(load.run())
+    await asyncio.sleep(_STEADY_S)
+    target = (await asyncio.to_thread(stack.find, victim))[0]
+    target.send_signal(signal.SIGKILL)
+    killed_s = time.monotonic()
+    wanted = {"replica": num_replicas, "router": num_routers, "directory": 1}
+    result.healed_s = await _wait_until_whole(stack, target.pid, wanted, killed_s)
+    await asyncio.sleep(_STEADY_S)
+    load.stop()
+    await running
+    result.streams = {str(seen): count for seen, count in load.streams.items()}
+    result.whole = {str(seen): count for seen, count in load.whole.items()}
+    result.lost = load.lost
+    result.work_left = await asyncio.to_thread(_work_left, stack)
+    routers = await asyncio.to_thread(stack.find, "router")
+    result.router_files = sum(process.num_fds() for process in routers)
+    result.router_mib = sum(process.memory_info().rss for process in routers) / _MIB
+    return result
+
+
+async def _wait_until_whole(stack: RunningStack, killed_pid: int, wanted: dict[str, int], since_s: float) -> float:
+    while time.monotonic() - since_s < _HEALED_WITHIN_S:
+        await asyncio.sleep(0.2)
+        alive = {part: await asyncio.to_thread(stack.find, part) for part in wanted}
+        is_whole = all(len(alive[part]) >= number for part, number in wanted.items())
+        is_gone = all(process.pid != killed_pid for found in alive.values() for process in found)
+        if is_whole and is_gone and await asyncio.to_thread(stack.num_ready) >= wanted["replica"]:
+            return time.monotonic() - since_s
+    return float("inf")
+
+
+def _work_left(stack: RunningStack) -> int:
+    """Asked several times, since each answer comes from one of the routers."""
+    return max(sum(replica["work_tokens"] for replica in stack.get("/admin/state")["replicas"]) for _ in range(8))
+
+
+def build_table(rounds: list[Round]) -> Table:
+    """A line per victim: how often it was killed, and the sums over these rounds."""
+    table = Table(title="Kills under 32 streams and 32 whole requests")
+    for column in ("killed", "times", "healed s (worst)", "whole: complete", "whole: lost", "streams: complete"):
+        table.add_column(column, justify="left" if column == "killed" else "right")
+    for column in ("told", "silent", "reset (router's own)", "work left", "descriptors first/last", "MiB first/last"):
+        table.add_column(column, justify="right")
+    for victim in dict.fromkeys(entry.victim for entry in rounds):
+        own = [entry for entry in rounds if entry.victim == victim]
+
+        def total(seen: Seen, own: list[Round] = own) -> str:
+            return str(sum(entry.streams.get(seen, 0) for entry in own))
+
+        table.add_row(
+            victim,
+            str(len(own)),
+            f"{max(entry.healed_s for entry in own):.1f}",
+            str(sum(entry.whole.get(Seen.COMPLETE, 0) for entry in own)),
+            str(sum(entry.lost for entry in own)),
+            total(Seen.COMPLETE),
+            total(Seen.TOLD),
+            total(Seen.SILENT),
+            total(Seen.RESET),
+            str(max(entry.work_left for entry in own)),
+            f"{own[0].router_files}/{own[-1].router_files}",
+            f"{own[0].router_mib:.0f}/{own[-1].router_mib:.0f}",
+        )
+    return table
+
+
+@app.command()
+def main(
+    rounds: Annotated[int, typer.Option(min=1, help="Kills of each part.")] = 10,
+    victims: Annotated[str, typer.Option(help="Parts to kill, by comma.")] = ",".join(VICTIMS),
+    replicas: Annotated[int, typer.Option(min=2)] = 2,
+    routers: Annotated[int, typer.Option(min=2)] = 2,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write every round.")] = None,
+) -> None:
+    """Kill replicas, routers and the directory of a real stack under load; exit 1 when anything was lost or leaked."""
+    chosen = victims.split(",")
+    if unknown := set(chosen) - set(VICTIMS):
+        raise typer.BadParameter(f"no part {', '.join(sorted(unknown))}; there are {', '.join(VICTIMS)}")
+    results: list[Round] = []
+    with tempfile.TemporaryDirectory() as folder, run_stack(build_settings(replicas, routers), Path(folder)) as stack:
+        plan = [victim for victim in chosen for _ in range(rounds)]
+        for victim in track(plan, description="killing"):
+            results.append(asyncio.run(kill_under_load(stack, victim, replicas, routers)))
+    Console(width=180).print(build_table(results))
+    if json_file is not None:
+        machine = {"cpus": psutil.cpu_count(), "memory_bytes": psutil.virtual_memory().total}
+        json_file.write_text(json.dumps({"machine": machine, "rounds": [asdict(entry) for entry in results]}, indent=2))
+    raise typer.Exit(0 if all(entry.is_clean and entry.healed_s < _HEALED_WITHIN_S for entry in results) else 1)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,80 @@
+"""Engines behind the router: a request is relayed to one of them, and to another when that one is lost."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Protocol
+
+from starlette.types import Receive
+
+from serving.directory import ReplicaRecord
+from serving.errors import EngineError, NoReplicaError, ReplicaConnectError, ServingError
+from serving.router.dispatch import Slot
+from serving.router.metering import Call
+from serving.router.presence import ClientPresence
+from serving.router.relay import Relay
+from serving.router.reply import Reply
+
+logger = logging.getLogger(__name__)
+
+
+class Backend(Protocol):
+    """Answers a request that has been let in: over the network, or in this very process."""
+
+    async def start(self) -> None:
+        """Must run inside the event loop that answers."""
+
+    async def close(self) -> None: ...
+
+    async def answer(self, call: Call, slot: Slot, reply: Reply, receive: Receive) -> None:
+        """Answer it.
+
+        Raises:
+            ServingError: it failed. When the reply has begun it is a broken stream without its end.
+            ClientGoneError: the client has left, and the engine has been told.
+        """
+
+    async def fetch_usage(self, replica: ReplicaRecord, request_id: str) -> dict[str, Any] | None:
+        """What the replica's engine counted for a request; None when it cannot tell."""
+
+
+class Gateway:
+    """The backend of `router.mode: gateway`."""
+
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+
+    async def start(self) -> None:
+        await self._relay.start()
+
+    async def close(self) -> None:
+        await self._relay.close()
+
+    async def fetch_usage(self, replica: ReplicaRecord, request_id: str) -> dict[str, Any] | None:
+        return await self._relay.fetch_usage(replica, request_id)
+
+    async def answer(self, call: Call, slot: Slot, reply: Reply, receive: Receive) -> None:
+        """Try replicas until one has begun to answer; nothing reaches the client before that."""
+        async with ClientPresence(receive):
+            while True:
+                try:
+                    return await self._try(call, slot, reply)
+                except ServingError as error:
+                    has_another = slot.fail(error) and error.is_retryable and not reply.has_begun
+                    if not has_another:
+                        raise
+                    logger.warning("replica %s failed %s: %s", call.asked[-1].replica_id, call.request_id, error)
+
+    async def _try(self, call: Call, slot: Slot, reply: Reply) -> None:
+        request, notes = call.understood()
+        call.asked.append(slot.replica)
+        call.unheard.append(slot.replica)
+        notes.image_modes = slot.modes
+        try:
+            await self._relay.relay(request, call.request_id, slot.replica, notes, reply)
+        except (ReplicaConnectError, EngineError, NoReplicaError):
+            call.unheard.pop()  # it refused, or was never asked
+            raise
+        if notes.tokens is not None:
+            call.unheard.pop()
+        slot.succeed()

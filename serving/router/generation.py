@@ -1,0 +1,146 @@
+"""The way of a request that generates: who asks, may they, what is it, when is its turn, the answer, the record."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from starlette.types import Receive, Scope
+
+from serving.billing.prices import Price
+from serving.billing.records import Outcome
+from serving.errors import InvalidRequestError, ReplicaTimeoutError, ServingError
+from serving.router.auth import Authenticator, check_model_allowed
+from serving.router.dispatch import Dispatcher
+from serving.router.gateway import Backend
+from serving.router.guards import BodyBudget, ClientGoneError, read_body
+from serving.router.limits import TenantLimits
+from serving.router.metering import CLIENT_CLOSED, Accountant, Call, Ending
+from serving.router.presence import ClientPresence
+from serving.router.remote import RemoteImages
+from serving.router.reply import Reply
+from serving.router.requests import RoutedRequest, parse_request
+from serving.settings import Settings
+
+_TIMEOUT_HEADER = b"x-request-timeout-ms"
+_GRACE_S = 0.05
+
+
+@dataclass(slots=True)
+class Generation:
+    """Serves the routes that generate. Everything it needs is given to it; it decides nothing itself."""
+
+    settings: Settings
+    keys: Authenticator
+    limits: TenantLimits
+    dispatcher: Dispatcher
+    backend: Backend
+    accountant: Accountant
+    remote: RemoteImages
+    _prices: dict[str, Price] = field(init=False)
+    _held: BodyBudget = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._prices = {name: Price.from_settings(model.price) for name, model in self.settings.models.items()}
+        self._held = BodyBudget(self.settings.router.limits.max_held_bytes)
+
+    async def serve(self, path: str, request_id: str, scope: Scope, receive: Receive, reply: Reply) -> None:
+        """One request, to its end and its record.
+
+        Raises:
+            ServingError: it was refused or failed, and the reply has not begun.
+            ClientGoneError: nobody is there to be answered.
+        """
+        headers = dict(scope["headers"])
+        identity = self.keys.identify(headers)
+        unique_id = f"{request_id}.{secrets.token_hex(4)}" if b"x-request-id" in headers else request_id
+        call = Call(unique_id, path, identity, arrived_ns=time.time_ns())
+        ending = Ending(Outcome.FAILED, 500, "internal_error")
+        try:
+            await self._serve_admitted(call, scope, headers, receive, reply)
+            ending = Ending(Outcome.COMPLETED, reply.status, "", reply.first_byte_ns)
+        except ServingError as error:
+            ending = Ending.from_error(error, call, reply.status, reply.first_byte_ns)
+            if not reply.has_begun:
+                raise
+            await reply.end_with_error(error)
+        except TimeoutError:
+            late = ReplicaTimeoutError("The answer was not complete within the request's time.", code="request_timeout")
+            ending = Ending(Outcome.TIMED_OUT, reply.status or late.http_status, late.code or "", reply.first_byte_ns)
+            if not reply.has_begun:
+                raise late from None
+            await reply.end_with_error(late)
+        except (ClientGoneError, asyncio.CancelledError):
+            ending = Ending(Outcome.ABORTED, reply.status or CLIENT_CLOSED, "", reply.first_byte_ns)
+            raise
+        finally:
+            self.accountant.finish(call, ending)
+
+    async def _serve_admitted(
+        self, call: Call, scope: Scope, headers: Mapping[bytes, bytes], receive: Receive, reply: Reply
+    ) -> None:
+        now_s = time.monotonic()
+        timeout_s = _read_timeout(headers, self.settings.router.admission.request_timeout_s)
+        try:
+            self.limits.admit(call.identity, now_s)
+        except ServingError:
+            reply.headers += self.limits.headers(call.identity, now_s)
+            raise
+        try:
+            with self._held.open() as held:
+                body = await read_body(scope, receive, self.settings.router.limits, held)
+                request = await self._understand(call, body)
+                call.reserved_tokens = self.dispatcher.estimate(request).total
+                try:
+                    self.limits.reserve_tokens(call.identity, call.reserved_tokens, now_s)
+                except ServingError:
+                    call.reserved_tokens = 0
+                    raise
+                finally:
+                    reply.headers += self.limits.headers(call.identity, now_s)
+                # A little longer than the queue's own deadline, whose refusal says more.
+                async with asyncio.timeout(timeout_s + _GRACE_S):
+                    await self._answer(call, request, now_s + timeout_s, reply, receive)
+        finally:
+            self.limits.leave(call.identity)
+
+    async def _understand(self, call: Call, body: bytes) -> RoutedRequest:
+        request = parse_request(call.route, body, self.settings)
+        check_model_allowed(call.identity, request.model, *self.settings.models[request.model].aliases)
+        call.start(request, self._prices[request.model])
+        if None in request.image_sizes:
+            request = await self.remote.inline(request, self.settings.router)
+            call.request = request
+        return request
+
+    async def _answer(
+        self, call: Call, request: RoutedRequest, deadline_s: float, reply: Reply, receive: Receive
+    ) -> None:
+        slot = self.dispatcher.try_enter(request, call.identity, deadline_s=deadline_s)
+        if slot is None:
+            async with ClientPresence(receive):
+                slot = await self.dispatcher.enter(request, call.identity, deadline_s=deadline_s)
+        call.queue_wait_ns = round(slot.waited_s * 1e9)
+        try:
+            await self.backend.answer(call, slot, reply, receive)
+        finally:
+            slot.close(call.tokens, is_whole=reply.is_complete)
+
+
+def _read_timeout(headers: Mapping[bytes, bytes], longest_s: float) -> float:
+    """Seconds that a request may take: what it asks for, at most what the settings allow.
+
+    Raises:
+        InvalidRequestError: the header is no whole number of milliseconds.
+    """
+    given = headers.get(_TIMEOUT_HEADER)
+    if given is None:
+        return longest_s
+    if not given.isdigit() or len(given) > 12 or int(given) == 0:
+        raise InvalidRequestError(
+            "x-request-timeout-ms must be a whole number of milliseconds.", code="invalid_timeout"
+        )
+    return min(int(given) / 1000, longest_s)

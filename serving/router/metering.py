@@ -1,0 +1,175 @@
+"""What each request came to: followed while it runs, completed by its engine when the answer did not say, recorded."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from serving.billing.prices import Price
+from serving.billing.records import Outcome, RequestRecord, TokenCounts
+from serving.directory import ReplicaRecord
+from serving.errors import ServingError
+from serving.router.requests import RoutedRequest
+from serving.router.usage import UsageNotes
+from serving.tenants import Identity
+
+CLIENT_CLOSED = 499
+"""nginx's status for a client that left before its answer; nobody sees it but the ledger."""
+
+_POLL_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
+"""Pauses between questions: an engine notices at its next step that a request has been aborted."""
+
+_BILLED = frozenset({Outcome.COMPLETED, Outcome.ABORTED, Outcome.TIMED_OUT})
+"""What the stack itself failed costs the tenant nothing."""
+
+
+@dataclass(slots=True)
+class Call:
+    """One request of one tenant, from its arrival to its end."""
+
+    request_id: str
+    """Unique; what engines and the ledger know it by."""
+    route: str
+    identity: Identity
+    arrived_ns: int
+    request: RoutedRequest | None = None
+    """Set when the body was understood."""
+    notes: UsageNotes | None = None
+    asked: list[ReplicaRecord] = field(default_factory=list)
+    """Replicas that were tried, in turn."""
+    unheard: list[ReplicaRecord] = field(default_factory=list)
+    """Those that may have generated something for it and have not said how much."""
+    queue_wait_ns: int = 0
+    reserved_tokens: int = 0
+    """Taken from the tenant's tokens per minute before its real use was known."""
+
+    @property
+    def tokens(self) -> TokenCounts | None:
+        """As its engine counted them; None until it has said so."""
+        return self.notes.tokens if self.notes is not None else None
+
+    def understood(self) -> tuple[RoutedRequest, UsageNotes]:
+        """The request and its notes, of a call whose body was understood."""
+        assert self.request is not None
+        assert self.notes is not None
+        return self.request, self.notes
+
+    def start(self, request: RoutedRequest, price: Price) -> None:
+        """The body was understood."""
+        self.request = request
+        self.notes = UsageNotes(price)
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a call ended, as its client saw it."""
+
+    outcome: Outcome
+    status: int
+    error_code: str = ""
+    first_byte_ns: int = 0
+
+    @classmethod
+    def from_error(cls, error: ServingError, call: Call, status: int, first_byte_ns: int) -> Ending:
+        """A request that no replica got was refused; what failed later failed."""
+        outcome = Outcome.FAILED if call.asked and error.http_status >= 500 else Outcome.REFUSED
+        return cls(outcome, status or error.http_status, error.code or "", first_byte_ns)
+
+
+FetchUsage = Callable[[ReplicaRecord, str], Awaitable[dict[str, Any] | None]]
+"""Asks a replica what its engine counted for a request id; None when it cannot tell."""
+
+
+class Accountant:
+    """Makes one record of every call, at once when its tokens are known, else as soon as its engine has told them."""
+
+    def __init__(self, fetch_usage: FetchUsage, on_record: Callable[[Call, RequestRecord], None]) -> None:
+        self._fetch_usage = fetch_usage
+        self._on_record = on_record
+        self._asking: set[asyncio.Task[None]] = set()
+
+    @property
+    def num_open(self) -> int:
+        """Calls that have ended and whose tokens are not known yet."""
+        return len(self._asking)
+
+    def finish(self, call: Call, ending: Ending) -> None:
+        """Take a call that has ended; returns at once."""
+        ended_ns = time.time_ns()
+        if not call.unheard:
+            self._on_record(call, _build_record(call, ending, ended_ns, call.tokens or TokenCounts()))
+            return
+        task = asyncio.get_running_loop().create_task(self._complete(call, ending, ended_ns))
+        self._asking.add(task)
+        task.add_done_callback(self._asking.discard)
+
+    async def close(self) -> None:
+        """Wait for the calls that are still open."""
+        if self._asking:
+            await asyncio.wait(self._asking)
+
+    async def _complete(self, call: Call, ending: Ending, ended_ns: int) -> None:
+        told = await asyncio.gather(*(self._ask(replica, call.request_id) for replica in call.unheard))
+        last = call.tokens
+        if last is None and call.unheard[-1] is call.asked[-1]:
+            last = told.pop()
+        wasted = sum(counts.num_completion_tokens for counts in told if counts is not None)
+        is_estimated = last is None
+        if last is None:
+            # The engine is gone and its count with it; what certainly came is what reached the client.
+            last = TokenCounts(num_completion_tokens=call.notes.num_frames if call.notes is not None else 0)
+        record = _build_record(call, ending, ended_ns, last)
+        wasted += record.num_wasted_tokens
+        self._on_record(call, replace(record, is_estimated=is_estimated, num_wasted_tokens=wasted))
+
+    async def _ask(self, replica: ReplicaRecord, request_id: str) -> TokenCounts | None:
+        for pause_s in _POLL_S:
+            found = await self._fetch_usage(replica, request_id)
+            if found is None:
+                return None
+            if found.get("is_finished"):
+                return TokenCounts(
+                    num_prompt_tokens=int(found["prompt_tokens"]),
+                    num_image_tokens=int(found["image_tokens"]),
+                    num_cached_tokens=int(found["cached_tokens"]),
+                    num_completion_tokens=int(found["completion_tokens"]),
+                )
+            await asyncio.sleep(pause_s)
+        return None
+
+
+def _build_record(call: Call, ending: Ending, ended_ns: int, tokens: TokenCounts) -> RequestRecord:
+    notes = call.notes
+    is_billed = ending.outcome in _BILLED
+    cost = 0
+    if notes is not None and is_billed:
+        cost = notes.price.cost_nanodollars(
+            num_prompt_tokens=tokens.num_prompt_tokens, num_completion_tokens=tokens.num_completion_tokens
+        )
+    return RequestRecord(
+        request_id=call.request_id,
+        tenant_id=call.identity.tenant_id,
+        key_id=call.identity.key_id,
+        model=call.request.model if call.request is not None else "",
+        route=call.route,
+        outcome=ending.outcome,
+        status=ending.status,
+        error_code=ending.error_code,
+        modes=notes.image_modes if notes is not None else (),
+        num_pages=len(call.request.image_sizes) if call.request is not None else 0,
+        tokens=tokens,
+        num_wasted_tokens=0 if is_billed else tokens.num_completion_tokens,
+        cost_nanodollars=cost,
+        replica_id=call.asked[-1].replica_id if call.asked else "",
+        num_tries=len(call.asked),
+        finish_reason=notes.finish_reason if notes is not None else "",
+        arrived_ns=call.arrived_ns,
+        first_byte_ns=ending.first_byte_ns,
+        ended_ns=ended_ns,
+        queue_wait_ns=call.queue_wait_ns,
+        priority=call.identity.tenant.priority,
+        is_stream=call.request is not None and call.request.is_stream,
+    )

@@ -1,0 +1,80 @@
+"""The answer to one request, on its way to the client."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import orjson
+from starlette.types import Message, Send
+
+from serving.errors import ServingError
+
+_JSON = (b"content-type", b"application/json")
+_STREAM_HEADERS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would wait until its buffer is full
+)
+
+
+class Reply:
+    """Sends the answer and remembers how far it has come. `headers` go with it, whatever it is."""
+
+    __slots__ = ("_send", "first_byte_ns", "headers", "is_complete", "status")
+
+    def __init__(self, send: Send, headers: list[tuple[bytes, bytes]] | None = None) -> None:
+        self._send = send
+        self.headers = headers if headers is not None else []
+        self.status = 0
+        """0 until the answer has begun: only then may something else be tried."""
+        self.first_byte_ns = 0
+        self.is_complete = False
+
+    @property
+    def has_begun(self) -> bool:
+        return self.status != 0
+
+    async def start_stream(self) -> None:
+        """Begin a stream of server-sent events."""
+        await self._start(200, [*_STREAM_HEADERS, *self.headers])
+
+    async def write(self, data: bytes) -> None:
+        """A piece of the stream; waits while the client takes no more."""
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def end(self, data: bytes = b"") -> None:
+        """The last piece of the stream."""
+        await self._send({"type": "http.response.body", "body": data, "more_body": False})
+        self.is_complete = True
+
+    async def end_with_error(self, error: ServingError) -> None:
+        """Tell of an error in the only way left once a stream has begun: an event, and no `[DONE]` after it."""
+        await self.end(b"data: " + orjson.dumps(error.body()) + b"\n\n")
+
+    async def send_body(
+        self, status: int, body: bytes, extra: Mapping[str, str] | None = None, content_type: bytes = _JSON[1]
+    ) -> None:
+        """A whole answer."""
+        more = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in (extra or {}).items()]
+        length = (b"content-length", b"%d" % len(body))
+        await self._start(status, [(_JSON[0], content_type), length, *self.headers, *more])
+        await self.end(body)
+
+    async def send_error(self, error: ServingError) -> None:
+        """An error in OpenAI's shape."""
+        await self.send_body(error.http_status, orjson.dumps(error.body()), error.headers)
+
+    async def pass_on(self, message: Message) -> None:
+        """A message that an app inside has made, as it is but for the headers."""
+        if message["type"] == "http.response.start":
+            await self._start(message["status"], [*message["headers"], *self.headers])
+            return
+        await self._send(message)
+        if not message.get("more_body", False):
+            self.is_complete = True
+
+    async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        self.status = status
+        self.first_byte_ns = time.time_ns()
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})

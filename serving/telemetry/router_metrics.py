@@ -1,0 +1,105 @@
+"""What a router exports: counted from the records of ended requests, and read from its state when it is scraped."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from serving.billing.records import Outcome, RequestRecord
+from serving.telemetry import catalogue
+from serving.telemetry.catalogue import Kind, Metric
+
+_NANO = 10**9
+
+Reading = tuple[Metric, tuple[str, ...], float]
+"""A gauge, the values of its labels, and its value now."""
+
+
+def build_metric(metric: Metric, registry: CollectorRegistry) -> Any:
+    """A counter or histogram of prometheus-client's for an entry of the catalogue."""
+    if metric.kind is Kind.COUNTER:
+        return Counter(metric.name, metric.help, metric.labels, registry=registry)
+    return Histogram(metric.name, metric.help, metric.labels, registry=registry, buckets=metric.buckets)
+
+
+class RouterMetrics:
+    """One per router process, with a registry of its own."""
+
+    def __init__(self, read_state: Callable[[], Iterable[Reading]]) -> None:
+        """Args:
+        read_state: the gauges of this moment; asked at every scrape.
+        """
+        self._registry = CollectorRegistry()
+        self._requests = build_metric(catalogue.REQUESTS, self._registry)
+        self._tokens = build_metric(catalogue.TOKENS, self._registry)
+        self._pages = build_metric(catalogue.PAGES, self._registry)
+        self._cost = build_metric(catalogue.COST, self._registry)
+        self._first_token = build_metric(catalogue.FIRST_TOKEN, self._registry)
+        self._between_tokens = build_metric(catalogue.BETWEEN_TOKENS, self._registry)
+        self._whole_request = build_metric(catalogue.WHOLE_REQUEST, self._registry)
+        self._queue_wait = build_metric(catalogue.QUEUE_WAIT, self._registry)
+        self._retries = build_metric(catalogue.RETRIES, self._registry)
+        self._refusals = build_metric(catalogue.REFUSALS, self._registry)
+        self._registry.register(_StateCollector(read_state))
+
+    def count(self, record: RequestRecord) -> None:
+        """Take the record of a request that has ended."""
+        tenant, model = record.tenant_id, record.model
+        self._requests.labels(record.route, tenant, model, record.outcome, str(record.status)).inc()
+        if record.outcome is Outcome.REFUSED:
+            self._refusals.labels(tenant, record.error_code).inc()
+            return
+        self._count_tokens(record)
+        self._cost.labels(tenant, model).inc(record.cost_nanodollars / _NANO)
+        self._queue_wait.labels(model, record.priority).observe(record.queue_wait_ns / _NANO)
+        if record.num_tries > 1:
+            self._retries.labels(model).inc(record.num_tries - 1)
+        if record.outcome is Outcome.COMPLETED:
+            self._observe_times(record)
+            for mode in record.modes or ("unknown",) * record.num_pages:
+                self._pages.labels(tenant, model, mode).inc()
+
+    def render(self) -> bytes:
+        """Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def _count_tokens(self, record: RequestRecord) -> None:
+        tokens = record.tokens
+        for kind, number in (
+            ("prompt", tokens.num_prompt_tokens),
+            ("image", tokens.num_image_tokens),
+            ("cached", tokens.num_cached_tokens),
+            ("completion", tokens.num_completion_tokens),
+            ("wasted", record.num_wasted_tokens),
+        ):
+            if number:
+                self._tokens.labels(record.tenant_id, record.model, kind).inc(number)
+
+    def _observe_times(self, record: RequestRecord) -> None:
+        self._whole_request.labels(record.model, record.priority).observe((record.ended_ns - record.arrived_ns) / _NANO)
+        if not record.is_stream:
+            return
+        self._first_token.labels(record.model).observe((record.first_byte_ns - record.arrived_ns) / _NANO)
+        num_gaps = record.tokens.num_completion_tokens - 1
+        if num_gaps > 0:
+            lasted_ns = record.ended_ns - record.first_byte_ns
+            self._between_tokens.labels(record.model).observe(lasted_ns / num_gaps / _NANO)
+
+
+class _StateCollector(Collector):
+    def __init__(self, read_state: Callable[[], Iterable[Reading]]) -> None:
+        self._read_state = read_state
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        versions = tuple(importlib.metadata.version(name) for name in ("serving", "ray"))
+        readings = [*self._read_state(), (catalogue.BUILD, versions, 1.0)]
+        families: dict[str, GaugeMetricFamily] = {}
+        for metric, values, value in readings:
+            family = families.setdefault(metric.name, GaugeMetricFamily(metric.name, metric.help, labels=metric.labels))
+            family.add_metric(values, value)
+        yield from families.values()

@@ -1,0 +1,89 @@
+"""The hostile corpus against a router on a real port: what it has to refuse itself, it refuses quickly and alone."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import orjson
+import psutil
+import pytest
+import pytest_asyncio
+from hostile.corpus import CORPUS, Entry, Judge, chat
+from hostile.wire import send
+
+from serving.directory import Snapshot
+from serving.http_server import HttpServer
+from serving.router.app import RouterApp
+from serving.router_settings import LimitSettings
+
+from .stack import MAX_BODY_BYTES, MODEL, USAGE, Engine, answers, build_settings
+
+# One router and one engine for the whole corpus: what an entry leaves behind has to show in the ones after it.
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+QUICK_S = 1.0
+MAX_GROWTH_BYTES = 64 * 2**20
+LIMITS = LimitSettings(max_body_bytes=8 * MAX_BODY_BYTES)
+"""Bodies of the corpus's megabyte have to be looked into; those over the limit are larger than this one's."""
+ANSWER = {"id": "c-1", "model": MODEL, "choices": [{"message": {"content": "Hi"}}], "usage": USAGE}
+
+
+@dataclass
+class Target:
+    port: int
+    engine: Engine
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def target() -> AsyncIterator[Target]:
+    async with Engine(answers(orjson.dumps(ANSWER))) as engine:
+        app = RouterApp(build_settings(limits=LIMITS), read_snapshot=lambda: Snapshot((1, 1), (engine.record,)))
+        server = HttpServer(app, host="127.0.0.1", port=0, drain_s=1, limits=LIMITS)
+        await app.start()
+        await server.start()
+        yield Target(server.port, engine)
+        await server.stop()
+        await app.close()
+
+
+def entries(judge: Judge) -> list[Entry]:
+    return [entry for entry in CORPUS if entry.judge is judge]
+
+
+async def test_the_corpus_is_as_large_as_it_should_be() -> None:
+    assert len(entries(Judge.ROUTER)) >= 200
+    assert len({entry.name for entry in CORPUS}) == len(CORPUS)
+
+
+@pytest.mark.parametrize("entry", entries(Judge.ROUTER), ids=lambda entry: entry.name)
+async def test_the_router_refuses_quickly_and_asks_no_engine(target: Target, entry: Entry) -> None:
+    target.engine.asked.clear()
+    answer = await send(target.port, entry.raw, timeout_s=5)
+    assert 400 <= answer.status < 500, answer
+    assert answer.headers["content-type"] == "application/json"
+    if not entry.raw.startswith(b"HEAD"):
+        answer.error()
+    assert answer.elapsed_s < QUICK_S
+    assert target.engine.asked == []
+    good = await send(target.port, chat(), timeout_s=5)
+    assert good.status == 200
+    assert good.elapsed_s < QUICK_S
+
+
+@pytest.mark.parametrize("entry", entries(Judge.NOBODY) + entries(Judge.ENGINE), ids=lambda entry: entry.name)
+async def test_what_it_cannot_judge_goes_to_the_engine(target: Target, entry: Entry) -> None:
+    target.engine.asked.clear()
+    answer = await send(target.port, entry.raw, timeout_s=5)
+    assert answer.status == 200, answer
+    assert len(target.engine.asked) == 1
+
+
+async def test_the_whole_corpus_leaves_no_memory_behind(target: Target) -> None:
+    async def send_all() -> int:
+        for entry in entries(Judge.ROUTER):
+            await send(target.port, entry.raw, timeout_s=5)
+        return int(psutil.Process().memory_info().rss)
+
+    before = await send_all()
+    assert await send_all() - before < MAX_GROWTH_BYTES

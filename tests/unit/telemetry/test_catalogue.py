@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import pytest
+
+from serving.telemetry.catalogue import ROUTER, Kind, Metric, render_table
+
+UNBOUNDED = {"request_id", "key", "client", "ip", "path", "prompt"}
+UNITS = ("_total", "_seconds", "_tokens", "_requests", "_records", "_ratio", "_replicas", "_state", "_info")
+
+
+@pytest.mark.parametrize("metric", ROUTER, ids=lambda metric: metric.name)
+def test_names_and_labels_follow_the_rules(metric: Metric) -> None:
+    assert metric.name.startswith("serving_")
+    assert metric.name.endswith(UNITS)
+    assert metric.name.endswith("_total") == (metric.kind is Kind.COUNTER)
+    assert bool(metric.buckets) == (metric.kind is Kind.HISTOGRAM)
+    assert list(metric.buckets) == sorted(set(metric.buckets))
+    assert not UNBOUNDED & set(metric.labels)
+    assert metric.help
+    assert not metric.help.endswith(".")
+
+
+def test_no_name_stands_twice() -> None:
+    assert len({metric.name for metric in ROUTER}) == len(ROUTER)
+
+
+def test_the_table_has_a_row_for_each() -> None:
+    lines = render_table().splitlines()
+    assert len(lines) == 2 + len(ROUTER)
+    assert all(line.count("|") == 5 for line in lines)
