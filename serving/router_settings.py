@@ -39,9 +39,11 @@ class RemoteImageSettings(Frozen):
 
     enabled: bool = False
     hosts: tuple[str, ...] = ()
-    """Host names that may be fetched from; `*.example.com` takes every name below it, `*` all public hosts."""
+    """Host names that may be fetched from; `*.example.com` takes every name below it, `*` all public hosts, and
+    `host:port` another port than the usual."""
     max_bytes: Annotated[int, Field(ge=1024)] = 20 * 2**20
     timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    """For all images of a request together."""
     max_redirects: Annotated[int, Field(ge=0, le=10)] = 3
 
     @model_validator(mode="after")

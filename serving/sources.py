@@ -1,4 +1,5 @@
-"""Where settings come from: a YAML file, and the environment over it. Only `settings.py` reads through this.
+"""Where settings come from: a YAML file, and the environment over it. Settings and the keys file are
+read through this.
 
 `SERVING__ROUTER__PORT=9000` goes to `router.port`. A part of a name finds a key that the file has in any letter case,
 with `_` for any other sign (`DEEPSEEK_OCR` for `deepseek-ocr`); a new key is written in small letters, but for the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 import time
@@ -110,7 +111,7 @@ class RouterApp:
 
     def tick(self) -> None:
         """Called about twice a second: keys that have changed, waits that have lasted too long."""
-        self._keys.reload_if_changed()
+        asyncio.get_running_loop().run_in_executor(None, self._keys.reload_if_changed)  # thousands of keys take a while
         self._dispatcher.tick()
 
     def report(self) -> RouterReport:

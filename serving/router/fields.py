@@ -240,7 +240,7 @@ def _spec(key: str, value: Any) -> None:
 def _pattern(key: str, text: str) -> None:
     product = 1
     for least, most in _REPEAT.findall(text):
-        count = max((int(digits) for digits in (least, most) if digits and len(digits) < 10), default=_MAX_INT)
+        count = max((int(digits[:10]) for digits in (least, most) if digits), default=0)
         if least or most:
             product *= max(1, count)
             if count > _MAX_REPEAT or product > _MAX_REPEATS:

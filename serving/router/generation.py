@@ -16,7 +16,7 @@ from serving.errors import InvalidRequestError, ReplicaTimeoutError, ServingErro
 from serving.router.auth import Authenticator, check_model_allowed
 from serving.router.dispatch import Dispatcher
 from serving.router.gateway import Backend
-from serving.router.guards import BodyBudget, ClientGoneError, read_body
+from serving.router.guards import BodyBudget, ClientGoneError, HeldBody, discard_body, read_body
 from serving.router.limits import TenantLimits
 from serving.router.metering import CLIENT_CLOSED, Accountant, Call, Ending
 from serving.router.presence import ClientPresence
@@ -55,7 +55,11 @@ class Generation:
             ClientGoneError: nobody is there to be answered.
         """
         headers = dict(scope["headers"])
-        identity = self.keys.identify(headers)
+        try:
+            identity = self.keys.identify(headers)
+        except ServingError:
+            await discard_body(receive, self.settings.router.limits)
+            raise
         unique_id = f"{request_id}.{secrets.token_hex(4)}" if b"x-request-id" in headers else request_id
         call = Call(unique_id, path, identity, arrived_ns=time.time_ns())
         ending = Ending(Outcome.FAILED, 500, "internal_error")
@@ -88,31 +92,33 @@ class Generation:
             self.limits.admit(call.identity, now_s)
         except ServingError:
             reply.headers += self.limits.headers(call.identity, now_s)
+            await discard_body(receive, self.settings.router.limits)
             raise
         try:
             with self._held.open() as held:
                 body = await read_body(scope, receive, self.settings.router.limits, held)
-                request = await self._understand(call, body)
+                request = await self._understand(call, body, held)
                 call.reserved_tokens = self.dispatcher.estimate(request).total
                 try:
-                    self.limits.reserve_tokens(call.identity, call.reserved_tokens, now_s)
+                    self.limits.reserve_tokens(call.identity, call.reserved_tokens, time.monotonic())
                 except ServingError:
                     call.reserved_tokens = 0
                     raise
                 finally:
-                    reply.headers += self.limits.headers(call.identity, now_s)
+                    reply.headers += self.limits.headers(call.identity, time.monotonic())
                 # A little longer than the queue's own deadline, whose refusal says more.
                 async with asyncio.timeout(timeout_s + _GRACE_S):
                     await self._answer(call, request, now_s + timeout_s, reply, receive)
         finally:
             self.limits.leave(call.identity)
 
-    async def _understand(self, call: Call, body: bytes) -> RoutedRequest:
+    async def _understand(self, call: Call, body: bytes, held: HeldBody) -> RoutedRequest:
         request = parse_request(call.route, body, self.settings)
         check_model_allowed(call.identity, request.model, *self.settings.models[request.model].aliases)
         call.start(request, self._prices[request.model])
         if None in request.image_sizes:
             request = await self.remote.inline(request, self.settings.router)
+            held.take(len(request.body) - len(body))
             call.request = request
         return request
 

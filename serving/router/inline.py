@@ -12,14 +12,16 @@ from typing import Any
 import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope
 
-from serving.directory import ReplicaRecord
+from serving.directory import ReplicaRecord, Snapshot
 from serving.errors import EngineError, InternalError, NoReplicaError, ServingError, from_engine
+from serving.router.app import RouterApp
 from serving.router.dispatch import Slot
 from serving.router.guards import ClientGoneError
 from serving.router.metering import Call
 from serving.router.reply import Reply
-from serving.router.requests import RoutedRequest
+from serving.router.requests import RoutedRequest, blame
 from serving.router.usage import StreamAnnotator, UsageNotes, annotate_answer
+from serving.settings import Settings
 
 ReadUsage = Callable[[str], dict[str, Any] | None]
 """What the engine counted for a request id, as `GET /usage/{request_id}` would tell it."""
@@ -86,6 +88,31 @@ class Inline:
         }
 
 
+def build_inline_app(
+    settings: Settings, app: ASGIApp, read_usage: ReadUsage, read_record: Callable[[], ReplicaRecord]
+) -> RouterApp:
+    """The router's app for one engine replica, which is all of its fleet.
+
+    Args:
+        settings: the whole of them.
+        app: the engine's own.
+        read_usage: what the engine counted for a request id.
+        read_record: the replica as it describes itself now, the same object as long as nothing has changed.
+    """
+    key = settings.engine.api_key
+    latest = Snapshot((1, 0))
+
+    def read_snapshot() -> Snapshot:
+        nonlocal latest
+        record = read_record()
+        if latest.records[:1] != (record,):
+            latest = Snapshot((1, latest.version[1] + 1), (record,))
+        return latest
+
+    backend = Inline(app, read_usage, key.get_secret_value() if key is not None else None)
+    return RouterApp(settings, read_snapshot, backend=backend)
+
+
 class _Client:
     """Gives the app the body that was read already, and then whatever the client's connection says."""
 
@@ -107,6 +134,7 @@ class _Answer:
     """Takes what the app sends: streams go through the annotator, whole answers and errors are brought into shape."""
 
     def __init__(self, request: RoutedRequest, notes: UsageNotes, reply: Reply) -> None:
+        self._request = request
         self._notes = notes
         self._reply = reply
         self._annotator = StreamAnnotator(notes, shows_usage=request.wants_stream_usage)
@@ -155,7 +183,7 @@ class _Answer:
             raise InternalError("The engine ended this answer before it was complete.")
         body = b"".join(self._parts)
         if self._status >= 400:
-            raise from_engine(self._status, _decode(body))
+            raise blame(self._request, from_engine(self._status, _decode(body)))
         await self._reply.send_body(200, annotate_answer(body, self._notes))
 
 

@@ -12,7 +12,7 @@ import orjson
 from serving.directory import ReplicaRecord
 from serving.errors import InternalError, ReplicaConnectError, ReplicaTimeoutError, ReplicaUnreachableError, from_engine
 from serving.router.reply import Reply
-from serving.router.requests import RoutedRequest
+from serving.router.requests import RoutedRequest, blame
 from serving.router.usage import StreamAnnotator, UsageNotes, annotate_answer
 from serving.router_settings import RouterSettings
 
@@ -56,7 +56,7 @@ class Relay:
         """
         async with self._ask(request, request_id, replica) as upstream:
             if upstream.status >= 400:
-                raise from_engine(upstream.status, await _read_error(upstream))
+                raise blame(request, from_engine(upstream.status, await _read_error(upstream)))
             if request.is_stream:
                 await _relay_stream(upstream, StreamAnnotator(notes, shows_usage=request.wants_stream_usage), reply)
             else:

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import orjson
 
-from serving.directory import ReplicaRecord
-from serving.errors import InvalidRequestError, ModelNotFoundError
-from serving.plugin.selection import DEFAULT, MODE_FOR_DETAIL, ModeRules, SelectionError
+from serving.errors import InternalError, InvalidRequestError, ModelNotFoundError, ServingError
+from serving.plugin.selection import DEFAULT, MODE_FOR_DETAIL
 from serving.router.fields import CHAT_FIELDS, TEXT_FIELDS, check_fields, check_function, refuse
 from serving.router.guards import decode_json
 from serving.router.images import check_image_url
@@ -62,6 +60,8 @@ class RoutedRequest:
     max_tokens: int | None = None
     """Longest answer that the request allows, per choice."""
     num_choices: int = 1
+    is_constrained: bool = False
+    """Whether the answer has to fit a grammar of the client's."""
 
 
 def parse_request(path: str, body: bytes, settings: Settings) -> RoutedRequest:
@@ -99,7 +99,25 @@ def parse_request(path: str, body: bytes, settings: Settings) -> RoutedRequest:
         num_text_chars=content.num_chars,
         max_tokens=_read_max_tokens(payload, is_chat),
         num_choices=num_choices,
+        is_constrained=_is_constrained(payload),
     )
+
+
+def _is_constrained(payload: dict[str, Any]) -> bool:
+    form = payload.get("response_format")
+    has_form = form is not None and form["type"] != "text"
+    has_calls = payload.get("tool_choice") not in (None, "none", "auto")
+    return has_form or has_calls or payload.get("structured_outputs") is not None
+
+
+def blame(request: RoutedRequest, error: ServingError) -> ServingError:
+    """Whose fault an engine's error is: vLLM answers 500 when nothing that the model could say fits a request's
+    grammar (`[^\\s\\S]`), which nobody can tell before. Counted against the replica, a client could take it out."""
+    if request.is_constrained and isinstance(error, InternalError) and error.http_status == 500:
+        return InvalidRequestError(
+            "No answer fits the response_format, structured_outputs or tools of this request.", code="constraint_failed"
+        )
+    return error
 
 
 def _find_model(name: Any, settings: Settings) -> str:
@@ -238,20 +256,3 @@ def _check_calls(message: dict[str, Any], param: str) -> None:
     for key in ("name", "tool_call_id"):
         if not isinstance(message.get(key, ""), str | None):
             raise refuse(f"{param}.{key}", "a text")
-
-
-def resolve_modes(request: RoutedRequest, replica: ReplicaRecord) -> tuple[str, ...]:
-    """The resolution mode in which a replica reads every image of a request; empty where only it can know."""
-    sizes = [size for size in request.image_sizes if size is not None]
-    if len(sizes) != len(request.image_sizes) or not replica.image_config:
-        return ()
-    try:
-        chosen = _rules(replica.image_config).choose(request.image_options, dict(replica.image_options), sizes)
-    except SelectionError:
-        return ()  # the engine refuses it with its own words
-    return tuple(choice.name for choice in chosen)
-
-
-@lru_cache(maxsize=64)
-def _rules(image_config: tuple[tuple[str, Any], ...]) -> ModeRules:
-    return ModeRules.from_config(dict(image_config))

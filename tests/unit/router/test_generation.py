@@ -444,6 +444,7 @@ async def test_a_key_that_is_taken_away_stops_working(tenants: Tenants) -> None:
         assert (await client.get("/v1/models", headers=headers)).status_code == 200
         write_keys(tenants.file, KeysFile(tenants={"ops": Tenant()}))
         recorded.router.app.tick()
+        await asyncio.sleep(0.2)
         assert (await client.get("/v1/models", headers=headers)).status_code == 401
 
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 from typing import Any
 
@@ -10,9 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.directory import ReplicaRecord, ReplicaState
-from serving.errors import ImageTooLargeError, ServingError
-from serving.router.requests import RoutedRequest, parse_request, resolve_modes
+from serving.errors import ImageTooLargeError, InternalError, InvalidRequestError, NoReplicaError, ServingError
+from serving.router.requests import RoutedRequest, blame, parse_request
 from serving.router_settings import LimitSettings, RemoteImageSettings, RouterSettings
 from serving.settings import ModelSettings, Settings
 
@@ -266,42 +264,6 @@ def test_image_options_are_an_object(path: str, options: Any) -> None:
     assert refusal(path, build_body(path, mm_processor_kwargs=options)) == (400, "mm_processor_kwargs", None)
 
 
-REPLICA = ReplicaRecord(
-    "a",
-    "nano",
-    "http://a",
-    ReplicaState.READY,
-    image_config=(("base_size", 512), ("crop_mode", False), ("image_size", 512)),
-    image_options=(("mode", "small"),),
-)
-
-
-def routed(*sizes: tuple[int, int] | None, **options: Any) -> RoutedRequest:
-    return RoutedRequest(
-        CHAT, "nano", b"", is_stream=False, wants_stream_usage=False, image_sizes=sizes, image_options=options
-    )
-
-
-@pytest.mark.parametrize(
-    ("request_", "replica", "modes"),
-    [
-        (routed((30, 20)), REPLICA, ("small",)),
-        (routed((30, 20), (9, 9), mode=["default", "base"]), REPLICA, ("tiny", "base")),
-        (routed((30, 20), (2000, 3000), mode="auto"), REPLICA, ("tiny", "gundam")),
-        (routed(), REPLICA, ()),
-        (routed((30, 20), None), REPLICA, ()),
-        (routed((30, 20), mode="huge"), REPLICA, ()),
-        (routed((30, 20), colour="red"), REPLICA, ()),
-        (routed((30, 20)), dataclasses.replace(REPLICA, image_options=()), ("tiny",)),
-        (routed((30, 20)), dataclasses.replace(REPLICA, image_config=()), ()),
-    ],
-)
-def test_the_mode_of_every_image_is_told_where_it_is_known(
-    request_: RoutedRequest, replica: ReplicaRecord, modes: tuple[str, ...]
-) -> None:
-    assert resolve_modes(request_, replica) == modes
-
-
 @pytest.mark.parametrize(
     ("path", "fields", "num_choices"),
     [
@@ -421,11 +383,6 @@ def test_arbitrary_bytes_raise_nothing_but_serving_errors(path: str, body: bytes
         parse_request(path, body, SETTINGS)
 
 
-@given(st.dictionaries(st.sampled_from(["mode", "min_tiles", "max_tiles", "x"]), JSON))
-def test_arbitrary_image_options_leave_the_modes_to_the_engine(options: dict[str, Any]) -> None:
-    assert len(resolve_modes(routed((30, 20), **options), REPLICA)) in (0, 1)
-
-
 @pytest.mark.parametrize("prompt", [["a"] * 5, [[1, 2]] * 5])
 def test_the_prompts_of_a_completion_are_bounded(prompt: list[Any]) -> None:
     assert refusal(TEXT, orjson.dumps({"model": "nano", "prompt": prompt})) == (400, "prompt", None)
@@ -433,3 +390,25 @@ def test_the_prompts_of_a_completion_are_bounded(prompt: list[Any]) -> None:
 
 def test_a_prompt_of_token_ids_is_one_prompt() -> None:
     assert parse(TEXT, prompt=list(range(100))).path == TEXT
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_constrained"),
+    [
+        ({}, False),
+        ({"response_format": None, "structured_outputs": None, "tool_choice": None}, False),
+        ({"response_format": {"type": "text"}, "tool_choice": "none"}, False),
+        ({"tool_choice": "auto"}, False),
+        ({"response_format": {"type": "json_object"}}, True),
+        ({"structured_outputs": {"regex": "a"}}, True),
+        ({"tool_choice": "required"}, True),
+        ({"tool_choice": {"type": "function", "function": {"name": "read"}}}, True),
+    ],
+)
+def test_a_failure_under_a_grammar_is_the_grammars(fields: dict[str, Any], is_constrained: bool) -> None:
+    request = parse(**fields)
+    assert request.is_constrained is is_constrained
+    failure = InternalError("The model failed.")
+    assert isinstance(blame(request, failure), InvalidRequestError) is is_constrained
+    for other in (InternalError("The model failed.", 501), NoReplicaError("gone")):
+        assert blame(request, other) is other

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -103,3 +104,53 @@ def test_no_request_counts_for_more_than_the_longest_that_the_engine_runs(
     assert 1 <= work.output_tokens <= longest * max(1, num_choices)
     if max_tokens:
         assert work.output_tokens <= max_tokens * max(1, num_choices)
+
+
+REPLICA = ReplicaRecord(
+    "a",
+    "nano",
+    "http://a",
+    ReplicaState.READY,
+    image_config=(("base_size", 512), ("crop_mode", False), ("image_size", 512)),
+    image_options=(("mode", "small"),),
+)
+
+
+def routed(*sizes: tuple[int, int] | None, **options: Any) -> RoutedRequest:
+    return RoutedRequest(
+        "/v1/chat/completions",
+        "nano",
+        b"",
+        is_stream=False,
+        wants_stream_usage=False,
+        image_sizes=sizes,
+        image_options=options,
+    )
+
+
+@pytest.mark.parametrize(
+    ("request_", "replica", "modes"),
+    [
+        (routed((30, 20)), REPLICA, ("small",)),
+        (routed((30, 20), (9, 9), mode=["default", "base"]), REPLICA, ("tiny", "base")),
+        (routed((30, 20), (2000, 3000), mode="auto"), REPLICA, ("tiny", "gundam")),
+        (routed(), REPLICA, ()),
+        (routed((30, 20), None), REPLICA, ()),
+        (routed((30, 20), mode="huge"), REPLICA, ()),
+        (routed((30, 20), colour="red"), REPLICA, ()),
+        (routed((30, 20)), dataclasses.replace(REPLICA, image_options=()), ("tiny",)),
+        (routed((30, 20)), dataclasses.replace(REPLICA, image_config=()), ()),
+    ],
+)
+def test_the_mode_of_every_image_is_told_where_it_is_known(
+    request_: RoutedRequest, replica: ReplicaRecord, modes: tuple[str, ...]
+) -> None:
+    assert read_images(request_, replica).modes == modes
+
+
+VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.text() | st.integers())
+
+
+@given(st.dictionaries(st.sampled_from(["mode", "min_tiles", "max_tiles", "x"]), VALUES))
+def test_arbitrary_image_options_leave_the_modes_to_the_engine(options: dict[str, Any]) -> None:
+    assert len(read_images(routed((30, 20), **options), REPLICA).modes) in (0, 1)
