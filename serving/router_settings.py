@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from serving.frozen import Frozen, is_loopback
 
@@ -103,6 +103,12 @@ class RouterSettings(Frozen):
     admission: AdmissionSettings = AdmissionSettings()
     breaker: BreakerSettings = BreakerSettings()
     remote_images: RemoteImageSettings = RemoteImageSettings()
+
+    @field_validator("keys_file", mode="after")
+    @classmethod
+    def _make_absolute(cls, file: Path | None) -> Path | None:
+        """Replicas run in other folders than the user's."""
+        return file.expanduser().absolute() if file is not None else None
 
     @model_validator(mode="after")
     def _check_address(self) -> RouterSettings:
