@@ -1,0 +1,1 @@
+"""HAProxy in front of engine replicas that check requests themselves."""
