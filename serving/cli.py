@@ -9,8 +9,12 @@ from typing import Annotated
 
 import typer
 
-from serving.errors import SettingsError
+from serving import keys_cli
+from serving.errors import ServingError, SettingsError
 from serving.settings import Settings, dump_settings, load_settings
+
+if typing.TYPE_CHECKING:
+    from serving.lifecycle import Run
 
 app = typer.Typer(
     help="A serving stack for DeepSeek-OCR: vLLM engines in Ray Serve replicas behind an OpenAI-compatible router.",
@@ -19,7 +23,12 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 
+app.add_typer(keys_cli.app, name="keys")
+
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="Settings file; see configs/ for examples.")]
+RunningOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help="Its settings file; not needed when only one runs.")
+]
 
 
 @app.command()
@@ -29,11 +38,50 @@ def up(
 ) -> None:
     """Start the stack in the foreground and serve until Ctrl-C, which stops everything that was started.
 
-    Any setting can be overridden from the environment: SERVING__ROUTER__PORT=9000 serving up --config ...
+    SIGHUP or `serving reload` reads the settings again. Any setting can be overridden from the environment:
+    SERVING__ROUTER__PORT=9000 serving up --config ...
     """
     from serving.launch import run_stack
 
-    raise typer.Exit(run_stack(_load(config), is_verbose=verbose))
+    raise typer.Exit(run_stack(_load(config), config=config, is_verbose=verbose))
+
+
+@app.command()
+def down(config: RunningOption = None) -> None:
+    """Stop what `serving up` started in another terminal: running requests are finished first.
+
+    The exit status is 0 when it has stopped, 1 when nothing runs or it did not stop in time.
+    """
+    from serving.lifecycle import remove_apps, stop_run
+
+    run = _find_run(config)
+    if run is not None:
+        if not stop_run(run, typer.echo):
+            _fail("it has not stopped yet; try again, or end its process")
+    else:
+        # A cluster that was joined keeps what a lost `serving up` has left there.
+        settings = _load(config) if config is not None else None
+        if settings is None or settings.ray.address is None or not remove_apps(settings):
+            _fail("nothing runs")
+    typer.echo("stopped")
+
+
+@app.command()
+def reload(config: RunningOption = None) -> None:
+    """Have a running `serving up` read its settings file again, and replace what has changed.
+
+    Requests go on meanwhile. Settings that cannot be used are refused, and the old ones stay. The environment is that
+    of the `serving up`. The exit status is 0 when the new settings are in force.
+    """
+    from serving.lifecycle import reload_run
+
+    run = _find_run(config)
+    if run is None:
+        _fail("nothing runs")
+    error = reload_run(run, typer.echo)
+    if error:
+        _fail(f"settings not changed: {error}")
+    typer.echo("the new settings are in force")
 
 
 @app.command("check-config")
@@ -67,6 +115,27 @@ def _load(file: Path) -> Settings:
         return load_settings(file)
     except SettingsError as error:
         _refuse(str(error))
+
+
+def _find_run(config: Path | None) -> Run | None:
+    """The `serving up` that is meant, None when it does not run."""
+    from serving.lifecycle import find_run_at, find_runs
+
+    try:
+        runs = find_runs(config)
+        if config is not None and len(runs) != 1:
+            runs = find_run_at(_load(config))  # started with a copy of the file, or with several ports
+    except ServingError as error:
+        _fail(str(error))
+    if len(runs) > 1:
+        listed = "".join(f"\n  {run.address} with {run.config}" for run in runs)
+        _refuse(f"several run; say which with --config:{listed}")
+    return runs[0] if runs else None
+
+
+def _fail(reason: str) -> typing.NoReturn:
+    typer.echo(reason, err=True)
+    raise typer.Exit(1)
 
 
 def _refuse(reason: str) -> typing.NoReturn:

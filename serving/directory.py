@@ -39,6 +39,8 @@ class ReplicaRecord:
     """The server's own `mm_processor_kwargs`."""
     stage: str = ""
     """What it is doing while it starts, in words for a person."""
+    front_url: str = ""
+    """Where clients' requests come in `inline` mode: the same behind the router's checks. Empty otherwise."""
     pid: int = 0
 
 
@@ -76,6 +78,8 @@ class RouterReport:
     replica_work: tuple[tuple[str, int], ...] = ()
     """Under way, by replica id."""
     tenants: tuple[tuple[str, TenantUse], ...] = ()
+    metrics_url: str = ""
+    """Where its own metrics are scraped; empty while it does not serve them."""
 
 
 EMPTY = Snapshot(version=(0, 0))

@@ -6,9 +6,11 @@ import ipaddress
 from decimal import Decimal
 from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, field_validator
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}$")]
+Dollars = Annotated[Decimal, Field(ge=0, le=10_000, decimal_places=6)]
+"""US dollars in whole microdollars."""
 
 
 class Frozen(BaseModel):

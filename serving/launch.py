@@ -3,67 +3,216 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import math
 import os
 import re
 import signal
-import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.console import Console
 
+from serving.cluster import Cluster, LostError, StartError, check_room, refuse_taken_port, run_cluster
 from serving.directory import EMPTY, Snapshot
 from serving.errors import ServingError, SettingsError
-from serving.settings import NANO, Settings
+from serving.lifecycle import ROUTER_APP, RunFile, app_names, engine_app
+from serving.settings import NANO, Settings, load_settings
 
 _POLL_S = 0.25
-_LEFTOVER_GRACE_S = 5.0
-_ROUTER_APP = "router"
 _ERROR_LINE = re.compile(r"^[\w.]+(?:Error|Exception|Exit): ", re.MULTILINE)  # how a traceback ends
-# Read by Ray when it is imported or started. What the user has set stays.
-_RAY_ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_SERVE_LOG_TO_STDERR": "0",
-}
+_FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
+# What a running stack cannot change: who holds it together would have to be another.
+_FIXED = ("ray", "router.host", "router.port", "router.mode", "engine.api_key", "engine.lease_s")
 
 
-class StartError(Exception):
-    """The stack did not come up; the message says why."""
+@dataclass(slots=True)
+class Wishes:
+    """What signals have asked for."""
+
+    stop: threading.Event = field(default_factory=threading.Event)
+    reload: threading.Event = field(default_factory=threading.Event)
+
+    def listen(self) -> None:
+        """Take the signals. To be called again after `ray.init`, which takes SIGTERM's for itself."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: self.stop.set())
+        has_terminal = sys.stdout.isatty()
+        signal.signal(signal.SIGHUP, lambda *_: self._hang_up(has_terminal))
+
+    def _hang_up(self, had_terminal: bool) -> None:
+        """SIGHUP asks for a reload, unless it is the news that our terminal was closed."""
+        (self.stop if had_terminal and not _has_terminal() else self.reload).set()
 
 
-def run_stack(settings: Settings, *, is_verbose: bool) -> int:
-    """Serve until SIGINT or SIGTERM. Returns the exit status."""
-    console = Console(stderr=False, highlight=False, soft_wrap=True)
-    stop = threading.Event()
-    _stop_on_signals(stop)
+def _has_terminal() -> bool:
     try:
-        with _cluster(settings, is_verbose), console.status("starting Ray") as status:
-            _stop_on_signals(stop)  # again: ray.init puts a handler of its own in the place of SIGTERM's
-            say = _teller(console, status.update)
-            _deploy(settings, say)
-            if not _wait_until_ready(settings, say, stop, is_verbose):
+        return os.tcgetpgrp(sys.stdout.fileno()) >= 0
+    except OSError:
+        return False
+
+
+def run_stack(settings: Settings, *, config: Path, is_verbose: bool) -> int:
+    """Serve until SIGINT or SIGTERM; SIGHUP reads `config` again. Returns the exit status."""
+    console = Console(stderr=False, highlight=False, soft_wrap=True)
+    wishes = Wishes()
+    wishes.listen()
+    try:
+        refuse_taken_port(settings.router.host, settings.router.port)
+        run_file = RunFile(settings, config)
+        with run_file.kept():
+            if not _Stack(settings, config, run_file, console, wishes, is_verbose).run():
                 return 130
-            status.stop()
-            console.print(_greeting(settings, _read_directory(settings)), markup=False)
-            stop.wait()
-            console.print("stopping: running requests are finished first ...")
     except (StartError, ServingError, OSError) as error:
         console.print(f"not started: {error}", markup=False)
+        return 1
+    except LostError:  # told when it was seen
         return 1
     console.print("stopped")
     return 0
 
 
-def _stop_on_signals(stop: threading.Event) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+@dataclass(slots=True)
+class _Stack:
+    """The stack as `serving up` holds it together."""
+
+    settings: Settings
+    config: Path
+    run_file: RunFile
+    console: Console
+    wishes: Wishes
+    is_verbose: bool
+
+    def run(self) -> bool:
+        """From the start of Ray to its end. False when the user has had enough before it was ready."""
+        with run_cluster(self.settings, self.is_verbose, self._stop_apps) as cluster:
+            self.wishes.listen()
+            try:
+                with self._status("starting Ray") as say:
+                    deploy(self.settings, say)
+                    if not self._wait_until_ready(self.settings, cluster, say):
+                        return False
+                self._serve(cluster)
+            except LostError as error:
+                self.console.print(f"Ray is lost: {error}. Stopping what is left; start it again.", markup=False)
+                raise
+            self.console.print("stopping: running requests are finished first ...")
+        return True
+
+    def _serve(self, cluster: Cluster) -> None:
+        """Until somebody wants it to end."""
+        self.console.print(_greeting(self.settings, _read_directory(self.settings)), markup=False)
+        self.run_file.note_ready()
+        while not self.wishes.stop.wait(_POLL_S):
+            cluster.check()
+            if self.wishes.reload.is_set():
+                self.wishes.reload.clear()
+                self._reload(cluster)
+
+    @contextlib.contextmanager
+    def _status(self, text: str) -> Iterator[Callable[[str], None]]:
+        with self.console.status(text) as status:
+            yield _teller(self.console, status.update)
+
+    def _stop_apps(self) -> None:
+        from ray import serve
+
+        for name in app_names(self.settings):
+            serve.delete(name)
+
+    def _reload(self, cluster: Cluster) -> None:
+        """Read the settings again and put them in force; what is wrong with them leaves the old ones in force."""
+        before = self.settings
+        with self._status("reading the settings again") as say:
+            try:
+                after = _read_again(before, self.config)
+                check_room(after, cluster)
+                self.settings = after  # what must be ended, should it come to that
+                deploy(after, say)
+                self._wait_until_ready(after, cluster, say)
+                _remove_models(before, after)
+            except (ServingError, StartError, OSError) as error:
+                if self.settings is not before:
+                    say("going back to the settings before")
+                    deploy(before, say)
+                    _remove_models(self.settings, before)
+                    self.settings = before
+                self._tell_reload(str(error))
+                return
+        self._tell_reload("")
+
+    def _tell_reload(self, error: str) -> None:
+        text = f"settings not changed: {error}" if error else f"the settings of {self.config} are in force"
+        self.console.print(text, markup=False)
+        self.run_file.note_reload(error)
+
+    def _wait_until_ready(self, settings: Settings, cluster: Cluster, say: Callable[[str], None]) -> bool:
+        """Wait for every application, telling what replicas tell. False when the user has had enough.
+
+        Raises:
+            StartError: an application has failed or takes longer than it may.
+            LostError: Ray has died.
+        """
+        from ray import serve
+
+        deadline = time.monotonic() + max(model.start_timeout_s for model in settings.models.values())
+        while not self.wishes.stop.wait(_POLL_S):
+            cluster.check()
+            found = serve.status().applications
+            applications = {name: found[name] for name in app_names(settings) if name in found}
+            for name, application in applications.items():
+                if application.status in _FAILED:
+                    raise StartError(f"{name} failed: {_reason(application, self.is_verbose)}")
+            for record in _read_directory(settings).records:
+                if record.stage:
+                    say(f"{record.model}: {record.stage}")
+            is_whole = len(applications) == len(app_names(settings))
+            if is_whole and all(application.status == "RUNNING" for application in applications.values()):
+                return True
+            if time.monotonic() > deadline:
+                raise StartError("the replicas did not become ready in time; try --verbose, or raise start_timeout_s")
+        return False
+
+
+def _read_again(before: Settings, config: Path) -> Settings:
+    """The settings as they are now.
+
+    Raises:
+        SettingsError: they cannot be used, or change what cannot be changed while the stack runs.
+    """
+    after = load_settings(config)
+    for path in _FIXED:
+        old, new = before, after
+        for part in path.split("."):
+            old, new = getattr(old, part), getattr(new, part)
+        if old != new:
+            raise SettingsError(f"{path} cannot change while the stack runs; stop it and start it again")
+    for name, model in after.models.items():
+        _resolve_checkpoint(model.checkpoint)
+        known = before.models.get(name)
+        if model.script is None and (known is None or known.engine_args != model.engine_args):
+            _check_engine_args(config)
+            break
+    return after
+
+
+def _check_engine_args(config: Path) -> None:
+    """Have vLLM look at them before anything is replaced, in a process of its own: it is large, and we stay."""
+    command = [sys.executable, "-m", "serving.cli", "check-config", str(config)]
+    checked = subprocess.run(command, capture_output=True, text=True, check=False)
+    if checked.returncode:
+        raise SettingsError(checked.stderr.strip())
+
+
+def _remove_models(before: Settings, after: Settings) -> None:
+    from ray import serve
+
+    for name in before.models.keys() - after.models.keys():
+        serve.delete(engine_app(name))
 
 
 def _teller(console: Console, update: Callable[[str], None]) -> Callable[[str], None]:
@@ -81,83 +230,6 @@ def _teller(console: Console, update: Callable[[str], None]) -> Callable[[str], 
     return say
 
 
-@contextlib.contextmanager
-def _cluster(settings: Settings, is_verbose: bool) -> Iterator[None]:
-    """Ray, joined or started for us. A cluster of our own ends with the context, every process of it."""
-    _refuse_taken_port(settings.router.host, settings.router.port)
-    for key, value in _RAY_ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
-    import ray
-    from ray import serve
-
-    if not is_verbose:
-        for name in ("ray", "ray.serve"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-    is_own = settings.ray.address is None
-    options: dict[str, Any] = {"address": settings.ray.address or "local"}
-    if is_own:
-        options |= {
-            "num_cpus": settings.ray.num_cpus or _needed_cpus(settings),
-            "include_dashboard": False,
-            "object_store_memory": settings.ray.object_store_bytes or 100 * 2**20,
-        }
-    ray.init(
-        **options,
-        namespace=settings.ray.namespace,
-        log_to_driver=is_verbose,
-        logging_level="warning" if is_verbose else "error",
-        configure_logging=is_verbose,
-    )
-    try:
-        yield
-    finally:
-        # A second Ctrl-C must not cut the clean-up short.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-        with _nothing_left_behind() if is_own else contextlib.nullcontext():
-            # Routers first: they finish their requests while the engines are still there.
-            for name in (_ROUTER_APP, *map(_engine_app, settings.models)):
-                serve.delete(name)
-            ray.shutdown()
-
-
-def _refuse_taken_port(host: str, port: int) -> None:
-    """Routers share their port with each other, so the kernel would not mind a stranger's there. We do."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise StartError(
-                f"{host}:{port} cannot be listened on ({error.strerror}); choose another with PORT=..."
-            ) from error
-
-
-def _needed_cpus(settings: Settings) -> int:
-    """A cluster of our own has room for all replicas, whatever the machine counts: they share what there is."""
-    engines = sum(model.num_replicas * model.cpus_per_replica for model in settings.models.values())
-    routers = settings.router.num_replicas * settings.router.cpus_per_replica
-    return max(os.cpu_count() or 1, math.ceil(engines + routers) + 1)
-
-
-@contextlib.contextmanager
-def _nothing_left_behind() -> Iterator[None]:
-    """End whatever of our descendants outlives a shutdown, by process, never by name."""
-    ours = psutil.Process().children(recursive=True)
-    try:
-        yield
-    finally:
-        _, alive = psutil.wait_procs(ours, timeout=_LEFTOVER_GRACE_S)
-        for process in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(alive, timeout=_LEFTOVER_GRACE_S)
-
-
-def _engine_app(model: str) -> str:
-    return f"engine-{model}"
-
-
 def _resolve_checkpoint(checkpoint: str) -> str:
     """Replicas run in other folders than the user's, so a folder's name is made absolute here."""
     if checkpoint == NANO:
@@ -170,51 +242,32 @@ def _resolve_checkpoint(checkpoint: str) -> str:
     return checkpoint
 
 
-def _deploy(settings: Settings, say: Callable[[str], None]) -> None:
+def deploy(settings: Settings, say: Callable[[str], None]) -> None:
+    """Hand every application to Serve, which changes what has changed. Returns before that is done."""
     from ray import serve
 
     from serving.engine.directory import reach_directory
     from serving.engine.replica import build_engine_app
+    from serving.front.deployment import build_front_app
     from serving.router.deployment import build_router_app
+    from serving.router.inline import build_inline_app
 
     say("starting the replicas")
     serve.start(http_options={"location": "NoServer"})
     directory = reach_directory(settings.ray.namespace, settings.engine.lease_s)
+    is_inline = settings.router.mode == "inline"
+    checked = build_inline_app if is_inline else None
+    entrance = build_front_app(settings, directory) if is_inline else build_router_app(settings, directory)
     targets = [
         serve.RunTarget(
-            build_engine_app(name, settings, _resolve_checkpoint(model.checkpoint)),
-            name=_engine_app(name),
+            build_engine_app(name, settings, _resolve_checkpoint(model.checkpoint), checked),
+            name=engine_app(name),
             route_prefix=None,
         )
         for name, model in settings.models.items()
     ]
-    targets.append(serve.RunTarget(build_router_app(settings, directory), name=_ROUTER_APP, route_prefix=None))
+    targets.append(serve.RunTarget(entrance, name=ROUTER_APP, route_prefix=None))
     serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-
-
-def _wait_until_ready(settings: Settings, say: Callable[[str], None], stop: threading.Event, is_verbose: bool) -> bool:
-    """Wait for every application, telling what replicas tell. False when the user has had enough.
-
-    Raises:
-        StartError: an application has failed or takes longer than it may.
-    """
-    from ray import serve
-
-    deadline = time.monotonic() + max(model.start_timeout_s for model in settings.models.values())
-    while not stop.wait(_POLL_S):
-        applications = serve.status().applications
-        for name, application in applications.items():
-            if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-                raise StartError(f"{name} failed: {_reason(application, is_verbose)}")
-        snapshot = _read_directory(settings)
-        for record in snapshot.records:
-            if record.stage:
-                say(f"{record.model}: {record.stage}")
-        if applications and all(application.status == "RUNNING" for application in applications.values()):
-            return True
-        if time.monotonic() > deadline:
-            raise StartError("the replicas did not become ready in time; try --verbose, or raise start_timeout_s")
-    return False
 
 
 def _reason(application: Any, is_verbose: bool) -> str:

@@ -11,19 +11,20 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
-from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, SecretStr, ValidationError, model_validator
 
+from serving.billing_settings import BillingSettings, PriceSettings
 from serving.errors import SettingsError
 from serving.frozen import Frozen, Name, is_loopback
 from serving.router_settings import RouterSettings
 from serving.sources import ENV_PREFIX, overlay, read_yaml
+from serving.telemetry_settings import LogSettings, TelemetrySettings
 
-__all__ = ["ENV_PREFIX", "NANO", "Settings", "dump_settings", "load_settings"]
+__all__ = ["ENV_PREFIX", "NANO", "PriceSettings", "Settings", "dump_settings", "load_settings"]
 
 NANO = "nano"
 """In the place of a checkpoint: the small one that comes with the project."""
@@ -32,15 +33,8 @@ _SECRET_NAME = re.compile(r"token(?!s|izer)|secret|password|api_?key|credential"
 _MASK = "**********"
 
 
-class PriceSettings(Frozen):
-    """US dollars per million tokens, at most six decimals, so that a token's price is a whole number of picodollars."""
-
-    input_per_million: Annotated[Decimal, Field(ge=0, le=10_000, decimal_places=6)] = Decimal("0.03")
-    output_per_million: Annotated[Decimal, Field(ge=0, le=10_000, decimal_places=6)] = Decimal("0.10")
-
-
 class ImageSettings(Frozen):
-    """Who decodes and cuts the pages of a replica, and how exactly."""
+    """Who decodes and cuts the pages of a replica."""
 
     workers: Annotated[int, Field(ge=0, le=256)] = 0
     """Processes that do it outside the API process; 0 leaves it to that process's own threads."""
@@ -50,8 +44,6 @@ class ImageSettings(Frozen):
     """After so long without room in the queue a request is refused with 503."""
     work_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     """After so long on one page a worker is given up, and the page with it."""
-    strict: bool = False
-    """Pixels bit for bit as Pillow resamples them; else within 2/255 on at most 0.5% of the values, and quicker."""
 
     def environment(self) -> dict[str, str]:
         """The same for the plugin, which a bare vLLM server configures by its environment."""
@@ -166,18 +158,16 @@ class RaySettings(Frozen):
     namespace: Name = "serving"
 
 
-class LogSettings(Frozen):
-    level: Literal["debug", "info", "warning", "error"] = "info"
-
-
 class Settings(Frozen):
     """The whole of it. `models` is keyed by the name that answers carry."""
 
     models: Annotated[dict[Name, ModelSettings], Field(min_length=1)]
     engine: EngineSettings = EngineSettings()
     router: RouterSettings = RouterSettings()
+    billing: BillingSettings = BillingSettings()
     ray: RaySettings = RaySettings()
     log: LogSettings = LogSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
 
     @model_validator(mode="after")
     def _check_names(self) -> Settings:
@@ -192,6 +182,13 @@ class Settings(Frozen):
     def _check_mode(self) -> Settings:
         if self.router.mode == "inline" and len(self.models) > 1:
             raise ValueError("router.mode: inline serves one model only; use gateway for several")
+        return self
+
+    @model_validator(mode="after")
+    def _check_costs(self) -> Settings:
+        unknown = sorted(set(self.billing.replica_hour_dollars) - set(self.models))
+        if unknown:
+            raise ValueError(f"billing.replica_hour_dollars: there is no model {', '.join(map(repr, unknown))}")
         return self
 
     def find_model(self, name: str) -> str | None:

@@ -21,6 +21,8 @@ class ReplicaDirectory:
     def __init__(self, lease_s: float) -> None:
         self._directory = Directory(lease_s=lease_s, start_lease_s=_START_LEASE_S, life=time.time_ns())
         self._changed = asyncio.Event()
+        self._read = asyncio.Event()
+        self._readers: dict[str, tuple[float, tuple[int, int]]] = {}
         self._expiry: asyncio.Task[None] | None = None
 
     async def put(self, record: ReplicaRecord) -> None:
@@ -32,21 +34,53 @@ class ReplicaDirectory:
     async def remove(self, replica_id: str) -> None:
         self._note(self._directory.remove(replica_id))
 
-    async def watch(self, seen: tuple[int, int], timeout_s: float) -> Snapshot:
-        """The list as soon as it differs from the version `seen`, or as it is after `timeout_s`."""
+    async def watch(self, seen: tuple[int, int], timeout_s: float, reader: str = "") -> Snapshot:
+        """The list as soon as it differs from the version `seen`, or as it is after `timeout_s`.
+
+        A `reader` with a name says by asking for more that it goes by the version `seen`; `settle` waits for that. It
+        is forgotten when it has not asked for a lease after its timeout.
+        """
+        if reader:
+            self._readers[reader] = (time.monotonic() + timeout_s + self._directory.lease_s, seen)
+            self._read.set()
+            self._read = asyncio.Event()
         if self._directory.snapshot.version == seen:
             changed = self._changed
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(changed.wait(), timeout_s)
         return self._directory.snapshot
 
+    async def leave(self, reader: str) -> None:
+        """A reader follows the list no longer; nobody needs to wait for it."""
+        self._readers.pop(reader, None)
+        self._read.set()
+        self._read = asyncio.Event()
+
+    async def settle(self, timeout_s: float) -> bool:
+        """Wait until every named reader goes by the list as it is now; False when one does not within `timeout_s`."""
+        wanted = self._directory.snapshot.version
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not self._is_read(wanted):
+                    await self._read.wait()
+        return self._is_read(wanted)
+
     async def exchange(self, report: RouterReport) -> tuple[RouterReport, ...]:
         """A router's report in, the others' out."""
         return self._directory.exchange(report, time.monotonic())
 
     async def reports(self) -> tuple[RouterReport, ...]:
-        """Of all routers: the work that replicas are scaled by."""
+        """Of all routers."""
         return self._directory.reports(time.monotonic())
+
+    async def survey(self) -> tuple[Snapshot, tuple[RouterReport, ...]]:
+        """Replicas and the work that routers have for them: what replicas are scaled by."""
+        return self._directory.snapshot, self._directory.reports(time.monotonic())
+
+    def _is_read(self, version: tuple[int, int]) -> bool:
+        now_s = time.monotonic()
+        self._readers = {name: known for name, known in self._readers.items() if known[0] >= now_s}
+        return all(seen >= version for _, seen in self._readers.values())
 
     async def _expire_forever(self) -> None:
         while True:

@@ -1,4 +1,4 @@
-"""One Ray Serve replica: a vLLM `AsyncLLM` with vLLM's own OpenAI server on a port of the replica's.
+"""One Ray Serve replica: an engine with vLLM's own OpenAI server on a port of the replica's.
 
 Ray Serve places it, watches its health and replaces it. Requests never pass through Serve: the replica tells the
 directory its address, and routers come straight to it.
@@ -9,25 +9,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import io
 import logging
 import os
-from collections.abc import Mapping
-from pathlib import Path
-from types import ModuleType
+import time
 from typing import Any
 
 import ray
 from ray import serve
 from ray.serve import Application
 
-from serving.demo.build import build_checkpoint
 from serving.directory import ReplicaRecord, ReplicaState
-from serving.engine.arguments import build_arguments
+from serving.engine.autoscaling import build_autoscaling
 from serving.engine.directory import reach_directory
-from serving.errors import SettingsError
+from serving.engine.entrance import BuildCheckedApp, Entrance
+from serving.engine.start import Engine, run_engine
 from serving.http_server import HttpServer
-from serving.settings import NANO, ModelSettings, Settings
+from serving.settings import ModelSettings, Settings
+from serving.versions import engine_version, max_replicas, surge_percent, with_version
 
 logger = logging.getLogger(__name__)
 
@@ -42,55 +40,65 @@ _HEALTH_TIMEOUT_S = 30.0
 _MANY = 100_000
 _MAX_STARTS = 3
 """Starts that may fail one after another before the deployment is given up and the reason shown."""
+_LOOK_S = 0.1
+_NOTICE_S = 5.0
+"""How long routers may take to hear that a replica drains: one that hangs must not hold it up."""
+_IN_FLIGHT_S = 0.25
+"""How long a request may be under way between a router's choice and here."""
+_USAGE_S = 2.0
+"""How long after a request's end its router may still ask what it used."""
 
 
 class EngineReplica:
     """The class behind the deployment; `build_engine_app` wraps it."""
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
-        self, name: str, settings: Settings, checkpoint: str
+        self, name: str, settings: Settings, checkpoint: str, build_checked: BuildCheckedApp | None = None
     ) -> None:
         self._settings = settings
+        self._build_checked = build_checked
+        self._entrance: Entrance | None = None
         self._record = ReplicaRecord(
             replica_id=serve.get_replica_context().replica_id.unique_id,
             model=name,
             base_url="",
             state=ReplicaState.STARTING,
-            stage="importing vLLM",
+            stage="starting",
             pid=os.getpid(),
         )
         self._directory = reach_directory(settings.ray.namespace, settings.engine.lease_s)
         self._running = contextlib.AsyncExitStack()
         self._news = asyncio.Event()
         self._heartbeat = asyncio.create_task(self._tell_forever())
+        self._watching: asyncio.Task[None] | None = None
         try:
             await asyncio.sleep(0)  # lets the first heartbeat out before the imports hold the loop
-            await self._start(name, settings.models[name], checkpoint)
+            await self._start(name, checkpoint)
         except BaseException:
             await self._leave()
             raise
 
-    async def _start(self, name: str, model: ModelSettings, checkpoint: str) -> None:
-        if model.checkpoint == NANO:
-            await asyncio.to_thread(build_checkpoint, Path(checkpoint))
-        private = await asyncio.to_thread(_import_vllm)
-        arguments = _parse(private, build_arguments(name, model, self._settings.engine, checkpoint))
-        self._update(stage="starting the engine process and loading weights")
-        self._engine, app = await self._running.enter_async_context(private.run_engine(arguments))
+    async def _start(self, name: str, checkpoint: str) -> None:
+        starting = run_engine(name, self._settings, checkpoint, say=lambda stage: self._update(stage=stage))
+        self._engine: Engine = await self._running.enter_async_context(starting)
         host = self._settings.engine.host
         host = ray.util.get_node_ip_address() if host == "auto" else host
-        self._server = HttpServer(app, host=host, port=0, drain_s=self._settings.engine.drain_s, has_lifespan=True)
+        # Requests have ended when it is stopped, see `_drain`; those that have not are over their time.
+        self._server = HttpServer(self._engine.app, host=host, port=0, drain_s=1, has_lifespan=True)
         await self._server.start()
-        config = self._engine.vllm_config
-        self._update(
-            stage="",
-            state=ReplicaState.READY,
-            base_url=f"http://{f'[{host}]' if ':' in host else host}:{self._server.port}",
-            max_num_seqs=config.scheduler_config.max_num_seqs,
-            max_model_len=config.model_config.max_model_len,
-            image_config=_scalars(config.model_config.hf_image_processor_config),
-            image_options=_scalars(config.model_config.multimodal_config.mm_processor_kwargs or {}),
-        )
+        self._update(**self._engine.facts)
+        front_url = await self._open_entrance(host) if self._build_checked is not None else ""
+        base_url = _url(host, self._server.port)
+        self._update(stage="", state=ReplicaState.READY, base_url=base_url, front_url=front_url)
+        self._watching = asyncio.create_task(self._watch_engine())
+
+    async def _open_entrance(self, host: str) -> str:
+        assert self._build_checked is not None
+        engine = self._engine
+        checked = self._build_checked(self._settings, engine.app, engine.app.find, lambda: self._record)
+        self._entrance = Entrance(checked, self._settings, self._directory, host)
+        await self._entrance.start()
+        return _url(host, self._entrance.port)
 
     async def check_health(self) -> None:
         """Called by Ray Serve, which replaces a replica that raises.
@@ -98,24 +106,63 @@ class EngineReplica:
         Raises:
             RuntimeError: the engine's process or the HTTP server has died.
         """
-        if self._engine.errored or not self._engine.is_running:
-            raise RuntimeError(f"the engine of {self._record.replica_id} has died: {self._engine.dead_error!r}")
+        client = self._engine.client
+        if client.errored or not client.is_running:
+            raise RuntimeError(f"the engine of {self._record.replica_id} has died: {client.dead_error!r}")
         if not self._server.is_serving:
             raise RuntimeError(f"the HTTP server of {self._record.replica_id} has ended")
+        if self._entrance is not None and not self._entrance.is_well:
+            raise RuntimeError(f"the entrance of {self._record.replica_id} has ended")
 
     async def __del__(self) -> None:
         """Called by Ray Serve before it ends the replica: take no more, finish what runs, stop the engine."""
         if self._record.state is ReplicaState.READY:
-            self._update(state=ReplicaState.DRAINING)
-            await self._tell()
+            if not self._engine.client.errored:
+                await self._drain()
             await self._server.stop()
         await self._leave()
 
+    async def _drain(self) -> None:
+        """Let what runs end (`drain_s` at most) while new requests go elsewhere.
+
+        Nobody is refused meanwhile: the port stays open until every router knows and their requests have ended, so a
+        request that was already on its way is served like any other.
+        """
+        self._update(state=ReplicaState.DRAINING)
+        await self._tell()
+        with contextlib.suppress(ray.exceptions.RayError):
+            if not await self._directory.settle.remote(_NOTICE_S):
+                logger.warning("not every router has heard that %s drains", self._record.replica_id)
+        await asyncio.sleep(_IN_FLIGHT_S)
+        app = self._engine.app
+        if self._entrance is not None:
+            await self._entrance.drain()
+            await self._entrance.close()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(app.wait_idle(), self._settings.engine.drain_s)
+        await asyncio.sleep(max(0.0, app.last_end_s + _USAGE_S - time.monotonic()))
+
+    async def _watch_engine(self) -> None:
+        """An engine that has died gets nothing more from routers, long before Ray Serve asks for its health."""
+        client = self._engine.client
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            if client.errored or not client.is_running:
+                break
+        logger.error("the engine of %s has died: %r", self._record.replica_id, client.dead_error)
+        self._engine.fail()
+        await self._say_goodbye()
+
     async def _leave(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+        await self._say_goodbye()
+        await self._running.aclose()
+
+    async def _say_goodbye(self) -> None:
         self._heartbeat.cancel()
         with contextlib.suppress(ray.exceptions.RayError):
             await self._directory.remove.remote(self._record.replica_id)
-        await self._running.aclose()
 
     def _update(self, **changes: Any) -> None:
         self._record = dataclasses.replace(self._record, **changes)
@@ -136,33 +183,8 @@ class EngineReplica:
             logger.warning("the replica directory cannot be reached, trying again: %s", error)
 
 
-def _scalars(config: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """The plain values of a configuration, fit for a record that is compared and sent."""
-    return tuple((key, value) for key, value in sorted(config.items()) if isinstance(value, bool | int | float | str))
-
-
-def _import_vllm() -> ModuleType:
-    """Takes seconds, so a thread does it while the event loop goes on."""
-    import vllm  # noqa: F401
-
-    from serving.plugin import private
-
-    return private
-
-
-def _parse(private: ModuleType, flags: list[str]) -> Any:
-    """vLLM's namespace for its command line.
-
-    Raises:
-        SettingsError: `engine_args` that vLLM does not accept.
-    """
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return private.parse_server_args(flags)
-    except SystemExit:
-        last = (complaint.getvalue().strip().splitlines() or ["no reason given"])[-1]
-        raise SettingsError(f"engine_args: vLLM does not accept them: {last.partition('error: ')[2] or last}") from None
+def _url(host: str, port: int) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _environment(settings: Settings, model: ModelSettings) -> dict[str, str]:
@@ -171,30 +193,41 @@ def _environment(settings: Settings, model: ModelSettings) -> dict[str, str]:
     return {**_ENVIRONMENT, **limit, **model.images.environment(), **model.env}
 
 
-def build_engine_app(name: str, settings: Settings, checkpoint: str) -> Application:
+def build_engine_app(
+    name: str, settings: Settings, checkpoint: str, build_checked: BuildCheckedApp | None = None
+) -> Application:
     """The Serve application that runs one model's replicas.
+
+    Deploying it again changes what has changed, and replaces replicas only when they would run something else.
 
     Args:
         name: the model, a key of `settings.models`.
         settings: the whole of them.
         checkpoint: an absolute directory (where the nano checkpoint is written to, if that is the model's) or a
             Hugging Face repository.
+        build_checked: puts the router's checks in front of the engine's app, in `inline` mode.
     """
     model = settings.models[name]
+    scaling: dict[str, Any] = {"num_replicas": model.num_replicas}
+    if model.autoscaling is not None:
+        scaling = {"autoscaling_config": build_autoscaling(name, model.autoscaling, settings)}
     deployment = serve.deployment(
         EngineReplica,
         name=f"engine-{name}",
-        num_replicas=model.num_replicas,
+        **scaling,
         max_ongoing_requests=_MANY,
         health_check_period_s=_HEALTH_PERIOD_S,
         health_check_timeout_s=_HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=settings.engine.drain_s + 30,
         graceful_shutdown_wait_loop_s=0.1,
         max_constructor_retry_count=_MAX_STARTS,
+        max_surge_percent=surge_percent(settings, max_replicas(model), model.gpus_per_replica),
         ray_actor_options={
             "num_cpus": model.cpus_per_replica,
             "num_gpus": model.gpus_per_replica,
             "runtime_env": {"env_vars": _environment(settings, model)},
         },
     )
-    return deployment.bind(name, settings, checkpoint)
+    return with_version(deployment, engine_version(name, settings, checkpoint)).bind(
+        name, settings, checkpoint, build_checked
+    )

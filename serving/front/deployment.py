@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
+import uuid
 
 import ray
 from ray import serve
@@ -30,35 +32,56 @@ class FrontReplica:
         self, settings: Settings, directory: ActorHandle
     ) -> None:
         (self._model,) = settings.models
+        self._reader = f"front-{uuid.uuid4().hex[:12]}"
         self._lease_s = settings.engine.lease_s
         self._directory = directory
         self._known = Known()
         # Serve runs this on the replica's own event loop, whose thread lives as long as the replica.
+        self._settings = settings
         self._haproxy = Haproxy(settings)
         await self._haproxy.wait_until_listening()
-        self._following = asyncio.create_task(self._follow_directory())
+        self._tasks = [asyncio.create_task(self._follow_directory()), asyncio.create_task(self._keep_running())]
 
     async def check_health(self) -> None:
         """Called by Ray Serve, which replaces a front that raises.
 
         Raises:
-            HaproxyError: HAProxy has died, or no longer takes commands.
+            HaproxyError: HAProxy has died and cannot be started again, or no longer takes commands.
             RuntimeError: the replica list is no longer followed.
         """
-        if self._following.done():
-            raise RuntimeError(f"the replica list is no longer followed: {self._following}")
+        ended = [task for task in self._tasks if task.done()]
+        if ended:
+            raise RuntimeError(f"the front no longer follows its replicas or its HAProxy: {ended}")
         await self._haproxy.slots()
 
     async def __del__(self) -> None:
         """Called by Ray Serve before it ends the replica: take no more, finish what runs."""
+        for task in self._tasks:
+            task.cancel()
         await self._haproxy.stop()
-        self._following.cancel()
+        with contextlib.suppress(ray.exceptions.RayError):
+            await self._directory.leave.remote(self._reader)
+
+    async def _keep_running(self) -> None:
+        """Start HAProxy again when it has died: sooner than Serve would notice and replace the whole front."""
+        while True:
+            await asyncio.sleep(_RETRY_S)
+            if self._haproxy.is_running:
+                continue
+            logger.error("HAProxy has died, starting it again")
+            try:
+                await self._haproxy.stop(is_at_once=True)
+                self._haproxy = Haproxy(self._settings)
+                await self._haproxy.wait_until_listening()
+                await self._haproxy.steer(self._known.wanted(self._model))
+            except (HaproxyError, OSError) as error:
+                logger.error("HAProxy does not start: %s", error)
 
     async def _follow_directory(self) -> None:
         """Keep the slots in line with the list. Whatever cannot be reached leaves the last list in force."""
         while True:
             try:
-                snapshot = await self._directory.watch.remote(self._known.snapshot.version, _WATCH_S)
+                snapshot = await self._directory.watch.remote(self._known.snapshot.version, _WATCH_S, self._reader)
                 known = self._known.follow(snapshot, time.monotonic(), self._lease_s)
                 await self._haproxy.steer(known.wanted(self._model))
                 self._known = known  # only now: a list that was not carried out is asked for again

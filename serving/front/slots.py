@@ -144,12 +144,12 @@ class Known:
         """A model's replicas that have an address, and what they may get."""
         states = {ReplicaState.READY: SlotState.READY, ReplicaState.DRAINING: SlotState.DRAIN}
         return {
-            _address(record.base_url): states[record.state]
+            _address(record.front_url): states[record.state]
             for record in self.records
-            if record.model == model and record.base_url and record.state in states
+            if record.model == model and record.front_url and record.state in states
         }
 
 
-def _address(base_url: str) -> Address:
-    url = urlsplit(base_url)
+def _address(url_text: str) -> Address:
+    url = urlsplit(url_text)
     return url.hostname or "", url.port or 80

@@ -17,7 +17,7 @@ from serving.http_server import HttpServer
 from serving.router.app import RouterApp
 from serving.router.draining import Drainable
 from serving.settings import Settings
-from serving.versions import router_version, surge_percent, with_version
+from serving.versions import router_version, with_version
 
 logger = logging.getLogger(__name__)
 
@@ -117,8 +117,9 @@ def build_router_app(settings: Settings, directory: ActorHandle) -> Application:
         health_check_period_s=2.0,
         graceful_shutdown_timeout_s=2 * settings.engine.drain_s + 30,  # what runs, and what came meanwhile
         graceful_shutdown_wait_loop_s=0.1,
-        # The port is shared, so a new router can listen beside the one whose place it takes.
-        max_surge_percent=surge_percent(settings, num_replicas),
+        # The port is shared, so a new router listens beside the one whose place it takes. Where there is no room for
+        # one more, the old ones stay: better than none.
+        max_surge_percent=max(1, 100 // num_replicas),
         ray_actor_options={"num_cpus": settings.router.cpus_per_replica},
     )
     return with_version(deployment, router_version(settings)).bind(settings, directory)

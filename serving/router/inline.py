@@ -6,13 +6,14 @@ of a connection. Each engine replica runs its own; HAProxy stands in front of th
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope
 
-from serving.directory import ReplicaRecord, Snapshot
+from serving.directory import ReplicaRecord, ReplicaState, Snapshot
 from serving.errors import EngineError, InternalError, NoReplicaError, ServingError, from_engine
 from serving.router.app import RouterApp
 from serving.router.dispatch import Slot
@@ -97,14 +98,15 @@ def build_inline_app(
         settings: the whole of them.
         app: the engine's own.
         read_usage: what the engine counted for a request id.
-        read_record: the replica as it describes itself now, the same object as long as nothing has changed.
+        read_record: the replica as it describes itself now.
     """
     key = settings.engine.api_key
     latest = Snapshot((1, 0))
 
     def read_snapshot() -> Snapshot:
         nonlocal latest
-        record = read_record()
+        # While it drains it goes on with what waits here already; who comes new is HAProxy's to send elsewhere.
+        record = dataclasses.replace(read_record(), state=ReplicaState.READY)
         if latest.records[:1] != (record,):
             latest = Snapshot((1, latest.version[1] + 1), (record,))
         return latest

@@ -1,6 +1,6 @@
 """The catalogue: every metric that the stack itself exports, in one place.
 
-`python -m serving.telemetry.catalogue` prints it as the table that the README holds.
+`python -m serving.telemetry.catalogue` prints it as the tables that the README holds.
 
 Names follow Prometheus: base units, `_total` for counters. Labels are bounded: models, tenants, modes and reasons are
 known to the settings or the code; request ids and client addresses never become labels.
@@ -20,14 +20,13 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One metric family. `source` says which process exports it."""
+    """One metric family."""
 
     name: str
     kind: Kind
     help: str
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
-    source: str = "router"
 
 
 _FIRST_TOKEN_S = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6)
@@ -84,7 +83,20 @@ BREAKERS = Metric(
 )
 RETRIES = Metric("serving_retries_total", Kind.COUNTER, "Tries on another replica after the first", ("model",))
 REFUSALS = Metric("serving_refusals_total", Kind.COUNTER, "Requests refused, by error code", ("tenant", "reason"))
+REPLICAS_WANTED = Metric(
+    "serving_replicas_wanted", Kind.GAUGE, "Engine replicas that the settings ask for, at least", ("model",)
+)
+REPLICA_HOUR = Metric("serving_replica_hour_dollars", Kind.GAUGE, "What a replica costs an hour", ("model",))
 SPOOL_RECORDS = Metric("serving_ledger_spool_records", Kind.GAUGE, "Records that the database does not hold yet")
+SPOOL_BYTES = Metric("serving_ledger_spool_bytes", Kind.GAUGE, "Their size on the router's disk")
+LEDGER_RECORDS = Metric(
+    "serving_ledger_records_total",
+    Kind.COUNTER,
+    "Records taken (recorded), in the database (committed, repeated), kept in memory since the disk did not take them "
+    "(unspooled), given up (refused, lost)",
+    ("result",),
+)
+LEDGER_FAILURES = Metric("serving_ledger_failures_total", Kind.COUNTER, "Times that the ledger's database failed")
 LEDGER_LAG = Metric("serving_ledger_lag_seconds", Kind.GAUGE, "Age of the oldest record that the database lacks")
 BUDGET_USED = Metric("serving_budget_used_ratio", Kind.GAUGE, "Part of the month's budget that is spent", ("tenant",))
 BUILD = Metric("serving_build_info", Kind.GAUGE, "Always 1; the versions that run", ("version", "ray"))
@@ -101,24 +113,53 @@ ROUTER = (
     QUEUE_REQUESTS,
     QUEUE_WORK,
     REPLICAS,
+    REPLICAS_WANTED,
     REPLICA_WORK,
+    REPLICA_HOUR,
     BREAKERS,
     RETRIES,
     REFUSALS,
     SPOOL_RECORDS,
+    SPOOL_BYTES,
     LEDGER_LAG,
+    LEDGER_RECORDS,
+    LEDGER_FAILURES,
     BUDGET_USED,
     BUILD,
 )
 
+_IMAGE_S = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+# The plugin defines these itself, since a bare vLLM server with the plugin exports them too; a test compares.
+ENGINE = (
+    Metric("serving_image_queue_pages", Kind.GAUGE, "Pages that wait for an image worker"),
+    Metric("serving_image_pages_total", Kind.COUNTER, "Pages made into pixels for the model", ("mode",)),
+    Metric(
+        "serving_image_failures_total",
+        Kind.COUNTER,
+        "Pages that were not: `invalid`, `full` (no room in the queue), `unavailable` (no worker), `lost` with theirs",
+        ("reason",),
+    ),
+    Metric("serving_image_queue_seconds", Kind.HISTOGRAM, "Wait for an image worker", buckets=_IMAGE_S),
+    Metric("serving_image_work_seconds", Kind.HISTOGRAM, "From a page's start to its pixels", buckets=_IMAGE_S),
+    Metric("serving_image_worker_restarts_total", Kind.COUNTER, "Image workers replaced after they died or hung"),
+    Metric("serving_repetition_stops_total", Kind.COUNTER, "Answers that the loop stop cut"),
+    Metric("serving_wasted_tokens_total", Kind.COUNTER, "Tokens generated for nothing", ("reason",)),
+)
+
 
 def render_table(metrics: tuple[Metric, ...] = ROUTER) -> str:
-    """The catalogue as a Markdown table."""
+    """A part of the catalogue as a Markdown table."""
     rows = [
         f"| `{metric.name}` | {metric.kind} | {', '.join(metric.labels) or '-'} | {metric.help} |" for metric in metrics
     ]
     return "\n".join(["| metric | kind | labels | |", "| --- | --- | --- | --- |", *rows])
 
 
+def render_tables() -> str:
+    """The whole catalogue, as the README shows it."""
+    return f"Routers export:\n\n{render_table(ROUTER)}\n\nEngine replicas export:\n\n{render_table(ENGINE)}"
+
+
 if __name__ == "__main__":
-    print(render_table())
+    print(render_tables())

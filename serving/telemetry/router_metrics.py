@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from serving.billing.records import Outcome, RequestRecord
@@ -17,7 +17,10 @@ from serving.telemetry.catalogue import Kind, Metric
 _NANO = 10**9
 
 Reading = tuple[Metric, tuple[str, ...], float]
-"""A gauge, the values of its labels, and its value now."""
+"""A gauge or counter, the values of its labels, and its value now."""
+
+ReadState = Callable[[], Iterable[Reading]]
+"""Asked at every scrape. A counter's readings must never go down while the process lives."""
 
 
 def build_metric(metric: Metric, registry: CollectorRegistry) -> Any:
@@ -30,9 +33,9 @@ def build_metric(metric: Metric, registry: CollectorRegistry) -> Any:
 class RouterMetrics:
     """One per router process, with a registry of its own."""
 
-    def __init__(self, read_state: Callable[[], Iterable[Reading]]) -> None:
+    def __init__(self, *sources: ReadState) -> None:
         """Args:
-        read_state: the gauges of this moment; asked at every scrape.
+        sources: whatever else there is to tell.
         """
         self._registry = CollectorRegistry()
         self._requests = build_metric(catalogue.REQUESTS, self._registry)
@@ -45,7 +48,12 @@ class RouterMetrics:
         self._queue_wait = build_metric(catalogue.QUEUE_WAIT, self._registry)
         self._retries = build_metric(catalogue.RETRIES, self._registry)
         self._refusals = build_metric(catalogue.REFUSALS, self._registry)
-        self._registry.register(_StateCollector(read_state))
+        self._state = _StateCollector(list(sources))
+        self._registry.register(self._state)
+
+    def add(self, source: ReadState) -> None:
+        """Another source of readings. Two sources never tell the same metric with the same labels."""
+        self._state.sources.append(source)
 
     def count(self, record: RequestRecord) -> None:
         """Take the record of a request that has ended."""
@@ -92,14 +100,17 @@ class RouterMetrics:
 
 
 class _StateCollector(Collector):
-    def __init__(self, read_state: Callable[[], Iterable[Reading]]) -> None:
-        self._read_state = read_state
-
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def __init__(self, sources: list[ReadState]) -> None:
+        self.sources = sources
         versions = tuple(importlib.metadata.version(name) for name in ("serving", "ray"))
-        readings = [*self._read_state(), (catalogue.BUILD, versions, 1.0)]
-        families: dict[str, GaugeMetricFamily] = {}
-        for metric, values, value in readings:
-            family = families.setdefault(metric.name, GaugeMetricFamily(metric.name, metric.help, labels=metric.labels))
+        self._build: Reading = (catalogue.BUILD, versions, 1.0)
+
+    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+        families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
+        for metric, values, value in (self._build, *(reading for read in self.sources for reading in read())):
+            family = families.get(metric.name)
+            if family is None:
+                kind = CounterMetricFamily if metric.kind is Kind.COUNTER else GaugeMetricFamily
+                family = families[metric.name] = kind(metric.name, metric.help, labels=metric.labels)
             family.add_metric(values, value)
         yield from families.values()

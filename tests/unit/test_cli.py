@@ -10,8 +10,10 @@ import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
+from serving import lifecycle
 from serving.cli import app
 from serving.errors import SettingsError
+from serving.lifecycle import Run
 from serving.settings import Settings
 
 WriteSettings = Callable[..., Path]
@@ -33,7 +35,8 @@ def stack_runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Settings, bool]]:
     """Calls of `run_stack`, which is not run."""
     runs: list[tuple[Settings, bool]] = []
 
-    def run_stack(settings: Settings, *, is_verbose: bool) -> int:
+    def run_stack(settings: Settings, *, config: Path, is_verbose: bool) -> int:
+        assert config.name == "settings.yaml", "it reads the file again"
         runs.append((settings, is_verbose))
         return 7
 
@@ -129,13 +132,92 @@ def test_the_stack_is_not_run_with_a_bad_file(tmp_path: Path, stack_runs: list[t
 @pytest.mark.parametrize("arguments", [(), ("--help",)])
 def test_the_commands_are_listed(arguments: tuple[str, ...]) -> None:
     result = run(*arguments)
-    for command in ("up", "check-config", "version"):
+    for command in ("up", "down", "reload", "check-config", "version"):
         assert command in result.output
 
 
-@pytest.mark.parametrize("arguments", [("up",), ("check-config",), ("down",), ("up", "--port", "1")])
+@pytest.mark.parametrize("arguments", [("up",), ("check-config",), ("down", "now"), ("up", "--port", "1")])
 def test_a_command_line_that_makes_no_sense_is_refused(arguments: tuple[str, ...]) -> None:
     assert run(*arguments).exit_code == 2
+
+
+# Telling what runs
+
+
+def build_run(address: str = "127.0.0.1:8000", config: str = "/a.yaml") -> Run:
+    return Run(pid=1, created_s=1.0, config=config, address=address, drain_s=1, start_timeout_s=1)
+
+
+class Running:
+    """What `serving.lifecycle` finds and does, in the place of processes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.runs: list[Run] = []
+        self.at: list[Run] = []
+        self.has_stopped = True
+        self.reload_error = ""
+        self.had_apps = False
+        self.told: list[Run] = []
+        monkeypatch.setattr(lifecycle, "find_runs", lambda config=None: self.runs)
+        monkeypatch.setattr(lifecycle, "find_run_at", lambda settings: self.at)
+        monkeypatch.setattr(lifecycle, "stop_run", lambda run, say: self.told.append(run) or self.has_stopped)
+        monkeypatch.setattr(lifecycle, "reload_run", lambda run, say: self.told.append(run) or self.reload_error)
+        monkeypatch.setattr(lifecycle, "remove_apps", lambda settings: self.had_apps)
+
+
+@pytest.fixture
+def running(monkeypatch: pytest.MonkeyPatch) -> Running:
+    return Running(monkeypatch)
+
+
+def test_down_stops_the_one_that_runs(running: Running) -> None:
+    running.runs = [build_run()]
+    result = run("down")
+    assert (result.exit_code, result.stdout) == (0, "stopped\n")
+    assert running.told == running.runs
+    running.has_stopped = False
+    result = run("down")
+    assert result.exit_code == 1
+    assert "has not stopped yet" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["down", "reload"])
+def test_without_anything_that_runs_a_command_says_so(
+    running: Running, write_settings: WriteSettings, command: str
+) -> None:
+    for arguments in ((), ("--config", write_settings())):
+        result = run(command, *arguments)
+        assert (result.exit_code, result.stderr) == (1, "nothing runs\n")
+
+
+@pytest.mark.parametrize("command", ["down", "reload"])
+def test_one_of_several_must_be_named(running: Running, write_settings: WriteSettings, command: str) -> None:
+    running.runs = [build_run(), build_run("127.0.0.1:8001")]
+    result = run(command)
+    assert result.exit_code == 2
+    assert "127.0.0.1:8000 with /a.yaml" in result.stderr
+    assert "127.0.0.1:8001 with /a.yaml" in result.stderr
+    assert running.told == []
+    running.at = running.runs[1:]
+    assert run(command, "--config", write_settings()).exit_code == 0
+    assert running.told == running.at, "the one that listens where the settings say"
+
+
+def test_reload_tells_why_settings_are_refused(running: Running) -> None:
+    running.runs = [build_run()]
+    assert run("reload").exit_code == 0
+    running.reload_error = "router.prot: unknown key"
+    result = run("reload")
+    assert (result.exit_code, result.stderr) == (1, "settings not changed: router.prot: unknown key\n")
+
+
+def test_down_takes_what_was_left_in_a_joined_cluster(running: Running, write_settings: WriteSettings) -> None:
+    joined = write_settings("ray: {address: auto}")
+    assert run("down", "--config", joined).exit_code == 1
+    running.had_apps = True
+    result = run("down", "--config", joined)
+    assert (result.exit_code, result.stdout) == (0, "stopped\n")
+    assert run("down", "--config", write_settings()).exit_code == 1, "a cluster of its own ends with its command"
 
 
 def test_a_refusal_of_vllm_is_not_hidden(monkeypatch: pytest.MonkeyPatch, write_settings: WriteSettings) -> None:

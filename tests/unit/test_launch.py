@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,12 +14,12 @@ import psutil
 import pytest
 from rich.console import Console
 
-from serving import launch
+from serving import cluster, launch
+from serving.cluster import Cluster, LostError, StartError
 from serving.directory import EMPTY, ReplicaRecord, ReplicaState, Snapshot
-from serving.errors import SettingsError
-from serving.launch import StartError
+from serving.errors import ServingError, SettingsError
 from serving.router_settings import RouterSettings
-from serving.settings import ModelSettings, Settings
+from serving.settings import AutoscalingSettings, ModelSettings, RaySettings, Settings
 
 
 def build_settings(**router: object) -> Settings:
@@ -37,20 +39,20 @@ def test_a_taken_port_is_refused_even_when_its_owner_would_share(shares_port: bo
         stranger.listen()
         port = stranger.getsockname()[1]
         with pytest.raises(StartError, match=rf"127\.0\.0\.1:{port} cannot be listened on .*PORT="):
-            launch._refuse_taken_port("127.0.0.1", port)
+            cluster.refuse_taken_port("127.0.0.1", port)
 
 
 def test_a_free_port_stays_free() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    launch._refuse_taken_port("127.0.0.1", port)
-    launch._refuse_taken_port("127.0.0.1", port)
+    cluster.refuse_taken_port("127.0.0.1", port)
+    cluster.refuse_taken_port("127.0.0.1", port)
 
 
 def test_an_address_of_another_machine_is_refused() -> None:
     with pytest.raises(StartError, match=r"203\.0\.113\.1:8000 cannot be listened on"):
-        launch._refuse_taken_port("203.0.113.1", 8000)
+        cluster.refuse_taken_port("203.0.113.1", 8000)
 
 
 # Room for all replicas
@@ -58,7 +60,7 @@ def test_an_address_of_another_machine_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("num_replicas", "cpus_per_replica", "router_cpus", "expected"),
-    [(1, 1.0, 0.5, 3), (100, 2.0, 0.5, 202), (100, 2.0, 1.5, 203), (3, 0.25, 0.0, 2)],
+    [(1, 1.0, 0.5, 4), (100, 2.0, 0.5, 204), (100, 2.0, 1.5, 206), (3, 0.25, 0.0, 2)],
 )
 def test_a_cluster_of_our_own_has_room_for_all_replicas(
     monkeypatch: pytest.MonkeyPatch, num_replicas: int, cpus_per_replica: float, router_cpus: float, expected: int
@@ -66,11 +68,132 @@ def test_a_cluster_of_our_own_has_room_for_all_replicas(
     model = ModelSettings(checkpoint="x", num_replicas=num_replicas, cpus_per_replica=cpus_per_replica)
     settings = Settings(models={"m": model}, router=RouterSettings(cpus_per_replica=router_cpus))
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    assert launch._needed_cpus(settings) == expected
+    assert cluster.needed_cpus(settings) == expected
     monkeypatch.setattr(os, "cpu_count", lambda: 500)
-    assert launch._needed_cpus(settings) == 500
+    assert cluster.needed_cpus(settings) == 500
     monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert launch._needed_cpus(settings) == expected
+    assert cluster.needed_cpus(settings) == expected
+
+
+def test_there_is_room_for_all_replicas_that_the_work_may_ask_for() -> None:
+    scaling = AutoscalingSettings(max_replicas=600)
+    settings = Settings(models={"m": ModelSettings(checkpoint="x", autoscaling=scaling)})
+    assert cluster.needed_cpus(settings) == 603
+
+
+def test_settings_that_do_not_fit_the_running_cluster_are_refused() -> None:
+    settings = Settings(models={"m": ModelSettings(checkpoint="x", num_replicas=600)})
+    ours = Cluster(settings)
+    cluster.check_room(settings, ours)  # one that was joined
+    ours.num_cpus = 603
+    cluster.check_room(settings, ours)
+    ours.num_cpus = 602
+    with pytest.raises(ServingError, match="need 603 CPUs of Ray's, which was started with 602"):
+        cluster.check_room(settings, ours)
+
+
+# The head
+
+
+def test_a_head_that_has_died_is_noticed() -> None:
+    ours = Cluster(build_settings())
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    ours._head = [psutil.Process(child.pid)]
+    ours.check()
+    child.kill()
+    child_ended = ours._head[0]
+    while child_ended.status() != psutil.STATUS_ZOMBIE:
+        pass
+    with pytest.raises(LostError, match=str(child.pid)):
+        ours.check()
+    child.wait()
+    assert ours.is_lost
+
+
+def test_a_joined_cluster_is_lost_when_it_cannot_be_reached_three_times() -> None:
+    ours = Cluster(build_settings().model_copy(update={"ray": RaySettings(address="auto")}))
+    with socket.socket() as head:
+        head.bind(("127.0.0.1", 0))
+        head.listen()
+        ours._address = f"127.0.0.1:{head.getsockname()[1]}"
+        ours.check()
+    ours.check()
+    ours.check()
+    with pytest.raises(LostError, match="cannot be reached"):
+        ours.check()
+
+
+# Signals
+
+
+def test_signals_ask_for_an_end_or_for_the_settings_to_be_read_again() -> None:
+    wishes = launch.Wishes()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        wishes.listen()
+        signal.raise_signal(signal.SIGHUP)
+        assert (wishes.stop.is_set(), wishes.reload.is_set()) == (False, True)
+        signal.raise_signal(signal.SIGTERM)
+        assert wishes.stop.is_set()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_terminal_that_was_closed_asks_for_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    wishes = launch.Wishes()
+    monkeypatch.setattr(launch, "_has_terminal", lambda: True)
+    wishes._hang_up(had_terminal=True)
+    assert (wishes.stop.is_set(), wishes.reload.is_set()) == (False, True)
+    monkeypatch.setattr(launch, "_has_terminal", lambda: False)
+    wishes._hang_up(had_terminal=True)
+    assert wishes.stop.is_set()
+
+
+# Reading the settings again
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("router: {port: 9}", "router.port cannot change while the stack runs"),
+        ("router: {host: '::1'}", "router.host cannot change"),
+        ("router: {mode: inline}", "router.mode cannot change"),
+        ("engine: {api_key: other}", "engine.api_key cannot change"),
+        ("engine: {lease_s: 20}", "engine.lease_s cannot change"),
+        ("ray: {namespace: other}", "ray cannot change"),
+        ("router: {prot: 1}", "unknown key"),
+    ],
+)
+def test_what_a_running_stack_cannot_change_is_refused(
+    write_settings: Callable[..., Path], text: str, reason: str
+) -> None:
+    before = Settings(models={"nano": ModelSettings(checkpoint="nano")})
+    with pytest.raises(SettingsError, match=reason) as caught:
+        launch._read_again(before, write_settings(text))
+    assert "other" not in str(caught.value)
+
+
+def test_what_can_change_is_read(write_settings: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[Path] = []
+    monkeypatch.setattr(launch, "_check_engine_args", checked.append)
+    before = Settings(models={"nano": ModelSettings(checkpoint="nano")})
+    assert launch._read_again(before, write_settings("router: {max_tries: 7}")).router.max_tries == 7
+    assert checked == []
+    file = write_settings("models: {nano: {checkpoint: nano, engine_args: {dtype: auto}}}", is_whole=True)
+    assert launch._read_again(before, file).models["nano"].engine_args == {"dtype": "auto"}
+    assert checked == [file], "vLLM is asked before anything is replaced"
+
+
+def test_engine_arguments_are_checked_in_a_process_of_its_own(
+    write_settings: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(command: list[str], **_: object) -> SimpleNamespace:
+        return SimpleNamespace(returncode=2, stderr="no such argument\n")
+
+    monkeypatch.setattr(subprocess, "run", refuse)
+    with pytest.raises(SettingsError, match=r"^no such argument$"):
+        launch._check_engine_args(write_settings())
 
 
 # The checkpoint
@@ -187,12 +310,12 @@ def test_each_thing_is_said_once_and_as_it_is() -> None:
 def test_what_outlives_a_shutdown_is_ended() -> None:
     script = """
 import subprocess, sys
-from serving import launch
-launch._LEFTOVER_GRACE_S = 0.2
+from serving import cluster
+cluster._LEFTOVER_GRACE_S = 0.2
 stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
 child = subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE)
 child.stdout.readline()
-with launch._nothing_left_behind():
+with cluster._nothing_left_behind(0.2):
     pass
 print(child.pid)
 """
@@ -204,7 +327,7 @@ def test_a_stranger_is_not_ended() -> None:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
         subprocess.run(
-            [sys.executable, "-c", "from serving import launch\nwith launch._nothing_left_behind(): pass"],
+            [sys.executable, "-c", "from serving import cluster\nwith cluster._nothing_left_behind(0.2): pass"],
             timeout=30,
             check=True,
         )

@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 import time
 
-from serving.directory import EMPTY, ReplicaRecord, ReplicaState
+from serving.directory import EMPTY, ReplicaRecord, ReplicaState, RouterReport
 from serving.engine.directory import ReplicaDirectory
 
 READY = ReplicaRecord("a", "nano", "http://127.0.0.1:1", ReplicaState.READY)
@@ -96,3 +96,57 @@ async def test_a_restarted_directory_never_looks_like_the_one_before() -> None:
     seen = await first.watch(EMPTY.version, 0)
     async with asyncio.timeout(1):
         assert (await second.watch(seen.version, 60)).records == (OTHER,)
+
+
+async def test_a_replica_waits_until_every_named_reader_goes_by_the_present_list() -> None:
+    directory = ReplicaDirectory(lease_s=60)
+    assert await directory.settle(0), "nobody reads"
+    await directory.put(READY)
+    seen = await directory.watch(EMPTY.version, 0)
+    readers = {name: asyncio.create_task(directory.watch(seen.version, 60, name)) for name in ("r1", "r2")}
+    unnamed = asyncio.create_task(directory.watch(seen.version, 60))
+    await asyncio.sleep(0.01)
+    assert await directory.settle(0)
+    await directory.put(dataclasses.replace(READY, state=ReplicaState.DRAINING))
+    settling = asyncio.create_task(directory.settle(60))
+    for name, reader in readers.items():
+        await asyncio.sleep(0.01)
+        assert not settling.done(), "hearing of it is not going by it"
+        present = await reader
+        readers[name] = asyncio.create_task(directory.watch(present.version, 60, name))
+    async with asyncio.timeout(1):
+        assert await settling
+    for waiting in (*readers.values(), unnamed):
+        waiting.cancel()
+
+
+async def test_a_reader_that_hangs_is_not_waited_for_longer_than_told() -> None:
+    directory = ReplicaDirectory(lease_s=60)
+    await directory.watch(EMPTY.version, 0, "r1")
+    await directory.put(READY)
+    started_s = time.monotonic()
+    assert not await directory.settle(0.1)
+    assert 0.09 <= time.monotonic() - started_s < 5
+
+
+async def test_a_reader_that_has_left_or_is_long_silent_is_not_waited_for() -> None:
+    directory = ReplicaDirectory(lease_s=0.1)
+    for name in ("leaves", "silent"):
+        await directory.watch(EMPTY.version, 0, name)
+    await directory.put(READY)
+    settling = asyncio.create_task(directory.settle(60))
+    await asyncio.sleep(0.15)
+    assert not settling.done()
+    async with asyncio.timeout(1):
+        await directory.leave("leaves")
+        assert await settling
+
+
+async def test_a_survey_shows_replicas_and_the_work_of_routers() -> None:
+    directory = ReplicaDirectory(lease_s=60)
+    await directory.put(READY)
+    report = RouterReport("r", (("nano", 5),))
+    assert await directory.exchange(report) == ()
+    snapshot, reports = await directory.survey()
+    assert (snapshot.records, reports) == ((READY,), (report,))
+    assert await directory.reports() == (report,)

@@ -39,8 +39,14 @@ class Watch:
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
 
-    async def remote(self, seen: tuple[int, int], timeout_s: float) -> Snapshot:
+    async def remote(self, seen: tuple[int, int], timeout_s: float, reader: str) -> Snapshot:
+        assert reader.startswith("front-"), "a draining replica waits for those that it knows by name"
         return await self._directory.tell(seen)
+
+
+class Leave:
+    async def remote(self, reader: str) -> None:
+        pass
 
 
 class Directory:
@@ -48,12 +54,15 @@ class Directory:
 
     def __init__(self) -> None:
         self.watch = Watch(self)
+        self.leave = Leave()
         self.num_failures = 0
         self._snapshot = Snapshot((1, 0))
         self._changed = asyncio.Event()
 
     def put(self, *replicas: Replica, state: ReplicaState = ReplicaState.READY, life: int = 1) -> None:
-        records = tuple(ReplicaRecord(str(one.port), MODEL, f"http://127.0.0.1:{one.port}", state) for one in replicas)
+        records = tuple(
+            ReplicaRecord(str(one.port), MODEL, "", state, front_url=f"http://127.0.0.1:{one.port}") for one in replicas
+        )
         self._snapshot = Snapshot((life, self._snapshot.version[1] + 1), records)
         self._changed.set()
 
@@ -136,11 +145,28 @@ async def test_a_front_without_haproxy_is_ill() -> None:
             await it.check_health()
 
 
+async def test_a_haproxy_that_has_died_is_started_again_and_knows_its_replicas() -> None:
+    directory = Directory()
+    async with Replica(answers(b"one")) as one, running_front(directory) as (it, port):
+        directory.put(one)
+        await until_answer(port, b"one")
+        killed = it._haproxy.pid
+        os.kill(killed, signal.SIGKILL)
+        await until(lambda: it._haproxy.pid != killed)
+        async with asyncio.timeout(5):
+            while True:
+                with contextlib.suppress(ConnectionError):
+                    if (await ask(port)).endswith(b"one"):
+                        break
+                await asyncio.sleep(0.05)
+        await it.check_health()
+
+
 async def test_a_front_that_no_longer_follows_is_ill() -> None:
     async with running_front(Directory()) as (it, _):
-        it._following.cancel()
-        await until(it._following.done)
-        with pytest.raises(RuntimeError, match="followed"):
+        it._tasks[0].cancel()
+        await until(it._tasks[0].done)
+        with pytest.raises(RuntimeError, match="follows"):
             await it.check_health()
 
 

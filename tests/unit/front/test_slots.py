@@ -125,21 +125,22 @@ def test_obeying_leads_to_what_is_wanted(slots: tuple[Slot, ...], wanted: dict[A
 
 
 def record(replica_id: str, state: ReplicaState = ReplicaState.READY, model: str = "nano") -> ReplicaRecord:
-    return ReplicaRecord(replica_id, model, f"http://10.0.0.1:{int(replica_id)}", state)
+    url = f"http://10.0.0.1:{int(replica_id)}"
+    return ReplicaRecord(replica_id, model, "http://10.0.0.1:9", state, front_url=url)
 
 
 def test_the_models_replicas_are_wanted_by_their_state() -> None:
-    starting = dataclasses.replace(record("3", ReplicaState.STARTING), base_url="")
+    starting = dataclasses.replace(record("3", ReplicaState.STARTING), front_url="")
     records = (record("1"), record("2", ReplicaState.DRAINING), starting, record("4", model="other"))
     known = Known().follow(Snapshot((1, 1), records), 0.0, LEASE_S)
     assert known.wanted("nano") == {at(1): READY, at(2): DRAIN}
 
 
 @pytest.mark.parametrize(
-    ("base_url", "address"), [("http://[::1]:81", ("::1", 81)), ("http://node-1:8000", ("node-1", 8000))]
+    ("front_url", "address"), [("http://[::1]:81", ("::1", 81)), ("http://node-1:8000", ("node-1", 8000))]
 )
-def test_addresses_are_taken_from_urls(base_url: str, address: Address) -> None:
-    known = Known(Snapshot((1, 1), (dataclasses.replace(record("1"), base_url=base_url),)))
+def test_addresses_are_taken_from_urls(front_url: str, address: Address) -> None:
+    known = Known(Snapshot((1, 1), (dataclasses.replace(record("1"), front_url=front_url),)))
     assert known.wanted("nano") == {address: READY}
 
 

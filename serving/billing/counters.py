@@ -1,0 +1,98 @@
+"""The engines' own counters: `GET <replica>/usage`, and files in which readings are kept."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import orjson
+
+from serving.billing.reconcile import Reading, Totals
+
+_NAMES = ("started_ns", "prompt_tokens", "completion_tokens", "requests")
+
+
+class CountersError(Exception):
+    """Counters that cannot be had or understood; the message names the replica or the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Readings:
+    """All replicas' counters, read at about one time."""
+
+    time_ns: int
+    """Before the first was read."""
+    replicas: Mapping[str, Reading]
+
+
+def parse_reading(given: Any, source: str) -> Reading:
+    """From the JSON object of a replica.
+
+    Raises:
+        CountersError: it is none.
+    """
+    numbers: list[Any] = [given.get(name) for name in _NAMES] if isinstance(given, dict) else []
+    if len(numbers) != len(_NAMES) or any(type(number) is not int or number < 0 for number in numbers):
+        raise CountersError(f"{source} does not answer with the counts {', '.join(_NAMES)}")
+    started_ns, prompt_tokens, completion_tokens, requests = numbers
+    return Reading(started_ns, Totals(prompt_tokens, completion_tokens, requests))
+
+
+async def fetch_readings(
+    base_urls: Mapping[str, str], *, time_ns: int, api_key: str | None = None, timeout_s: float = 10.0
+) -> Readings:
+    """Ask every replica, by id.
+
+    Raises:
+        CountersError: one cannot be asked.
+    """
+    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+    timeout = aiohttp.ClientTimeout(total=timeout_s)
+    async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
+        readings = await asyncio.gather(*(_fetch(session, name, url) for name, url in base_urls.items()))
+    return Readings(time_ns, dict(zip(base_urls, readings, strict=True)))
+
+
+async def _fetch(session: aiohttp.ClientSession, replica_id: str, base_url: str) -> Reading:
+    url = f"{base_url.rstrip('/')}/usage"
+    try:
+        async with session.get(url) as answer:
+            text = await answer.read()
+            if answer.status != 200:
+                raise CountersError(f"{replica_id} ({url}) answers {answer.status}")
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise CountersError(f"{replica_id} ({url}) cannot be asked: {error!r}") from error
+    try:
+        return parse_reading(orjson.loads(text), f"{replica_id} ({url})")
+    except orjson.JSONDecodeError as error:
+        raise CountersError(f"{replica_id} ({url}) does not answer in JSON") from error
+
+
+def load_readings(file: Path) -> Readings:
+    """Readings as `save_readings` wrote them.
+
+    Raises:
+        CountersError: the file holds none.
+    """
+    try:
+        given = orjson.loads(file.read_bytes())
+        replicas = {name: parse_reading(part, f"{file}: {name}") for name, part in given["replicas"].items()}
+        return Readings(int(given["time_ns"]), replicas)
+    except OSError as error:
+        raise CountersError(f"{file}: cannot be read: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CountersError(f"{file}: holds no readings of counters") from error
+
+
+def save_readings(file: Path, readings: Readings) -> None:
+    """For a later comparison to begin at."""
+    replicas = {
+        name: {"started_ns": reading.started_ns, **asdict(reading.totals)}
+        for name, reading in readings.replicas.items()
+    }
+    file.write_text(json.dumps({"time_ns": readings.time_ns, "replicas": replicas}, indent=2) + "\n")

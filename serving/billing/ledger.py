@@ -1,0 +1,327 @@
+"""The ledger of one router: records go to the spool at once and to the database in batches, each exactly once.
+
+`record` is all that a request waits for: one encoding and one `write`. A task takes records from the spool to the
+database, in the order they came, whenever it is there; another makes the spool survive a loss of power. A database that
+is slow or away is seen in `depth`, `lag_s` and `is_alarming`, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from serving.billing.database import Database, ReplicaLife, is_data_fault
+from serving.billing.frames import clean_record, encode_frame
+from serving.billing.prices import PriceBook
+from serving.billing.queries import sum_month_by_tenant
+from serving.billing.records import RequestRecord
+from serving.billing.spool import Spool, SpoolFullError, adopt_spool, open_spool, sync_and_close
+from serving.billing_settings import BillingSettings
+
+logger = logging.getLogger(__name__)
+
+_MAX_IN_MEMORY = 100_000
+_MARK_EVERY = 64
+_FIRST_PAUSE_S = 0.25
+_LAST_PAUSE_S = 10.0
+_ALARM_EVERY_S = 60.0
+_FLUSH_POLL_S = 0.01
+_SEE_REPLICAS_S = 10.0
+
+
+@dataclass(slots=True)
+class LedgerCounts:
+    """What one ledger has done since it started; all only grow."""
+
+    num_recorded: int = 0
+    num_committed: int = 0
+    """Rows that this process put into the database, those of adopted spools included."""
+    num_repeated: int = 0
+    """Records that were in the database already: of a batch whose commit was not heard of, or of an earlier life."""
+    num_unspooled: int = 0
+    """Records that the disk did not take: they are in memory until the database has them."""
+    num_lost: int = 0
+    """Records in no place any more but the log, since disk, memory and database were all full or away."""
+    num_refused: int = 0
+    """Records that the database refuses for good; they are in `refused` beside the spools."""
+    num_failures: int = 0
+    """Times that the database failed."""
+
+
+class Ledger:
+    """Use `start`, `record` and `close` from one event loop.
+
+    `router_id` names this life of the router: it must differ from that of any other life and router.
+    """
+
+    def __init__(self, settings: BillingSettings, router_id: str, prices: PriceBook | None = None) -> None:
+        self.settings = settings
+        self.router_id = router_id
+        self.database = Database(settings)
+        self.counts = LedgerCounts()
+        self.is_database_up = False
+        """Whether the last thing that was asked of the database succeeded."""
+        self._prices = prices
+        self._spool: Spool | None = None
+        self._memory: deque[RequestRecord] = deque()
+        self._num_uncommitted = 0
+        self._num_done = 0
+        self._marks: deque[tuple[int, int]] = deque()
+        self._replicas: dict[str, ReplicaLife] = {}
+        self._replicas_saved_s = -_SEE_REPLICAS_S
+        self._adopted_s = -settings.spool.adopt_s
+        self._alarmed_s = -_ALARM_EVERY_S
+        self._is_prepared = False
+        self._is_flushing = False
+        self._wake = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def depth(self) -> int:
+        """Records of this router that are not in the database yet, without those of an earlier life."""
+        return self._num_uncommitted
+
+    @property
+    def lag_s(self) -> float:
+        """How long the oldest of them has waited, in seconds; 0 when there are none."""
+        return max(0.0, (time.time_ns() - self._marks[0][1]) / 1e9) if self._num_uncommitted and self._marks else 0.0
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the spool on disk that waits for the database."""
+        return self._spool.size_bytes if self._spool is not None else 0
+
+    @property
+    def is_alarming(self) -> bool:
+        """Whether so much waits, or so little can be written, that somebody must look."""
+        return bool(self._memory) or self.size_bytes >= self.settings.spool.alarm_bytes
+
+    async def start(self) -> None:
+        """Take the spool and begin; the database need not be there.
+
+        Raises:
+            OSError: the spool's directory cannot be used.
+        """
+        self._spool = open_spool(self._root, self.router_id, self.settings.spool)
+        self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._sync())]
+
+    def record(self, record: RequestRecord) -> None:
+        """Take one request into the books. Never waits for the database, never fails; once per request.
+
+        It survives the death of this process from the return on.
+        """
+        assert self._spool is not None, "the ledger was not started"
+        self.counts.num_recorded += 1
+        try:
+            self._spool.append(record)
+        except (OSError, SpoolFullError, ValueError) as error:
+            self._spool_otherwise(record, error)
+        if self.counts.num_recorded % _MARK_EVERY == 1 or not self._num_uncommitted:
+            self._marks.append((self.counts.num_recorded, time.time_ns()))
+        self._num_uncommitted += 1
+        if self._num_uncommitted >= self.settings.batch_rows:
+            self._wake.set()
+
+    def see_replicas(self, lives: Iterable[ReplicaLife]) -> None:
+        """Tell which replicas are there now; written to the database now and then, for what the stack costs."""
+        rates = self.settings.replica_hour_dollars
+        for life in lives:
+            rate = int(rates[life.model].scaleb(9)) if life.model in rates else life.nanodollars_per_hour
+            known = self._replicas.get(life.replica_id)
+            started_ns = min(life.started_ns, known.started_ns) if known else life.started_ns
+            self._replicas[life.replica_id] = replace(life, started_ns=started_ns, nanodollars_per_hour=rate)
+
+    async def read_month(self, month: str) -> Mapping[str, int]:
+        """What tenants have spent in a month by way of other routers, in nanodollars: for `Budgets.refresh`."""
+        async with self.database.reading() as connection:
+            return await sum_month_by_tenant(connection, month, except_router_id=self.router_id)
+
+    async def flush(self, timeout_s: float) -> bool:
+        """Wait until everything recorded so far is in the database; says whether it is."""
+        self._is_flushing = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self._num_uncommitted or not self._is_prepared:
+                    self._wake.set()
+                    await asyncio.sleep(_FLUSH_POLL_S)
+        self._is_flushing = False
+        return self._is_prepared and not self._num_uncommitted
+
+    async def close(self, timeout_s: float = 5.0) -> None:
+        """Bring what is left to the database if it can be had in time; the spool keeps it otherwise."""
+        if self._spool is None:
+            await self.database.close()
+            return
+        await self.flush(timeout_s)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for record in self._memory:
+            logger.critical("a record is lost with the memory it was in: %s", _describe(record))
+        sync_and_close(self._spool.take_unsynced())
+        self._spool.close()
+        self._spool = None
+        await self.database.close()
+
+    @property
+    def _root(self) -> Path:
+        return self.settings.directory / "spool"
+
+    def _spool_otherwise(self, record: RequestRecord, error: Exception) -> None:
+        """What the spool did not take: mended if it was the record's fault, else kept in memory."""
+        assert self._spool is not None
+        if isinstance(error, ValueError):
+            with contextlib.suppress(OSError, SpoolFullError, ValueError):
+                self._spool.append(clean_record(record))
+                return
+        self.counts.num_unspooled += 1
+        if len(self._memory) < _MAX_IN_MEMORY:
+            self._memory.append(record)
+            return
+        self.counts.num_lost += 1
+        self._num_uncommitted -= 1
+        logger.critical("a record is lost (%s): %s", error, _describe(record))
+
+    async def _sync(self) -> None:
+        """Make the spool survive a loss of power, again and again."""
+        while True:
+            await asyncio.sleep(self.settings.spool.fsync_ms / 1000)
+            try:
+                fds = self._spool.take_unsynced() if self._spool is not None else ()
+                if fds:
+                    await asyncio.to_thread(sync_and_close, fds)
+            except OSError:
+                logger.exception("the spool cannot be synced")
+
+    async def _run(self) -> None:
+        """Bring records to the database as long as this process lives."""
+        pause_s, is_due = _FIRST_PAUSE_S, True
+        while True:
+            try:
+                await self._work(is_due)
+            except Exception as error:  # noqa: BLE001 - drivers have trees of their own, and none may end this task
+                self.is_database_up = False
+                self.counts.num_failures += 1
+                logger.warning("the ledger's database fails, next try in %g s: %r", pause_s, error)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LAST_PAUSE_S)
+            else:
+                self.is_database_up = True
+                pause_s = _FIRST_PAUSE_S
+                is_due = await self._wait_for_a_batch()
+            self._alarm()
+
+    async def _wait_for_a_batch(self) -> bool:
+        """Until there are enough records for one (False), or they have waited long enough (True)."""
+        self._wake.clear()
+        try:
+            async with asyncio.timeout(self.settings.flush_s):
+                await self._wake.wait()
+        except TimeoutError:
+            return True
+        return self._is_flushing
+
+    async def _work(self, is_due: bool) -> None:
+        await self._prepare()
+        await self._drain_own(1 if is_due else self.settings.batch_rows)
+        while self._memory:
+            records = [self._memory[i] for i in range(min(len(self._memory), self.settings.batch_rows))]
+            await self._write(records)
+            for _ in records:
+                self._memory.popleft()
+            self._mark_done(len(records))
+        now_s = time.monotonic()
+        if self._replicas and now_s - self._replicas_saved_s >= _SEE_REPLICAS_S:
+            await self.database.see_replicas(self._replicas.values())
+            self._replicas_saved_s = now_s
+            self._replicas.clear()
+        if now_s - self._adopted_s >= self.settings.spool.adopt_s:
+            await self._adopt()
+            self._adopted_s = now_s
+
+    async def _prepare(self) -> None:
+        if self._is_prepared:
+            return
+        if self.settings.migrate_on_start:
+            await self.database.migrate()
+        if self._prices is not None:
+            await self.database.insert_prices(self._prices.rows())
+        self._is_prepared = True
+
+    async def _drain_own(self, min_records: int) -> None:
+        """Bring one's own records to the database while there are so many: each batch costs a transaction."""
+        while self._spool is not None and self._num_uncommitted >= min_records:
+            records = self._spool.read(self.settings.batch_rows)
+            if not records:  # what is left is in memory
+                return
+            await self._write(records)
+            self._spool.commit()
+            self._mark_done(len(records))
+
+    async def _adopt(self) -> None:
+        """Read spools of routers that have died to their end. One's own records go first, between any two batches."""
+        while (orphan := adopt_spool(self._root, self.settings.spool)) is not None:
+            logger.warning("adopting %s with %d bytes of a router that is gone", orphan.directory, orphan.size_bytes)
+            try:
+                while records := orphan.read(self.settings.batch_rows):
+                    await self._write(records)
+                    orphan.commit()
+                    await self._drain_own(self.settings.batch_rows)
+            finally:
+                orphan.close()
+
+    async def _write(self, records: Sequence[RequestRecord]) -> None:
+        try:
+            async with asyncio.timeout(self.settings.write_timeout_s):
+                num_new = await self.database.insert(records)
+        except Exception as error:
+            if not is_data_fault(error):
+                raise
+            num_new = await self._write_singly(records)
+        self.counts.num_committed += num_new
+        self.counts.num_repeated += len(records) - num_new
+
+    async def _write_singly(self, records: Sequence[RequestRecord]) -> int:
+        """A batch with a record in it that the database refuses: the others must not wait for it."""
+        num_new = 0
+        for record in records:
+            try:
+                async with asyncio.timeout(self.settings.write_timeout_s):
+                    num_new += await self.database.insert([clean_record(record)])
+            except Exception as error:
+                if not is_data_fault(error):
+                    raise
+                self.counts.num_refused += 1
+                logger.exception("the database refuses a record: %s", _describe(record))
+                with (self.settings.directory / "refused").open("ab") as file:
+                    file.write(encode_frame(record))
+        return num_new
+
+    def _mark_done(self, num_records: int) -> None:
+        self._num_done += num_records
+        self._num_uncommitted -= num_records
+        # The mark in force is the last one at or before the oldest record that is left.
+        while len(self._marks) > 1 and self._marks[1][0] <= self._num_done + 1:
+            self._marks.popleft()
+        if not self._num_uncommitted:
+            self._marks.clear()
+
+    def _alarm(self) -> None:
+        now_s = time.monotonic()
+        if self.is_alarming and now_s - self._alarmed_s >= _ALARM_EVERY_S:
+            self._alarmed_s = now_s
+            logger.error(
+                "the ledger is behind: %d records, %d bytes, %d of them in memory only, the oldest of %.0f s ago",
+                *(self.depth, self.size_bytes, len(self._memory), self.lag_s),
+            )
+
+
+def _describe(record: RequestRecord) -> str:
+    """All of it: it holds no content and no key, and may stand nowhere else any more."""
+    return repr(record)

@@ -1,0 +1,1 @@
+"""One file per change; names sort in their order."""

@@ -1,0 +1,152 @@
+"""The ledger's tables, the same in SQLite and PostgreSQL. Migrations make them; a test holds the two together.
+
+Money is nanodollars, times are nanoseconds since the epoch (UTC), both in 64 bits.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import BigInteger, Boolean, Column, Index, MetaData, Table, Text
+
+from serving.billing.records import RequestRecord
+
+METADATA = MetaData()
+
+MIXED = "mixed"
+"""Stands for the mode of a request whose images have several."""
+
+
+def _text(name: str) -> Column[str]:
+    return Column(name, Text, nullable=False)
+
+
+def _count(name: str) -> Column[int]:
+    return Column(name, BigInteger, nullable=False)
+
+
+def _flag(name: str) -> Column[bool]:
+    return Column(name, Boolean, nullable=False)
+
+
+REQUESTS = Table(
+    "requests",
+    METADATA,
+    Column("request_id", Text, primary_key=True),
+    _text("tenant_id"),
+    _text("key_id"),
+    _text("model"),
+    _text("route"),
+    _text("outcome"),
+    _count("status"),
+    _text("error_code"),
+    _text("mode"),  # for grouping: the one mode of all images, `mixed`, or empty without images
+    _text("modes"),  # of every image in their order, between commas
+    _count("num_pages"),
+    _count("prompt_tokens"),
+    _count("image_tokens"),
+    _count("cached_tokens"),
+    _count("completion_tokens"),
+    _flag("is_estimated"),
+    _count("wasted_tokens"),
+    _count("cost_nanodollars"),
+    _text("price_version"),
+    _text("replica_id"),
+    _count("num_tries"),
+    _text("finish_reason"),
+    _count("arrived_ns"),
+    _count("first_byte_ns"),
+    _count("ended_ns"),
+    _count("queue_wait_ns"),
+    _text("priority"),
+    _flag("is_stream"),
+    _text("router_id"),
+    Index("requests_by_time", "arrived_ns"),
+    Index("requests_by_tenant", "tenant_id", "arrived_ns"),
+    Index("requests_by_replica", "replica_id", "ended_ns"),
+)
+"""One row per request, whatever its end."""
+
+LOST_TRIES = Table(
+    "lost_tries",
+    METADATA,
+    Column("request_id", Text, primary_key=True),
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    _text("replica_id"),
+    _count("prompt_tokens"),
+    _count("completion_tokens"),
+    _count("ended_ns"),
+    Index("lost_tries_by_replica", "replica_id", "ended_ns"),
+)
+"""What replicas counted for requests that another one answered."""
+
+MONTHS = Table(
+    "months",
+    METADATA,
+    Column("month", Text, primary_key=True),
+    Column("tenant_id", Text, primary_key=True),
+    Column("router_id", Text, primary_key=True),
+    _count("num_requests"),
+    _count("cost_nanodollars"),
+)
+"""Sums of `requests`, kept in the same transactions: what budgets are compared with every few seconds. By router, since
+each knows its own spending sooner."""
+
+PRICES = Table(
+    "prices",
+    METADATA,
+    Column("model", Text, primary_key=True),
+    Column("tenant_id", Text, primary_key=True),
+    Column("version", Text, primary_key=True),
+    _count("since_ns"),
+    _count("input_picodollars"),
+    _count("output_picodollars"),
+    Column("cached_picodollars", BigInteger),
+    Column("image_picodollars", BigInteger),
+)
+"""Every price that was ever in force: what `price_version` means."""
+
+REPLICAS = Table(
+    "replicas",
+    METADATA,
+    Column("replica_id", Text, primary_key=True),
+    _text("model"),
+    _count("started_ns"),
+    _count("seen_ns"),
+    _count("nanodollars_per_hour"),
+)
+"""The life of every engine replica, from when it was first seen until it was last."""
+
+
+def row_of(record: RequestRecord) -> tuple[object, ...]:
+    """A record in the order of the columns of REQUESTS."""
+    tokens, modes = record.tokens, record.modes
+    return (
+        record.request_id,
+        record.tenant_id,
+        record.key_id,
+        record.model,
+        record.route,
+        record.outcome.value,
+        record.status,
+        record.error_code,
+        "" if not modes else modes[0] if modes.count(modes[0]) == len(modes) else MIXED,
+        ",".join(modes),
+        record.num_pages,
+        tokens.num_prompt_tokens,
+        tokens.num_image_tokens,
+        tokens.num_cached_tokens,
+        tokens.num_completion_tokens,
+        record.is_estimated,
+        record.num_wasted_tokens,
+        record.cost_nanodollars,
+        record.price_version,
+        record.replica_id,
+        record.num_tries,
+        record.finish_reason,
+        record.arrived_ns,
+        record.first_byte_ns,
+        record.ended_ns,
+        record.queue_wait_ns,
+        record.priority,
+        record.is_stream,
+        record.router_id,
+    )

@@ -1,0 +1,193 @@
+"""Ray: joined, or started for us and ended with us, every process of it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psutil
+
+from serving.errors import ServingError
+from serving.settings import Settings
+from serving.versions import max_replicas
+
+_LEFTOVER_GRACE_S = 5.0
+_LOST_GRACE_S = 1.0
+_PROBE_S = 1.0
+_MAX_PROBES = 3
+# The processes without which a cluster of our own is none.
+_HEAD = ("gcs_server", "raylet")
+# Read by Ray when it is imported or started. What the user has set stays.
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+}
+
+
+class StartError(Exception):
+    """The stack did not come up; the message says why."""
+
+
+class LostError(Exception):
+    """Ray has died under a running stack; the message says which part."""
+
+
+class Cluster:
+    """The Ray cluster that the stack runs on."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._is_own = settings.ray.address is None
+        self._head: list[psutil.Process] = []
+        self._address = ""
+        self._num_failed = 0
+        self.num_cpus = 0
+        """What a cluster of our own counts; 0 for one that was joined."""
+        self.is_lost = False
+
+    def start(self, settings: Settings, is_verbose: bool) -> None:
+        """Join it, or start it."""
+        import ray
+
+        options: dict[str, Any] = {"address": settings.ray.address or "local"}
+        if self._is_own:
+            self.num_cpus = settings.ray.num_cpus or needed_cpus(settings)
+            options |= {
+                "num_cpus": self.num_cpus,
+                "include_dashboard": False,
+                "object_store_memory": settings.ray.object_store_bytes or 100 * 2**20,
+            }
+        ray.init(
+            **options,
+            namespace=settings.ray.namespace,
+            log_to_driver=is_verbose,
+            logging_level="warning" if is_verbose else "error",
+            configure_logging=is_verbose,
+        )
+        self._address = ray.get_runtime_context().gcs_address
+        if self._is_own:
+            self._head = [child for child in psutil.Process().children(recursive=True) if _is_head(child)]
+
+    def check(self) -> None:
+        """To be called now and then: Ray's own calls wait for minutes for a cluster that has gone.
+
+        Raises:
+            LostError: it is no longer there.
+        """
+        gone = next((process for process in self._head if not _is_alive(process)), None)
+        if gone is not None:
+            self.is_lost = True
+            raise LostError(f"a process of Ray's has died (pid {gone.pid}), and the replicas with it")
+        if self._is_own:
+            return
+        host, _, port = self._address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_S).close()
+            self._num_failed = 0
+        except OSError as error:
+            self._num_failed += 1
+            if self._num_failed >= _MAX_PROBES:
+                self.is_lost = True
+                raise LostError(f"the Ray cluster at {self._address} cannot be reached ({error})") from error
+
+
+def _is_head(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.name() in _HEAD
+    return False
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    return False
+
+
+@contextlib.contextmanager
+def run_cluster(settings: Settings, is_verbose: bool, stop_apps: Callable[[], None]) -> Iterator[Cluster]:
+    """Ray while the context lasts. `stop_apps` is called at its end, unless the cluster was lost."""
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    import ray
+    import ray.serve  # sets up its logger when imported, so before that is quietened
+
+    if not is_verbose:
+        for name in ("ray", "ray.serve"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+    cluster = Cluster(settings)
+    cluster.start(settings, is_verbose)
+    try:
+        yield cluster
+    finally:
+        # A second Ctrl-C must not cut the clean-up short.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        grace_s = _LOST_GRACE_S if cluster.is_lost else _LEFTOVER_GRACE_S
+        with _nothing_left_behind(grace_s) if settings.ray.address is None else contextlib.nullcontext():
+            if cluster.is_lost:
+                _within(_LOST_GRACE_S, ray.shutdown)
+            else:
+                stop_apps()
+                ray.shutdown()
+
+
+def _within(seconds: float, action: Callable[[], object]) -> None:
+    """Do it, or give it up: what talks to a dead cluster may never come back."""
+    thread = threading.Thread(target=action, daemon=True)
+    thread.start()
+    thread.join(seconds)
+
+
+def refuse_taken_port(host: str, port: int) -> None:
+    """Routers share their port with each other, so the kernel would not mind a stranger's there. We do.
+
+    Raises:
+        StartError: the address cannot be listened on.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise StartError(
+                f"{host}:{port} cannot be listened on ({error.strerror}); choose another with PORT=..."
+            ) from error
+
+
+def needed_cpus(settings: Settings) -> int:
+    """A cluster of our own has room for all replicas, whatever the machine counts: they share what there is.
+
+    And for one more of each kind, which starts before the one that it replaces has ended.
+    """
+    models = settings.models.values()
+    engines = sum((max_replicas(model) + 1) * model.cpus_per_replica for model in models)
+    routers = (settings.router.num_replicas + 1) * settings.router.cpus_per_replica
+    return max(os.cpu_count() or 1, math.ceil(engines + routers) + 1)
+
+
+def check_room(settings: Settings, cluster: Cluster) -> None:
+    """Raises ServingError when a cluster of our own has no room for these settings."""
+    wanted = needed_cpus(settings)
+    if 0 < cluster.num_cpus < wanted:
+        raise ServingError(f"these settings need {wanted} CPUs of Ray's, which was started with {cluster.num_cpus}")
+
+
+@contextlib.contextmanager
+def _nothing_left_behind(grace_s: float = _LEFTOVER_GRACE_S) -> Iterator[None]:
+    """End whatever of our descendants outlives a shutdown, by process, never by name."""
+    ours = psutil.Process().children(recursive=True)
+    try:
+        yield
+    finally:
+        _, alive = psutil.wait_procs(ours, timeout=grace_s)
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(alive, timeout=_LEFTOVER_GRACE_S)

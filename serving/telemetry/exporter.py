@@ -1,0 +1,64 @@
+"""A process's metrics on a port of its own: routers share their public one, and a scrape there would meet any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from starlette.types import Receive, Scope, Send
+
+from serving.http_server import HttpServer
+
+_TEXT = b"text/plain; version=0.0.4; charset=utf-8"
+
+
+class MetricsApp:
+    """The ASGI app: `GET /metrics`, nothing else. Asks nobody for a key, as vLLM's does: bind it inside."""
+
+    def __init__(self, render: Callable[[], bytes]) -> None:
+        """Args:
+        render: Prometheus' text format of this moment.
+        """
+        self._render = render
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        if scope["path"] != "/metrics":
+            await _send(send, 404, b"There is only /metrics here.\n")
+        elif scope["method"] not in ("GET", "HEAD"):
+            await _send(send, 405, b"/metrics answers GET only.\n", (b"allow", b"GET"))
+        else:
+            await _send(send, 200, self._render())
+
+
+async def _send(send: Send, status: int, body: bytes, *headers: tuple[bytes, bytes]) -> None:
+    fixed = ((b"content-type", _TEXT), (b"content-length", b"%d" % len(body)))
+    await send({"type": "http.response.start", "status": status, "headers": [*fixed, *headers]})
+    await send({"type": "http.response.body", "body": body})
+
+
+class MetricsServer:
+    """`MetricsApp` on a free port."""
+
+    def __init__(self, render: Callable[[], bytes], host: str) -> None:
+        """Bind it.
+
+        Args:
+            render: see `MetricsApp`.
+            host: an address that Prometheus can reach, not a wildcard: it becomes part of `url`.
+
+        Raises:
+            OSError: the address is not this machine's.
+        """
+        self._server = HttpServer(MetricsApp(render), host=host, port=0, drain_s=1)
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self._server.port}/metrics"
+
+    @property
+    def is_serving(self) -> bool:
+        return self._server.is_serving
+
+    async def start(self) -> None:
+        await self._server.start()
+
+    async def stop(self) -> None:
+        await self._server.stop()

@@ -1,0 +1,124 @@
+"""Keys, errors, metering and disconnects behind the gateway and inline: the same, seen from outside."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from e2e.scripted_stack import SERVING, ScriptedStack, run_scripted_stack, wait_until
+
+SCRIPT = {"tokens_per_s": 200, "output_tokens": 20}
+MESSAGES: list[Any] = [{"role": "user", "content": "Hello"}]
+
+
+@dataclass
+class Mode:
+    stack: ScriptedStack
+    keys: dict[str, str]
+
+    def client(self, tenant: str) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.stack.url}/v1", api_key=self.keys[tenant], max_retries=0, timeout=30)
+
+    def engine_metric(self, name: str) -> float:
+        """The sum of a metric over the replicas."""
+        total = 0.0
+        for url in self.stack.engines():
+            with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
+                lines = answer.read().decode().splitlines()
+            total += sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name}{{"))
+        return total
+
+
+def make_key(file: Path, tenant: str, *options: str) -> str:
+    command = [str(SERVING), "keys", "create", "--file", str(file), "--tenant", tenant, *options]
+    return next(
+        word
+        for word in subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        if word.startswith("sk-")
+    )
+
+
+@pytest.fixture(scope="module", params=["gateway", "inline"])
+def mode(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mode]:
+    folder = tmp_path_factory.mktemp(request.param)
+    file = folder / "keys.yaml"
+    keys = {"acme": make_key(file, "acme"), "small": make_key(file, "small", "--rpm", "1")}
+    router = {"mode": request.param, "keys_file": str(file)}
+    with run_scripted_stack(folder, SCRIPT, router=router, model={"num_replicas": 2}) as stack:
+        yield Mode(stack, keys)
+
+
+def test_a_key_lets_in_and_nothing_else_does(mode: Mode) -> None:
+    answer = mode.client("acme").chat.completions.create(model="m", messages=MESSAGES)
+    assert answer.choices[0].message.content
+    with pytest.raises(openai.AuthenticationError) as caught:
+        openai.OpenAI(base_url=f"{mode.stack.url}/v1", api_key="sk-wrong", max_retries=0).models.list()
+    assert caught.value.code == "invalid_api_key"
+
+
+def test_errors_have_openais_shape(mode: Mode) -> None:
+    client = mode.client("acme")
+    with pytest.raises(openai.NotFoundError) as not_found:
+        client.chat.completions.create(model="gpt-9", messages=MESSAGES)
+    assert not_found.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as bad:
+        client.chat.completions.create(model="m", messages=MESSAGES, temperature=-1)
+    assert bad.value.param == "temperature"
+    answer = httpx.get(f"{mode.stack.url}/usage")
+    assert answer.status_code == 404, "what engines tell the stack is not for clients"
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_usage_carries_the_cost_of_what_the_engine_counted(mode: Mode, is_stream: bool) -> None:
+    client = mode.client("acme")
+    before = mode.engine_metric("vllm:generation_tokens_total")
+    if is_stream:
+        options: Any = {"include_usage": True}
+        *_, last = client.chat.completions.create(model="m", messages=MESSAGES, stream=True, stream_options=options)
+        usage = last.usage
+    else:
+        usage = client.chat.completions.create(model="m", messages=MESSAGES).usage
+    assert usage is not None
+    assert usage.completion_tokens == 20
+    assert mode.engine_metric("vllm:generation_tokens_total") - before == 20
+    expected = (usage.prompt_tokens * 30 + 20 * 100) / 10**9
+    assert usage.model_dump()["estimated_cost"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_limit_is_told_and_kept(mode: Mode) -> None:
+    client = mode.client("small")
+    seen: list[Any] = []
+    for _ in range(6):  # inline, each replica learns of what the others let through a moment later
+        try:
+            answer = client.chat.completions.with_raw_response.create(model="m", messages=MESSAGES)
+        except openai.RateLimitError as error:
+            seen.append(error)
+        else:
+            assert answer.headers["x-ratelimit-limit-requests"] == "1"
+    assert seen
+    assert seen[0].code == "rate_limit_exceeded"
+    # Two replicas may have let one through each before they knew of each other: that is paid back.
+    assert 1 <= int(seen[0].response.headers["retry-after"]) <= 120
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_client_that_leaves_ends_its_generation_within_a_second(mode: Mode, is_stream: bool) -> None:
+    body = json.dumps({"model": "m", "messages": MESSAGES, "stream": is_stream, "max_tokens": 4000}).encode()
+    with socket.create_connection(("127.0.0.1", mode.stack.port), timeout=10) as connection:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {mode.keys['acme']}\r\n"
+        connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        wait_until(lambda: mode.engine_metric("vllm:num_requests_running") == 1, 10, "it runs")
+    left_s = time.monotonic()
+    wait_until(lambda: mode.engine_metric("vllm:num_requests_running") == 0, 5, "it was aborted")
+    assert time.monotonic() - left_s < 1.0 + 0.5  # half a second for asking the metric on a busy machine
