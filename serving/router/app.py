@@ -7,8 +7,7 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import orjson
 from starlette.types import Receive, Scope, Send
@@ -18,17 +17,17 @@ from serving.directory import EMPTY, RouterReport, Snapshot
 from serving.errors import (
     InternalError,
     MethodNotAllowedError,
-    ModelNotFoundError,
-    PermissionDeniedError,
     RouteNotFoundError,
     ServingError,
 )
-from serving.router.auth import Authenticator, check_model_allowed
+from serving.router.accounts import Accounts, build_ledger
+from serving.router.auth import Authenticator
 from serving.router.dispatch import Dispatcher
 from serving.router.gateway import Backend, Gateway
 from serving.router.generation import Generation
 from serving.router.guards import ClientGoneError, read_request_id
 from serving.router.limits import TenantLimits
+from serving.router.lookups import GET_ROUTES, MODEL, QUOTE, Lookups
 from serving.router.metering import Accountant, Call
 from serving.router.openapi import build_document
 from serving.router.relay import Relay
@@ -36,15 +35,14 @@ from serving.router.remote import RemoteImages
 from serving.router.reply import Reply
 from serving.router.state import RouterState
 from serving.settings import Settings
-from serving.telemetry.router_metrics import RouterMetrics
-from serving.tenants import Identity
+from serving.telemetry.readings import read_settings
+from serving.telemetry.router_metrics import Reading, RouterMetrics
 
 logger = logging.getLogger(__name__)
 
 _GENERATE = ("/v1/chat/completions", "/v1/completions")
 _OPEN = ("/health", "/ready", "/openapi.json")
-_LISTS = ("/v1/models", "/admin/state", *_OPEN)
-_MODEL = "/v1/models/"
+_METHODS = dict.fromkeys((*_GENERATE, QUOTE), "POST") | dict.fromkeys((*GET_ROUTES, *_OPEN), "GET")
 _PREFIX = "/v1/openai/"  # DeepInfra's
 
 
@@ -58,6 +56,7 @@ class RouterApp:
         *,
         backend: Backend | None = None,
         on_record: Callable[[RequestRecord], None] = lambda record: None,
+        keeps_books: bool = False,
     ) -> None:
         """Put the parts together.
 
@@ -66,6 +65,7 @@ class RouterApp:
             read_snapshot: gives the replica list as it is now; whoever follows the directory keeps it.
             backend: answers what was let in; None relays to replicas over the network.
             on_record: gets the record of every request that ended.
+            keeps_books: whether the records go into the ledger that the settings name.
 
         Raises:
             SettingsError: the keys file cannot be used.
@@ -74,29 +74,39 @@ class RouterApp:
         self.router_id = uuid.uuid4().hex[:12]
         self._read_snapshot = read_snapshot
         self._on_record = on_record
-        self._started_s = int(time.time())
         key = settings.engine.api_key
         self._backend = backend or Gateway(Relay(settings.router, key.get_secret_value() if key is not None else None))
         self._keys = Authenticator(settings.router.keys_file)
         self._limits = TenantLimits(time.monotonic)
         self._dispatcher = Dispatcher(settings, read_snapshot, router_id=self.router_id, rng=random.Random())
-        self._accountant = Accountant(self._backend.fetch_usage, self._settle)
+        self._accountant = Accountant(self._backend.fetch_usage, self._settle, self.router_id)
+        self._accounts = Accounts(settings, build_ledger(settings, self.router_id) if keeps_books else None)
         self._remote = RemoteImages(settings.router.remote_images)
         self._state = RouterState(self.router_id, read_snapshot, self._dispatcher, self._limits)
-        self._metrics = RouterMetrics(self._state.read_gauges)
+        self._lookups = Lookups(settings, read_snapshot, self._dispatcher, self._accounts, self._state)
+        self._metrics = RouterMetrics(self._read_gauges)
         self._document = orjson.dumps(build_document(settings))
         self._generation = Generation(
-            settings, self._keys, self._limits, self._dispatcher, self._backend, self._accountant, self._remote
+            settings,
+            self._keys,
+            self._limits,
+            self._dispatcher,
+            self._backend,
+            self._accountant,
+            self._remote,
+            self._accounts,
         )
 
     async def start(self) -> None:
         """Must run inside the event loop that serves."""
+        await self._accounts.start()
         await self._backend.start()
         await self._remote.start()
 
     async def close(self) -> None:
         self._dispatcher.close()
         await self._accountant.close()
+        await self._accounts.close()
         await self._remote.close()
         await self._backend.close()
 
@@ -113,6 +123,7 @@ class RouterApp:
         """Called about twice a second: keys that have changed, waits that have lasted too long."""
         asyncio.get_running_loop().run_in_executor(None, self._keys.reload_if_changed)  # thousands of keys take a while
         self._dispatcher.tick()
+        self._accounts.see_replicas(self._read_snapshot())
 
     def report(self) -> RouterReport:
         """What the other routers should know of this one."""
@@ -151,7 +162,7 @@ class RouterApp:
 
     async def _route(self, request_id: str, scope: Scope, receive: Receive, reply: Reply) -> None:
         path = _canonical_path(scope["path"])
-        allowed = "POST" if path in _GENERATE else "GET" if path in _LISTS or path.startswith(_MODEL) else None
+        allowed = "GET" if path.startswith(MODEL) else _METHODS.get(path)
         if allowed is None:
             raise RouteNotFoundError(f"There is no {scope['method']} {scope['path'][:200]} here.")
         if scope["method"] != allowed and not (allowed == "GET" and scope["method"] == "HEAD"):
@@ -166,38 +177,7 @@ class RouterApp:
             await reply.send_body(200, self._document)
         else:
             identity = self._keys.identify(dict(scope["headers"]))
-            await reply.send_body(200, orjson.dumps(self._look_up(path, identity)))
-
-    def _look_up(self, path: str, identity: Identity) -> dict[str, Any]:
-        if path == "/admin/state":
-            if not identity.is_admin:
-                raise PermissionDeniedError("This needs an admin key; `serving keys create --admin` makes one.")
-            return self._state.describe()
-        if path == "/v1/models":
-            return {"object": "list", "data": self._model_cards(identity)}
-        return self._find_card(path.removeprefix(_MODEL), identity)
-
-    def _model_cards(self, identity: Identity) -> list[dict[str, Any]]:
-        """OpenAI's cards: every name that a request may use, with the model that runs behind it as `root`."""
-        snapshot = self._read_snapshot()
-        cards: list[dict[str, Any]] = []
-        for name, model in self.settings.models.items():
-            try:
-                check_model_allowed(identity, name, *model.aliases)
-            except PermissionDeniedError:
-                continue
-            ready = snapshot.ready(name)
-            longest = min((record.max_model_len for record in ready), default=None)
-            for alias in (name, *model.aliases):
-                card = {"id": alias, "object": "model", "created": self._started_s, "owned_by": "serving"}
-                cards.append({**card, "root": name, "max_model_len": longest, "ready_replicas": len(ready)})
-        return cards
-
-    def _find_card(self, name: str, identity: Identity) -> dict[str, Any]:
-        card = next((card for card in self._model_cards(identity) if card["id"] == name), None)
-        if card is None:
-            raise ModelNotFoundError(f"The model '{name[:100]}' does not exist; GET /v1/models lists those that do.")
-        return card
+            await self._lookups.answer(path, identity, scope, receive, reply)
 
     async def _answer_ready(self, reply: Reply) -> None:
         snapshot = self._read_snapshot()
@@ -205,9 +185,15 @@ class RouterApp:
         is_ready = any(counts.values())
         await reply.send_body(200 if is_ready else 503, orjson.dumps({"ready": is_ready, "replicas": counts}))
 
+    def _read_gauges(self) -> Iterator[Reading]:
+        yield from self._state.read_gauges()
+        yield from self._accounts.read_gauges()
+        yield from read_settings(self.settings)
+
     def _settle(self, call: Call, record: RequestRecord) -> None:
         used = record.tokens.num_prompt_tokens + record.tokens.num_completion_tokens
         self._limits.settle(call.identity, call.reserved_tokens, used, time.monotonic())
+        self._accounts.settle(call, record)
         self._metrics.count(record)
         self._on_record(record)
 

@@ -37,7 +37,7 @@ class RouterReplica:
         self._reader = serve.get_replica_context().replica_id.unique_id
         self._report_s = settings.router.report_s
         self._snapshot: Snapshot = EMPTY
-        self._app = RouterApp(settings, read_snapshot=lambda: self._snapshot)
+        self._app = RouterApp(settings, read_snapshot=lambda: self._snapshot, keeps_books=True)
         self._drainable = Drainable(self._app)
         self._drain_s = settings.engine.drain_s
         router = settings.router

@@ -136,6 +136,11 @@ class Dispatcher:
         load = self._find(pool, work, request, priority, now_s)
         return self._place(request, work, load, now_s, now_s) if load is not None else None
 
+    def sample(self, model: str) -> ReplicaRecord | None:
+        """A replica that stands for all of a model's, the last one known while there is none."""
+        self._look()
+        return self._pools[model].sample
+
     def estimate(self, request: RoutedRequest) -> Work:
         """What a request would be admitted as now."""
         self._look()

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 from starlette.types import Receive, Scope
 
-from serving.billing.prices import Price
 from serving.billing.records import Outcome
 from serving.errors import InvalidRequestError, ReplicaTimeoutError, ServingError
+from serving.router.accounts import Accounts
 from serving.router.auth import Authenticator, check_model_allowed
 from serving.router.dispatch import Dispatcher
 from serving.router.gateway import Backend
@@ -40,11 +40,10 @@ class Generation:
     backend: Backend
     accountant: Accountant
     remote: RemoteImages
-    _prices: dict[str, Price] = field(init=False)
+    accounts: Accounts
     _held: BodyBudget = field(init=False)
 
     def __post_init__(self) -> None:
-        self._prices = {name: Price.from_settings(model.price) for name, model in self.settings.models.items()}
         self._held = BodyBudget(self.settings.router.limits.max_held_bytes)
 
     async def serve(self, path: str, request_id: str, scope: Scope, receive: Receive, reply: Reply) -> None:
@@ -98,7 +97,9 @@ class Generation:
             with self._held.open() as held:
                 body = await read_body(scope, receive, self.settings.router.limits, held)
                 request = await self._understand(call, body, held)
-                call.reserved_tokens = self.dispatcher.estimate(request).total
+                work = self.dispatcher.estimate(request)
+                self.accounts.reserve(call, work)
+                call.reserved_tokens = work.total
                 try:
                     self.limits.reserve_tokens(call.identity, call.reserved_tokens, time.monotonic())
                 except ServingError:
@@ -106,6 +107,7 @@ class Generation:
                     raise
                 finally:
                     reply.headers += self.limits.headers(call.identity, time.monotonic())
+                    reply.headers += self.accounts.headers(call.identity)
                 # A little longer than the queue's own deadline, whose refusal says more.
                 async with asyncio.timeout(timeout_s + _GRACE_S):
                     await self._answer(call, request, now_s + timeout_s, reply, receive)
@@ -115,7 +117,7 @@ class Generation:
     async def _understand(self, call: Call, body: bytes, held: HeldBody) -> RoutedRequest:
         request = parse_request(call.route, body, self.settings)
         check_model_allowed(call.identity, request.model, *self.settings.models[request.model].aliases)
-        call.start(request, self._prices[request.model])
+        call.start(request, self.accounts.find_price(request.model, call.identity.tenant_id, call.arrived_ns))
         if None in request.image_sizes:
             request = await self.remote.inline(request, self.settings.router)
             held.take(len(request.body) - len(body))

@@ -112,7 +112,7 @@ def build_inline_app(
         return latest
 
     backend = Inline(app, read_usage, key.get_secret_value() if key is not None else None)
-    return RouterApp(settings, read_snapshot, backend=backend)
+    return RouterApp(settings, read_snapshot, backend=backend, keeps_books=True)
 
 
 class _Client:

@@ -8,8 +8,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from serving.billing.budgets import Reservation
 from serving.billing.prices import Price
-from serving.billing.records import Outcome, RequestRecord, TokenCounts
+from serving.billing.records import LostTry, Outcome, RequestRecord, TokenCounts
 from serving.directory import ReplicaRecord
 from serving.errors import ServingError
 from serving.router.requests import RoutedRequest
@@ -21,9 +22,6 @@ CLIENT_CLOSED = 499
 
 _POLL_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 """Pauses between questions: an engine notices at its next step that a request has been aborted."""
-
-_BILLED = frozenset({Outcome.COMPLETED, Outcome.ABORTED, Outcome.TIMED_OUT})
-"""What the stack itself failed costs the tenant nothing."""
 
 
 @dataclass(slots=True)
@@ -43,6 +41,8 @@ class Call:
     unheard: list[ReplicaRecord] = field(default_factory=list)
     """Those that may have generated something for it and have not said how much."""
     queue_wait_ns: int = 0
+    reservation: Reservation | None = None
+    """What its tenant's budget holds back for it."""
     reserved_tokens: int = 0
     """Taken from the tenant's tokens per minute before its real use was known."""
 
@@ -86,8 +86,11 @@ FetchUsage = Callable[[ReplicaRecord, str], Awaitable[dict[str, Any] | None]]
 class Accountant:
     """Makes one record of every call, at once when its tokens are known, else as soon as its engine has told them."""
 
-    def __init__(self, fetch_usage: FetchUsage, on_record: Callable[[Call, RequestRecord], None]) -> None:
+    def __init__(
+        self, fetch_usage: FetchUsage, on_record: Callable[[Call, RequestRecord], None], router_id: str = ""
+    ) -> None:
         self._fetch_usage = fetch_usage
+        self._router_id = router_id
         self._on_record = on_record
         self._asking: set[asyncio.Task[None]] = set()
 
@@ -100,7 +103,8 @@ class Accountant:
         """Take a call that has ended; returns at once."""
         ended_ns = time.time_ns()
         if not call.unheard:
-            self._on_record(call, _build_record(call, ending, ended_ns, call.tokens or TokenCounts()))
+            record = _build_record(call, ending, ended_ns, call.tokens or TokenCounts())
+            self._on_record(call, replace(record, router_id=self._router_id))
             return
         task = asyncio.get_running_loop().create_task(self._complete(call, ending, ended_ns))
         self._asking.add(task)
@@ -113,17 +117,23 @@ class Accountant:
 
     async def _complete(self, call: Call, ending: Ending, ended_ns: int) -> None:
         told = await asyncio.gather(*(self._ask(replica, call.request_id) for replica in call.unheard))
+        tries = list(zip(call.unheard, told, strict=True))
         last = call.tokens
         if last is None and call.unheard[-1] is call.asked[-1]:
-            last = told.pop()
-        wasted = sum(counts.num_completion_tokens for counts in told if counts is not None)
+            last = tries.pop()[1]
+        lost = tuple(
+            LostTry(replica.replica_id, counts.num_prompt_tokens, counts.num_completion_tokens)
+            for replica, counts in tries
+            if counts is not None
+        )
         is_estimated = last is None
         if last is None:
             # The engine is gone and its count with it; what certainly came is what reached the client.
             last = TokenCounts(num_completion_tokens=call.notes.num_frames if call.notes is not None else 0)
         record = _build_record(call, ending, ended_ns, last)
-        wasted += record.num_wasted_tokens
-        self._on_record(call, replace(record, is_estimated=is_estimated, num_wasted_tokens=wasted))
+        wasted = record.num_wasted_tokens + sum(each.num_completion_tokens for each in lost)
+        record = replace(record, router_id=self._router_id, is_estimated=is_estimated)
+        self._on_record(call, replace(record, num_wasted_tokens=wasted, lost_tries=lost))
 
     async def _ask(self, replica: ReplicaRecord, request_id: str) -> TokenCounts | None:
         for pause_s in _POLL_S:
@@ -143,12 +153,7 @@ class Accountant:
 
 def _build_record(call: Call, ending: Ending, ended_ns: int, tokens: TokenCounts) -> RequestRecord:
     notes = call.notes
-    is_billed = ending.outcome in _BILLED
-    cost = 0
-    if notes is not None and is_billed:
-        cost = notes.price.cost_nanodollars(
-            num_prompt_tokens=tokens.num_prompt_tokens, num_completion_tokens=tokens.num_completion_tokens
-        )
+    cost = notes.price.bill_nanodollars(tokens, ending.outcome) if notes is not None else 0
     return RequestRecord(
         request_id=call.request_id,
         tenant_id=call.identity.tenant_id,
@@ -161,8 +166,9 @@ def _build_record(call: Call, ending: Ending, ended_ns: int, tokens: TokenCounts
         modes=notes.image_modes if notes is not None else (),
         num_pages=len(call.request.image_sizes) if call.request is not None else 0,
         tokens=tokens,
-        num_wasted_tokens=0 if is_billed else tokens.num_completion_tokens,
+        num_wasted_tokens=tokens.num_completion_tokens if ending.outcome is Outcome.FAILED else 0,
         cost_nanodollars=cost,
+        price_version=notes.price.version if notes is not None else "",
         replica_id=call.asked[-1].replica_id if call.asked else "",
         num_tries=len(call.asked),
         finish_reason=notes.finish_reason if notes is not None else "",

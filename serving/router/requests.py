@@ -60,6 +60,7 @@ class RoutedRequest:
     max_tokens: int | None = None
     """Longest answer that the request allows, per choice."""
     num_choices: int = 1
+    num_messages: int = 1
     is_constrained: bool = False
     """Whether the answer has to fit a grammar of the client's."""
 
@@ -99,6 +100,7 @@ def parse_request(path: str, body: bytes, settings: Settings) -> RoutedRequest:
         num_text_chars=content.num_chars,
         max_tokens=_read_max_tokens(payload, is_chat),
         num_choices=num_choices,
+        num_messages=len(payload["messages"]) if is_chat else 1,
         is_constrained=_is_constrained(payload),
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 
 from serving.billing.prices import Price, to_dollars
-from serving.billing.records import TokenCounts
+from serving.billing.records import Outcome, TokenCounts
 
 # A quote inside a JSON string is always escaped, so these bytes cannot be text that the model wrote.
 _USAGE = b'"usage":{'
@@ -40,9 +40,7 @@ class UsageNotes:
     def take(self, usage: dict[str, Any]) -> None:
         """Read an engine's `usage` and put the cost in, in dollars, and what the images took."""
         self.tokens = read_tokens(usage)
-        self.cost_nanodollars = self.price.cost_nanodollars(
-            num_prompt_tokens=self.tokens.num_prompt_tokens, num_completion_tokens=self.tokens.num_completion_tokens
-        )
+        self.cost_nanodollars = self.price.bill_nanodollars(self.tokens, Outcome.COMPLETED)
         usage["estimated_cost"] = to_dollars(self.cost_nanodollars)
         details = usage.get("prompt_tokens_details")
         if isinstance(details, dict) and isinstance(details.get("multimodal_tokens"), dict):

@@ -199,7 +199,7 @@ async def test_who_was_never_connected_has_wasted_nothing() -> None:
             app = recorded.router.app
             app._read_snapshot = app._dispatcher._read_snapshot = lambda: snapshot
             snapshot = Snapshot((1, 2), (dead, *recorded.router.records))
-            for _ in range(4):
+            for _ in range(16):
                 await recorded.router.chat()
             assert max(record.num_tries for record in recorded.records) == 2
             assert {record.num_wasted_tokens for record in recorded.records} == {0}

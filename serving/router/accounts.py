@@ -1,0 +1,131 @@
+"""A router's side of the books: what requests cost, what tenants have left, and the ledger that keeps it all."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterator
+
+from serving.billing.budgets import Budgets, BudgetState
+from serving.billing.database import ReplicaLife
+from serving.billing.ledger import Ledger
+from serving.billing.periods import month_of
+from serving.billing.prices import Price, PriceBook
+from serving.billing.records import RequestRecord
+from serving.directory import Snapshot
+from serving.router.metering import Call
+from serving.router.work import Work
+from serving.settings import Settings
+from serving.telemetry.readings import read_budgets, read_ledger
+from serving.telemetry.router_metrics import Reading
+from serving.tenants import Identity
+
+logger = logging.getLogger(__name__)
+
+_USED_HEADER = b"x-budget-used-percent"
+_NANO_DIGITS = 9
+
+
+class Accounts:
+    """Prices, budgets and the ledger of one router. Without a ledger (`ledger=None`) nothing outlives the process."""
+
+    def __init__(self, settings: Settings, ledger: Ledger | None) -> None:
+        self.ledger = ledger
+        self._prices = build_price_book(settings)
+        self._refresh_s = settings.billing.budget.refresh_s
+        self._budgets = Budgets(settings.billing.budget.warn_percent)
+        self._known: dict[str, int] = {}
+        """Monthly budgets of the tenants that were here, in nanodollars."""
+        self._refreshing: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Raises:
+        OSError: the ledger's directory cannot be used.
+        """
+        if self.ledger is not None:
+            await self.ledger.start()
+            self._refreshing = asyncio.create_task(self._refresh_forever())
+
+    async def close(self) -> None:
+        """What is recorded goes to the database if that is quick; it is on disk anyway."""
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+        if self.ledger is not None:
+            await self.ledger.close()
+
+    def find_price(self, model: str, tenant_id: str, arrived_ns: int) -> Price:
+        return self._prices.find(model, tenant_id, arrived_ns)
+
+    def reserve(self, call: Call, work: Work) -> None:
+        """Hold back what a request may cost.
+
+        Raises:
+            QuotaExceededError: the tenant's month is spent.
+        """
+        _, notes = call.understood()
+        estimate = notes.price.cost_nanodollars(
+            num_prompt_tokens=work.prompt_tokens, num_completion_tokens=work.output_tokens
+        )
+        limit = _limit(call.identity)
+        if limit is not None:
+            self._known[call.identity.tenant_id] = limit
+        call.reservation = self._budgets.reserve(
+            call.identity.tenant_id, limit_nanodollars=limit, estimate_nanodollars=estimate, now_ns=call.arrived_ns
+        )
+
+    def settle(self, call: Call, record: RequestRecord) -> None:
+        """A request has ended: its reservation becomes its cost, and its record goes into the ledger."""
+        if call.reservation is not None:
+            self._budgets.settle(call.reservation, record.cost_nanodollars)
+        if self.ledger is not None:
+            self.ledger.record(record)
+
+    def headers(self, identity: Identity) -> list[tuple[bytes, bytes]]:
+        """Tells a tenant that little of its budget is left; nothing before."""
+        limit = _limit(identity)
+        if limit is None:
+            return []
+        status = self._budgets.status(identity.tenant_id, limit_nanodollars=limit, now_ns=time.time_ns())
+        return [] if status.state is BudgetState.OK else [(_USED_HEADER, b"%d" % status.used_percent)]
+
+    def see_replicas(self, snapshot: Snapshot) -> None:
+        """Replicas cost money while they are there, whether they work or not."""
+        if self.ledger is not None:
+            now_ns = time.time_ns()
+            self.ledger.see_replicas(
+                ReplicaLife(record.replica_id, record.model, now_ns, now_ns) for record in snapshot.records
+            )
+
+    def read_gauges(self) -> Iterator[Reading]:
+        """The catalogue's gauges of money and books."""
+        if self.ledger is not None:
+            yield from read_ledger(self.ledger)
+        yield from read_budgets(self._budgets, self._known, time.time_ns())
+
+    async def _refresh_forever(self) -> None:
+        """Learn what tenants have spent by way of other routers, and in earlier lives of this one."""
+        assert self.ledger is not None
+        while True:
+            month = month_of(time.time_ns())
+            try:
+                self._budgets.refresh(month, await self.ledger.read_month(month))
+                self._budgets.forget_before(month)
+            except Exception as error:  # noqa: BLE001  # whatever a database driver raises: the last figures stand
+                logger.warning("what tenants have spent elsewhere cannot be read: %s", error)
+            await asyncio.sleep(self._refresh_s)
+
+
+def build_price_book(settings: Settings) -> PriceBook:
+    """The price lists of all models."""
+    return PriceBook.from_settings({name: model.price for name, model in settings.models.items()})
+
+
+def build_ledger(settings: Settings, router_id: str) -> Ledger:
+    """The ledger of one life of a router."""
+    return Ledger(settings.billing, router_id, build_price_book(settings))
+
+
+def _limit(identity: Identity) -> int | None:
+    budget = identity.tenant.monthly_budget
+    return None if budget is None else int(budget.scaleb(_NANO_DIGITS))

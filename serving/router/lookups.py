@@ -1,0 +1,112 @@
+"""The routes that look something up: models, quotes, usage, costs and the router's own state."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+from starlette.types import Receive, Scope
+
+from serving.directory import Snapshot
+from serving.errors import ModelNotFoundError, PermissionDeniedError
+from serving.router.accounts import Accounts
+from serving.router.auth import check_model_allowed
+from serving.router.dispatch import Dispatcher
+from serving.router.guards import decode_json, read_body
+from serving.router.reply import Reply
+from serving.router.reporting import answer_costs, answer_openai_usage, answer_quote, answer_usage, parse_query
+from serving.router.requests import parse_request
+from serving.router.state import RouterState
+from serving.router.work import read_images
+from serving.settings import Settings
+from serving.tenants import Identity
+
+MODEL = "/v1/models/"
+GET_ROUTES = ("/v1/models", "/v1/usage", "/v1/organization/usage/completions", "/admin/state", "/admin/costs")
+QUOTE = "/v1/quote"
+
+
+class Lookups:
+    """Answers for somebody whose key was checked."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        read_snapshot: Callable[[], Snapshot],
+        dispatcher: Dispatcher,
+        accounts: Accounts,
+        state: RouterState,
+    ) -> None:
+        self._settings = settings
+        self._read_snapshot = read_snapshot
+        self._dispatcher = dispatcher
+        self._accounts = accounts
+        self._state = state
+        self._started_s = int(time.time())
+
+    async def answer(self, path: str, identity: Identity, scope: Scope, receive: Receive, reply: Reply) -> None:
+        """One of `GET_ROUTES`, a model of `MODEL`, or `QUOTE`.
+
+        Raises:
+            ServingError: what is wrong with the request.
+        """
+        content_type = "application/json"
+        query = parse_query(scope["query_string"])
+        found: bytes | dict[str, Any]
+        if path == QUOTE:
+            found = await self._quote(identity, scope, receive)
+        elif path == "/v1/models":
+            found = {"object": "list", "data": self._model_cards(identity)}
+        elif path.startswith(MODEL):
+            found = self._find_card(path.removeprefix(MODEL), identity)
+        elif path == "/v1/usage":
+            found, content_type = await answer_usage(self._accounts.ledger, identity, query)
+        else:
+            _check_admin(identity)
+            if path == "/admin/state":
+                found = self._state.describe()
+            elif path == "/admin/costs":
+                found = await answer_costs(self._accounts.ledger, query)
+            else:
+                found = await answer_openai_usage(self._accounts.ledger, query)
+        body = found if isinstance(found, bytes) else orjson.dumps(found)
+        await reply.send_body(200, body, content_type=content_type.encode())
+
+    async def _quote(self, identity: Identity, scope: Scope, receive: Receive) -> dict[str, Any]:
+        limits = self._settings.router.limits
+        body = await read_body(scope, receive, limits)
+        path = "/v1/chat/completions" if "messages" in decode_json(body, limits) else "/v1/completions"
+        request = parse_request(path, body, self._settings)
+        check_model_allowed(identity, request.model, *self._settings.models[request.model].aliases)
+        replica = self._dispatcher.sample(request.model)
+        reading = read_images(request, replica)
+        return answer_quote(self._accounts, identity, request, reading, replica.max_model_len if replica else 0)
+
+    def _model_cards(self, identity: Identity) -> list[dict[str, Any]]:
+        """OpenAI's cards: every name that a request may use, with the model that runs behind it as `root`."""
+        snapshot = self._read_snapshot()
+        cards: list[dict[str, Any]] = []
+        for name, model in self._settings.models.items():
+            try:
+                check_model_allowed(identity, name, *model.aliases)
+            except PermissionDeniedError:
+                continue
+            ready = snapshot.ready(name)
+            longest = min((record.max_model_len for record in ready), default=None)
+            for alias in (name, *model.aliases):
+                card = {"id": alias, "object": "model", "created": self._started_s, "owned_by": "serving"}
+                cards.append({**card, "root": name, "max_model_len": longest, "ready_replicas": len(ready)})
+        return cards
+
+    def _find_card(self, name: str, identity: Identity) -> dict[str, Any]:
+        card = next((card for card in self._model_cards(identity) if card["id"] == name), None)
+        if card is None:
+            raise ModelNotFoundError(f"The model '{name[:100]}' does not exist; GET /v1/models lists those that do.")
+        return card
+
+
+def _check_admin(identity: Identity) -> None:
+    if not identity.is_admin:
+        raise PermissionDeniedError("This needs an admin key; `serving keys create --admin` makes one.")
