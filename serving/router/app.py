@@ -20,6 +20,7 @@ from serving.errors import (
     RouteNotFoundError,
     ServingError,
 )
+from serving.frozen import is_loopback
 from serving.router.accounts import Accounts, build_ledger
 from serving.router.auth import Authenticator
 from serving.router.dispatch import Dispatcher
@@ -76,7 +77,7 @@ class RouterApp:
         self._on_record = on_record
         key = settings.engine.api_key
         self._backend = backend or Gateway(Relay(settings.router, key.get_secret_value() if key is not None else None))
-        self._keys = Authenticator(settings.router.keys_file)
+        self._keys = Authenticator(settings.router.keys_file, is_local=is_loopback(settings.router.host))
         self._limits = TenantLimits(time.monotonic)
         self._dispatcher = Dispatcher(settings, read_snapshot, router_id=self.router_id, rng=random.Random())
         self._accountant = Accountant(self._backend.fetch_usage, self._settle, self.router_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -22,13 +23,16 @@ class Authenticator:
     """Keeps the keys file's content. Verified keys are not remembered: the whole check takes a few microseconds, most
     of them one SHA-256 over 59 bytes, which a cache would have to spend on its own key."""
 
-    def __init__(self, keys_file: Path | None, clock: Callable[[], float] = time.time) -> None:
-        """Read the file; None lets everybody in.
+    def __init__(
+        self, keys_file: Path | None, clock: Callable[[], float] = time.time, *, is_local: bool = False
+    ) -> None:
+        """Read the file; None lets everybody in, and when only this machine `is_local` enough to ask, as an admin.
 
         Raises:
             SettingsError: the file cannot be used.
         """
         self._file = keys_file
+        self._nobody = dataclasses.replace(NOBODY, is_admin=is_local)
         self._clock = clock
         self._stamp: _Stamp | None = None
         self._known: dict[str, tuple[KeyRecord, Identity]] = {}
@@ -51,7 +55,7 @@ class Authenticator:
             AuthenticationError: no key, or none that is valid; it never tells which part was wrong.
         """
         if self._file is None:
-            return NOBODY
+            return self._nobody
         header = headers.get(b"authorization")
         if header is None:
             raise AuthenticationError(

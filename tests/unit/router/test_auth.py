@@ -39,8 +39,8 @@ def at(moment: datetime) -> Callable[[], float]:
 def test_everybody_is_let_in_where_no_keys_are_set() -> None:
     open_ = Authenticator(None)
     assert open_.is_open
-    assert open_.identify({}) is NOBODY
-    assert open_.identify(bearer("whatever")) is NOBODY
+    assert open_.identify({}) == NOBODY
+    assert open_.identify(bearer("whatever")) == NOBODY
     assert not open_.reload_if_changed()
 
 
@@ -235,3 +235,8 @@ def test_arbitrary_text_is_no_key(text: str) -> None:
 def test_a_record_without_a_time_zone_is_refused() -> None:
     with pytest.raises(ValueError, match="timezone"):
         KeyRecord(**{**RECORD.model_dump(), "created": datetime(2026, 1, 1)})
+
+
+@pytest.mark.parametrize("is_local", [True, False])
+def test_without_keys_only_this_machine_is_an_admin(is_local: bool) -> None:
+    assert Authenticator(None, is_local=is_local).identify({}).is_admin is is_local
