@@ -36,8 +36,10 @@ from serving.router.remote import RemoteImages
 from serving.router.reply import Reply
 from serving.router.state import RouterState
 from serving.settings import Settings
+from serving.telemetry.logs import log_request
 from serving.telemetry.readings import read_settings
 from serving.telemetry.router_metrics import Reading, RouterMetrics
+from serving.telemetry.targets import Group, list_targets
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +75,9 @@ class RouterApp:
         """
         self.settings = settings
         self.router_id = uuid.uuid4().hex[:12]
+        self.metrics_url = ""
+        """Where this router's metrics are, if anywhere: told to the others, and by them to Prometheus."""
+        self._others: tuple[RouterReport, ...] = ()
         self._read_snapshot = read_snapshot
         self._on_record = on_record
         key = settings.engine.api_key
@@ -133,7 +138,12 @@ class RouterApp:
             queued_work=tuple(self._dispatcher.queued_work().items()),
             replica_work=tuple(self._dispatcher.replica_work().items()),
             tenants=self._limits.uses(),
+            metrics_url=self.metrics_url,
         )
+
+    def list_targets(self) -> list[Group]:
+        """What Prometheus is to scrape: engines and routers, as far as this one knows."""
+        return list_targets(self._read_snapshot(), (self.report(), *self._others))
 
     def render_metrics(self) -> bytes:
         """Prometheus' text format. Served on a port of each router's own: the public one is shared."""
@@ -141,6 +151,7 @@ class RouterApp:
 
     def absorb(self, reports: tuple[RouterReport, ...]) -> None:
         """What the others reported."""
+        self._others = reports
         self._dispatcher.absorb(reports)
         self._limits.absorb(reports)
 
@@ -196,6 +207,7 @@ class RouterApp:
         self._limits.settle(call.identity, call.reserved_tokens, used, time.monotonic())
         self._accounts.settle(call, record)
         self._metrics.count(record)
+        log_request(record)
         self._on_record(record)
 
 

@@ -17,6 +17,9 @@ from serving.http_server import HttpServer
 from serving.router.app import RouterApp
 from serving.router.draining import Drainable
 from serving.settings import Settings
+from serving.telemetry.exporter import MetricsServer
+from serving.telemetry.logs import configure_logs
+from serving.telemetry.targets import TargetsFile
 from serving.versions import router_version, with_version
 
 logger = logging.getLogger(__name__)
@@ -33,6 +36,7 @@ class RouterReplica:
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
         self, settings: Settings, directory: ActorHandle
     ) -> None:
+        configure_logs(settings.log)
         self._directory = directory
         self._reader = serve.get_replica_context().replica_id.unique_id
         self._report_s = settings.router.report_s
@@ -50,6 +54,12 @@ class RouterReplica:
             limits=router.limits,
         )
         await self._app.start()
+        host = ray.util.get_node_ip_address() if settings.engine.host == "auto" else settings.engine.host
+        self._metrics = MetricsServer(self._app.render_metrics, self._app.list_targets, host)
+        await self._metrics.start()
+        self._app.metrics_url = self._metrics.url
+        file = settings.telemetry.targets_file
+        self._targets_file = TargetsFile(file) if file is not None else None
         with contextlib.suppress(ray.exceptions.RayError):  # what replicas there are, before the first client asks
             await self._follow(timeout_s=0.0)
         await self._server.start()
@@ -64,7 +74,7 @@ class RouterReplica:
         Raises:
             RuntimeError: nothing listens any more, or the app is no longer kept informed.
         """
-        if not self._server.is_serving:
+        if not (self._server.is_serving and self._metrics.is_serving):
             raise RuntimeError("the router's HTTP server has ended")
         ended = [task for task in self._tasks if task.done()]
         if ended:
@@ -74,6 +84,7 @@ class RouterReplica:
         """Called by Ray Serve before it ends the replica: clients go elsewhere, what runs is finished."""
         await self._drainable.drain(self._drain_s)
         await self._server.stop()
+        await self._metrics.stop()
         for task in self._tasks:
             task.cancel()
         await self._app.close()
@@ -90,6 +101,11 @@ class RouterReplica:
 
     async def _report(self) -> None:
         self._app.absorb(await self._directory.exchange.remote(self._app.report()))
+        if self._targets_file is not None:
+            try:
+                await asyncio.to_thread(self._targets_file.write, self._app.list_targets())
+            except OSError as error:
+                logger.warning("the file of scrape targets cannot be written: %s", error)
 
     async def _tick(self) -> None:
         self._app.tick()

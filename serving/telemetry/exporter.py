@@ -1,4 +1,4 @@
-"""A process's metrics on a port of its own: routers share their public one, and a scrape there would meet any of them."""
+"""A process's metrics on a port of its own: routers share their public one, where a scrape would meet any of them."""
 
 from __future__ import annotations
 
@@ -7,32 +7,42 @@ from collections.abc import Callable
 from starlette.types import Receive, Scope, Send
 
 from serving.http_server import HttpServer
+from serving.telemetry.targets import Group, render_targets
 
 _TEXT = b"text/plain; version=0.0.4; charset=utf-8"
 
 
 class MetricsApp:
-    """The ASGI app: `GET /metrics`, nothing else. Asks nobody for a key, as vLLM's does: bind it inside."""
+    """The ASGI app: `GET /metrics`, and `GET /metrics/targets`, Prometheus' HTTP service discovery for all processes.
 
-    def __init__(self, render: Callable[[], bytes]) -> None:
+    Asks nobody for a key, as vLLM's does: bind it inside.
+    """
+
+    def __init__(self, render: Callable[[], bytes], list_targets: Callable[[], list[Group]]) -> None:
         """Args:
         render: Prometheus' text format of this moment.
+        list_targets: what there is to scrape now.
         """
         self._render = render
+        self._list_targets = list_targets
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        if scope["path"] != "/metrics":
-            await _send(send, 404, b"There is only /metrics here.\n")
+        if scope["path"] not in ("/metrics", "/metrics/targets"):
+            await _send(send, 404, b"There are /metrics and /metrics/targets here.\n")
         elif scope["method"] not in ("GET", "HEAD"):
             await _send(send, 405, b"/metrics answers GET only.\n", (b"allow", b"GET"))
-        else:
+        elif scope["path"] == "/metrics":
             await _send(send, 200, self._render())
+        else:
+            await _send(send, 200, render_targets(self._list_targets()), content_type=b"application/json")
 
 
-async def _send(send: Send, status: int, body: bytes, *headers: tuple[bytes, bytes]) -> None:
-    fixed = ((b"content-type", _TEXT), (b"content-length", b"%d" % len(body)))
+async def _send(
+    send: Send, status: int, body: bytes, *headers: tuple[bytes, bytes], content_type: bytes = _TEXT
+) -> None:
+    fixed = ((b"content-type", content_type), (b"content-length", b"%d" % len(body)))
     await send({"type": "http.response.start", "status": status, "headers": [*fixed, *headers]})
     await send({"type": "http.response.body", "body": body})
 
@@ -40,17 +50,18 @@ async def _send(send: Send, status: int, body: bytes, *headers: tuple[bytes, byt
 class MetricsServer:
     """`MetricsApp` on a free port."""
 
-    def __init__(self, render: Callable[[], bytes], host: str) -> None:
+    def __init__(self, render: Callable[[], bytes], list_targets: Callable[[], list[Group]], host: str) -> None:
         """Bind it.
 
         Args:
             render: see `MetricsApp`.
+            list_targets: see `MetricsApp`.
             host: an address that Prometheus can reach, not a wildcard: it becomes part of `url`.
 
         Raises:
             OSError: the address is not this machine's.
         """
-        self._server = HttpServer(MetricsApp(render), host=host, port=0, drain_s=1)
+        self._server = HttpServer(MetricsApp(render, list_targets), host=host, port=0, drain_s=1)
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self._server.port}/metrics"
 
     @property

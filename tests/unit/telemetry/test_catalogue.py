@@ -6,6 +6,7 @@ from serving.telemetry.catalogue import ROUTER, Kind, Metric, render_table
 
 UNBOUNDED = {"request_id", "key", "client", "ip", "path", "prompt"}
 UNITS = ("_total", "_seconds", "_tokens", "_requests", "_records", "_ratio", "_replicas", "_state", "_info")
+UNITS += ("_bytes", "_dollars", "_wanted")
 
 
 @pytest.mark.parametrize("metric", ROUTER, ids=lambda metric: metric.name)
