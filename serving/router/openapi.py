@@ -40,6 +40,12 @@ def build_document(settings: Settings) -> dict[str, Any]:
                 "get": _looking_up("One of them"),
                 "parameters": [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}],
             },
+            "/v1/quote": {"post": _quoting(_chat_schema(names, limits.max_messages))},
+            "/v1/usage": {"get": _reporting("Your requests, tokens, pages and costs; an admin's: everybody's", _USAGE)},
+            "/v1/organization/usage/completions": {
+                "get": _reporting("The same in daily buckets, as OpenAI has it; needs an admin key", _OPENAI_USAGE)
+            },
+            "/admin/costs": {"get": _reporting("What the stack itself costs; needs an admin key", _WINDOW)},
             "/health": {"get": _looking_up("The router is up", ("405", "431"))},
             "/ready": {"get": _looking_up("At least one replica can serve", ("405", "431", "503"))},
             "/admin/state": {"get": _looking_up("Replicas, queues and tenants; needs an admin key")},
@@ -76,7 +82,7 @@ def _errors(statuses: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _generating(summary: str, schema: dict[str, Any]) -> dict[str, Any]:
-    answers = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {"schema": {"type": "string"}}}
+    answers = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}}
     return {
         "summary": summary,
         "parameters": [
@@ -99,6 +105,25 @@ def _generating(summary: str, schema: dict[str, Any]) -> dict[str, Any]:
 def _looking_up(summary: str, statuses: tuple[str, ...] = _LOOK_UPS) -> dict[str, Any]:
     found = {"description": summary, "content": {"application/json": {"schema": {"type": "object"}}}}
     return {"summary": summary, "responses": {"200": found, **_errors(statuses)}}
+
+
+def _quoting(schema: dict[str, Any]) -> dict[str, Any]:
+    statuses = ("400", "401", "403", "404", "405", "408", "413", "431", "503")
+    found = {"description": "Tokens and dollars, from the least to the most", "content": _JSON_OBJECT}
+    return {
+        "summary": "What a request would cost, without running it",
+        "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
+        "responses": {"200": found, **_errors(statuses)},
+    }
+
+
+def _reporting(summary: str, parameters: tuple[str, ...]) -> dict[str, Any]:
+    content = {**_JSON_OBJECT, "text/csv": {"schema": _TEXT}}
+    return {
+        "summary": summary,
+        "parameters": [{"name": name, "in": "query", "schema": _PARAMETERS[name]} for name in parameters],
+        "responses": {"200": {"description": summary, "content": content}, **_errors((*_LOOK_UPS, "400", "503"))},
+    }
 
 
 def _common(names: list[str]) -> dict[str, Any]:
@@ -142,4 +167,18 @@ def _completion_schema(names: list[str]) -> dict[str, Any]:
 
 
 _TEXT: dict[str, Any] = {"type": "string"}
+_JSON_OBJECT: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
+_WINDOW = ("month", "since", "until")
+_USAGE = (*_WINDOW, "group_by", "tenant", "format")
+_OPENAI_USAGE = ("start_time", "end_time", "group_by")
+_PARAMETERS: dict[str, dict[str, Any]] = {
+    "month": {"type": "string", "pattern": "^[0-9]{4}-[0-9]{2}$"},
+    "since": {"type": "string", "format": "date"},
+    "until": {"type": "string", "format": "date"},
+    "group_by": {"type": "string"},
+    "tenant": {"type": "string"},
+    "format": {"enum": ["json", "csv"]},
+    "start_time": {"type": "integer", "minimum": 0},
+    "end_time": {"type": "integer", "minimum": 0},
+}
 _DETAILS = ["low", "high", "auto"]
