@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import AnyHttpUrl, Field, TypeAdapter, field_validator
+from pydantic import field_validator
 
 from serving.frozen import Frozen
-
-_URL = TypeAdapter(AnyHttpUrl)
 
 
 class LogSettings(Frozen):
@@ -27,19 +25,9 @@ class TelemetrySettings(Frozen):
 
     targets_file: Path | None = None
     """Written by every router for Prometheus' `file_sd_configs`, for a Prometheus that cannot ask a router."""
-    otlp_endpoint: str | None = None
-    """Base URL of an OpenTelemetry collector (`http://collector:4318`): traces go there. None: no traces."""
-    trace_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Part of the requests that are traced; whoever sends a `traceparent` has decided for its own."""
 
     @field_validator("targets_file")
     @classmethod
     def _make_absolute(cls, file: Path | None) -> Path | None:
         """Replicas run in other folders than the user's."""
         return file.expanduser().absolute() if file is not None else None
-
-    @field_validator("otlp_endpoint")
-    @classmethod
-    def _check_url(cls, url: str | None) -> str | None:
-        """A URL that is none would be found out by a background thread, long after the start."""
-        return str(_URL.validate_python(url)).rstrip("/") if url is not None else None

@@ -19,6 +19,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serving.directory import ReplicaRecord, RouterReport
 from serving.http_server import HttpServer
 from serving.settings import Settings
+from serving.telemetry.exporter import MetricsServer
+from serving.telemetry.targets import Group
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,12 @@ class CheckedApp(Protocol):
 
     def absorb(self, reports: tuple[RouterReport, ...]) -> None: ...
 
+    def render_metrics(self) -> bytes: ...
+
+    def list_targets(self) -> list[Group]: ...
+
+    metrics_url: str
+
 
 FindUsage = Callable[[str], dict[str, Any] | None]
 BuildCheckedApp = Callable[[Settings, ASGIApp, FindUsage, Callable[[], ReplicaRecord]], CheckedApp]
@@ -60,6 +68,8 @@ class Entrance:
         self._report_s = settings.router.report_s
         self._drain_s = settings.engine.drain_s
         self._server = HttpServer(app, host=host, port=0, drain_s=1, limits=settings.router.limits)
+        self._metrics = MetricsServer(app.render_metrics, app.list_targets, host)
+        app.metrics_url = self._metrics.url
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -69,11 +79,13 @@ class Entrance:
     @property
     def is_well(self) -> bool:
         """Whether it listens and its app is kept informed."""
-        return self._server.is_serving and not any(task.done() for task in self._tasks)
+        is_serving = self._server.is_serving and self._metrics.is_serving
+        return is_serving and not any(task.done() for task in self._tasks)
 
     async def start(self) -> None:
         await self._app.start()
         await self._server.start()
+        await self._metrics.start()
         self._tasks = [asyncio.create_task(self._tick_forever()), asyncio.create_task(self._report_forever())]
 
     async def drain(self) -> None:
@@ -84,6 +96,7 @@ class Entrance:
 
     async def close(self) -> None:
         await self._server.stop()
+        await self._metrics.stop()
         for task in self._tasks:
             task.cancel()
         await self._app.close()

@@ -62,6 +62,7 @@ class RouterReplica:
         self._targets_file = TargetsFile(file) if file is not None else None
         with contextlib.suppress(ray.exceptions.RayError):  # what replicas there are, before the first client asks
             await self._follow(timeout_s=0.0)
+            await self._report()
         await self._server.start()
         self._tasks = [
             asyncio.create_task(_repeat(step, pause_s))

@@ -24,6 +24,7 @@ class App:
 
     def __init__(self) -> None:
         self.is_idle = True
+        self.metrics_url = ""
         self.calls: list[str] = []
         self.others: tuple[RouterReport, ...] = ()
 
@@ -42,6 +43,12 @@ class App:
 
     def tick(self) -> None:
         self.calls.append("tick")
+
+    def render_metrics(self) -> bytes:
+        return b"a 1\n"
+
+    def list_targets(self) -> list[Any]:
+        return []
 
     def report(self) -> RouterReport:
         return RouterReport("mine")
@@ -88,6 +95,7 @@ async def test_it_serves_the_app_and_keeps_it_informed() -> None:
         assert entrance.is_well
         async with httpx.AsyncClient(trust_env=False) as client:
             assert (await client.get(f"http://127.0.0.1:{entrance.port}/")).content == b"ok"
+            assert (await client.get(app.metrics_url)).content == b"a 1\n"
         async with asyncio.timeout(5):
             while not app.others:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from serving.telemetry.catalogue import ROUTER, Kind, Metric, render_table
+from serving.telemetry.catalogue import ROUTER, Kind, Metric, render_table, render_tables
 
 UNBOUNDED = {"request_id", "key", "client", "ip", "path", "prompt"}
 UNITS = ("_total", "_seconds", "_tokens", "_requests", "_records", "_ratio", "_replicas", "_state", "_info")
@@ -29,3 +31,8 @@ def test_the_table_has_a_row_for_each() -> None:
     lines = render_table().splitlines()
     assert len(lines) == 2 + len(ROUTER)
     assert all(line.count("|") == 5 for line in lines)
+
+
+def test_the_readme_holds_the_catalogue() -> None:
+    readme = Path(__file__).resolve().parents[3] / "README.md"
+    assert render_tables() in readme.read_text(), "paste what `python -m serving.telemetry.catalogue` prints"
