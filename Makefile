@@ -1,9 +1,10 @@
 # Every verb sets itself up: a fresh clone needs Python 3.11, git, make and a C compiler, nothing else.
 PYTHON ?= python3.11
 CONFIG ?= configs/local.yaml
+ROUNDS ?= 30
 BIN    := .venv/bin
 
-.PHONY: help install serve lint format test test-slow checkpoint clean
+.PHONY: help install serve lint format test test-slow soak checkpoint clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,6 +33,10 @@ test: install ## the tests that every change must pass
 
 test-slow: install ## proofs that take minutes
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+soak: install ## kills and overload under load, about a quarter of an hour; ROUNDS kills of each part
+	$(BIN)/python -m benchmarks.faults --rounds $(ROUNDS)
+	$(BIN)/python -m benchmarks.overload --seconds 60
 
 clean: ## remove everything that was made here
 	rm -rf .venv checkpoints .pytest_cache .mypy_cache .ruff_cache

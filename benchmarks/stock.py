@@ -66,6 +66,11 @@ def _compose(steps: list[Callable[[Any], Any]]) -> Callable[[Any], Any]:
     return run
 
 
+def patch_mode(stock: types.ModuleType, base_size: int, image_size: int) -> None:
+    """Put a resolution mode where vLLM has gundam in its code. A page that fits into `image_size` is not cut."""
+    vars(stock).update(BASE_SIZE=base_size, IMAGE_SIZE=image_size)
+
+
 def patch_sizes(stock: types.ModuleType, sizes: NanoConfig) -> None:
     """Put these sizes where vLLM has the published ones in its code."""
     from transformers import CLIPVisionConfig

@@ -15,16 +15,19 @@ os.environ["VLLM_PLUGINS"] = "none"  # this project's plugin would take the arch
 
 from vllm import ModelRegistry
 
-from benchmarks.stock import SIZES_FILE, import_stock, patch_sizes
+from benchmarks.stock import SIZES_FILE, import_stock, patch_mode, patch_sizes
 from serving.demo.config import NanoConfig
 
 
 def install(checkpoint: Path) -> None:
-    """Register vLLM's own class under the published name, patched to the checkpoint's sizes."""
+    """Register vLLM's own class under the published name, patched to the checkpoint's sizes and mode."""
     values = json.loads((checkpoint / SIZES_FILE).read_text())
     sizes = NanoConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
     stock = import_stock()
     patch_sizes(stock, sizes)
+    mode = json.loads((checkpoint / "preprocessor_config.json").read_text())
+    if "base_size" in mode:
+        patch_mode(stock, mode["base_size"], mode["image_size"])
     ModelRegistry.register_model("DeepseekOCRForCausalLM", stock.DeepseekOCRForCausalLM)
 
 

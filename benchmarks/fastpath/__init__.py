@@ -10,5 +10,6 @@ MEASURES = {
     "images": "benchmarks.fastpath.images",
     "encoder": "benchmarks.fastpath.encoder",
     "servers": "benchmarks.fastpath.servers",
+    "reading": "benchmarks.fastpath.reading",
 }
 """Names of the measures and the modules that hold them; a module is imported when its measure is run."""

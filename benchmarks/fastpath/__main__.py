@@ -33,6 +33,7 @@ def main(
     rows = [row for name in only or MEASURES for row in importlib.import_module(MEASURES[name]).run()]
     Console().print(build_table(rows))
     if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n")
 
 
@@ -45,10 +46,8 @@ def build_table(rows: Iterable[Row]) -> Table:
     table.add_column("unit")
     table.add_column("peer is")
     for row in rows:
-        floor = "" if row.floor is None else f"{row.floor:.3g}"
-        table.add_row(
-            row.measure, f"{row.ours:.3g}", f"{row.peer:.3g}", floor, f"{row.ratio:.3g}", row.unit, row.peer_name
-        )
+        figures = ("" if value is None else f"{value:.3g}" for value in (row.ours, row.peer, row.floor, row.ratio))
+        table.add_row(row.measure, *figures, row.unit, row.peer_name)
     return table
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """ratio: how much better ours is than the peer's, above 1 is better. floor: what nothing can go under, or None."""
+    """ratio: how much better ours is than the peer's, above 1 is better; None when one of them alone is zero.
+    floor: what nothing can go under, or None."""
 
     measure: str
     ours: float
@@ -17,17 +18,23 @@ class Row:
     peer_name: str
     floor: float | None
     unit: str
-    ratio: float
+    ratio: float | None
 
     @classmethod
     def of_costs(cls, measure: str, ours: float, peer: float, peer_name: str, floor: float | None, unit: str) -> Row:
         """Of figures where less is better."""
-        return cls(measure, ours, peer, peer_name, floor, unit, peer / ours)
+        return cls(measure, ours, peer, peer_name, floor, unit, _quotient(peer, ours))
 
     @classmethod
     def of_rates(cls, measure: str, ours: float, peer: float, peer_name: str, floor: float | None, unit: str) -> Row:
         """Of figures where more is better."""
-        return cls(measure, ours, peer, peer_name, floor, unit, ours / peer)
+        return cls(measure, ours, peer, peer_name, floor, unit, _quotient(ours, peer))
+
+
+def _quotient(upper: float, lower: float) -> float | None:
+    if upper == lower:
+        return 1.0
+    return upper / lower if upper and lower else None
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:

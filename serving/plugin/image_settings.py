@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 PREFIX = "SERVING_IMAGE_"
-_TRUE = frozenset({"1", "true", "yes", "on"})
-_FALSE = frozenset({"0", "false", "no", "off"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,14 +17,12 @@ class ImageSettings:
     queue: pages that may wait for a worker; more wait outside, for `queue_timeout_s` at most.
     queue_timeout_s: after so long without room in the queue a request is refused with 503.
     work_timeout_s: after so long on one page a worker is given up, and the page with it.
-    strict: pixels bit for bit as Pillow resamples them, at about a quarter more CPU time.
     """
 
     workers: int = 0
     queue: int = 64
     queue_timeout_s: float = 30.0
     work_timeout_s: float = 60.0
-    strict: bool = False
 
     def __post_init__(self) -> None:
         if self.workers < 0:
@@ -50,7 +46,6 @@ class ImageSettings:
             queue=int(_number(environ, "QUEUE", default.queue)),
             queue_timeout_s=_number(environ, "QUEUE_TIMEOUT_S", default.queue_timeout_s),
             work_timeout_s=_number(environ, "WORK_TIMEOUT_S", default.work_timeout_s),
-            strict=_switch(environ, "STRICT", default.strict),
         )
 
 
@@ -63,10 +58,3 @@ def _number(environ: Mapping[str, str], name: str, default: float) -> float:
     except ValueError:
         raise ValueError(f"{PREFIX}{name} must be a number, not {text!r}") from None
     return value
-
-
-def _switch(environ: Mapping[str, str], name: str, default: bool) -> bool:
-    text = environ.get(PREFIX + name, "").lower()
-    if text in ("", *_TRUE, *_FALSE):
-        return default if not text else text in _TRUE
-    raise ValueError(f"{PREFIX}{name} must be true or false, not {text!r}")

@@ -37,20 +37,17 @@ class PageViews:
         return cls(view, buffer[layout.view_bytes : layout.size_bytes].view(layout.tiles_shape), layout.grid)
 
 
-def build_views(
-    page: Pixels | Image.Image, mode: ResolutionMode, padding: Colour, *, is_exact: bool = False
-) -> PageViews:
+def build_views(page: Pixels | Image.Image, mode: ResolutionMode, padding: Colour) -> PageViews:
     """Cut a page into its views, in this thread.
 
     Args:
         page: any size; RGB when it is an array of shape (height, width, 3).
         mode: sizes and tiling.
         padding: RGB colour of the borders that keep the page's aspect ratio in the global view.
-        is_exact: bit for bit as Pillow resamples.
     """
     if isinstance(page, Image.Image):
         page = to_rgb(page, WHITE)
     layout = Layout.of(size_of(page), mode)
     buffer = torch.empty(layout.size_bytes, dtype=torch.uint8)
-    draw_views(page, layout, padding, is_exact, buffer.numpy())
+    draw_views(page, layout, padding, buffer.numpy())
     return PageViews.in_buffer(buffer, layout)

@@ -21,8 +21,12 @@ class Job:
     padding: Colour
     background: Colour
     formats: tuple[str, ...]
-    is_exact: bool
     memory_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The worker has imported all it needs; said once, before the first job."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,14 +11,14 @@ from functools import cache
 from PIL import Image
 from vllm.exceptions import RetryableRequestError
 
-from serving.plugin import image_metrics as metrics
+from serving.plugin import metrics
 from serving.plugin.decoding import Colour
 from serving.plugin.image_settings import ImageSettings
 from serving.plugin.images import PageViews, build_views
 from serving.plugin.jobs import Job
 from serving.plugin.modes import ResolutionMode
 from serving.plugin.pages import EncodedPage
-from serving.plugin.pool import ImagePool, PoolFullError, Ticket
+from serving.plugin.pool import ImagePool, PoolUnavailableError, Ticket
 from serving.plugin.selection import ChosenMode
 
 
@@ -58,7 +58,7 @@ class ImagePipeline:
         loop = asyncio.get_running_loop()
         with _as_retryable():
             for page, choice in zip(pages, chosen, strict=True):
-                ticket = _ticket(page, choice.mode, padding, self.settings.strict)
+                ticket = _ticket(page, choice.mode, padding)
                 page.order = (choice.mode, ticket.views)
                 if not self._pool.offer(ticket):
                     await loop.run_in_executor(self._admission, self._pool.put, ticket)
@@ -75,7 +75,7 @@ class ImagePipeline:
         with _as_retryable():
             for page, choice in zip(pages, chosen, strict=True):
                 if isinstance(page, EncodedPage) and self._pool is not None and not _is_ordered(page, choice.mode):
-                    ticket = _ticket(page, choice.mode, padding, self.settings.strict)
+                    ticket = _ticket(page, choice.mode, padding)
                     self._pool.put(ticket)
                     page.order = (choice.mode, ticket.views)
             views = [self._views_of(page, choice.mode, padding) for page, choice in zip(pages, chosen, strict=True)]
@@ -90,15 +90,15 @@ class ImagePipeline:
             return views
         with metrics.WORK_SECONDS.time():
             source = page.decoded() if isinstance(page, EncodedPage) else page
-            return build_views(source, mode, padding, is_exact=self.settings.strict)
+            return build_views(source, mode, padding)
 
 
 def _is_ordered(page: EncodedPage, mode: ResolutionMode) -> bool:
     return page.order is not None and page.order[0] == mode
 
 
-def _ticket(page: EncodedPage, mode: ResolutionMode, padding: Colour, is_exact: bool) -> Ticket:
-    job = Job(page.size, mode, padding, page.background, page.formats, is_exact)
+def _ticket(page: EncodedPage, mode: ResolutionMode, padding: Colour) -> Ticket:
+    job = Job(page.size, mode, padding, page.background, page.formats)
     return Ticket(job, page.data)
 
 
@@ -106,7 +106,7 @@ def _ticket(page: EncodedPage, mode: ResolutionMode, padding: Colour, is_exact: 
 def _as_retryable() -> Iterator[None]:
     try:
         yield
-    except PoolFullError as error:
+    except PoolUnavailableError as error:
         raise RetryableRequestError(f"{error}.") from error
 
 

@@ -12,23 +12,25 @@ import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from serving.plugin import image_metrics as metrics
+from serving.plugin import metrics
 from serving.plugin.decoding import DecodeError
 from serving.plugin.image_settings import ImageSettings
 from serving.plugin.images import PageViews
 from serving.plugin.jobs import Job
-from serving.plugin.worker_process import WorkerHungError, WorkerLostError, WorkerProcess
+from serving.plugin.worker_process import WorkerHungError, WorkerLostError, WorkerProcess, WorkerStartError
 
 _IDLE_CHECK_S = 1.0
 """How often an idle worker is looked after, and a failed start tried again."""
+_START_TIMEOUT_S = 60.0
 _TRIES = 2
 _CLOSED = "the server is shutting down"
+_NO_WORKER = "no process that decodes pages can be started; try again later"
 
 logger = logging.getLogger(__name__)
 
 
-class PoolFullError(Exception):
-    """No room in the queue for as long as a page may wait, or the pool is closed: try again later or elsewhere."""
+class PoolUnavailableError(Exception):
+    """No room in the queue for as long as a page may wait, no worker, or the pool is closed: try again elsewhere."""
 
 
 class PageLostError(ValueError):
@@ -81,7 +83,7 @@ class ImagePool:
         """Queue a page if there is room. Never blocks.
 
         Raises:
-            PoolFullError: the pool is closed.
+            PoolUnavailableError: the pool is closed.
         """
         try:
             self._put(ticket, 0.0)
@@ -93,23 +95,23 @@ class ImagePool:
         """Queue a page, waiting for room as long as the settings allow, counted from the ticket's making.
 
         Raises:
-            PoolFullError: there was none, or the pool is closed.
+            PoolUnavailableError: there was none, or the pool is closed.
         """
         left_s = ticket.begin_s + self._settings.queue_timeout_s - time.monotonic()
         try:
             self._put(ticket, max(0.0, left_s))
         except queue.Full:
             metrics.FAILURES.labels("full").inc()
-            raise PoolFullError("too many pages are waiting to be decoded; try again later") from None
+            raise PoolUnavailableError("too many pages are waiting to be decoded; try again later") from None
 
     def _put(self, ticket: Ticket, timeout_s: float) -> None:
         self.start()
         if self._closed.is_set():
-            raise PoolFullError(_CLOSED)
+            raise PoolUnavailableError(_CLOSED)
         self._queue.put(ticket, block=timeout_s > 0, timeout=timeout_s or None)
         metrics.QUEUE_PAGES.inc()
         if self._closed.is_set():
-            self._refuse_waiting()  # closed meanwhile: nobody else would
+            self._refuse_waiting(_CLOSED)  # closed meanwhile: nobody else would
 
     def close(self) -> None:
         """End the processes and refuse what waits. May be called again, and in a fork, where it does nothing."""
@@ -117,7 +119,7 @@ class ImagePool:
             return
         atexit.unregister(self.close)
         self._closed.set()
-        self._refuse_waiting()
+        self._refuse_waiting(_CLOSED)
         with self._lock:
             workers, threads = list(self._workers.values()), self._threads
         for worker in workers:
@@ -128,13 +130,14 @@ class ImagePool:
         for thread in threads:
             thread.join()
 
-    def _refuse_waiting(self) -> None:
+    def _refuse_waiting(self, reason: str) -> None:
         with contextlib.suppress(queue.Empty):
             while True:
                 ticket = self._queue.get_nowait()
                 if ticket is not None:
                     metrics.QUEUE_PAGES.dec()
-                    _refuse(ticket)
+                    if ticket.views.set_running_or_notify_cancel():
+                        _refuse(ticket, reason)
 
     def _drive(self) -> None:
         """Feed one worker until the pool is closed. Runs in a thread of its own."""
@@ -142,9 +145,9 @@ class ImagePool:
         while not self._closed.is_set():
             try:
                 self._ready_worker(key)
-            except OSError as error:
-                logger.error("image worker cannot be started: %s", error)
-                time.sleep(_IDLE_CHECK_S)
+            except WorkerStartError as error:
+                self._note_failed_start(error)
+                self._closed.wait(_IDLE_CHECK_S)
                 continue
             try:
                 ticket = self._queue.get(timeout=_IDLE_CHECK_S)
@@ -162,7 +165,7 @@ class ImagePool:
         """Settle a ticket, whatever happens to the worker."""
         for _ in range(_TRIES):
             if self._closed.is_set():
-                ticket.views.set_exception(PoolFullError(_CLOSED))
+                _refuse(ticket, _CLOSED)
                 return
             try:
                 worker = self._ready_worker(key)
@@ -171,9 +174,13 @@ class ImagePool:
                 metrics.FAILURES.labels("invalid").inc()
                 ticket.views.set_exception(error)
                 return
+            except WorkerStartError as error:
+                self._note_failed_start(error)
+                _refuse(ticket, _CLOSED if self._closed.is_set() else _NO_WORKER)
+                return
             except WorkerHungError:
                 break
-            except (WorkerLostError, OSError):
+            except WorkerLostError:
                 continue
             metrics.WORK_SECONDS.observe(seconds)
             ticket.views.set_result(views)
@@ -181,8 +188,22 @@ class ImagePool:
         metrics.FAILURES.labels("lost").inc()
         ticket.views.set_exception(PageLostError("Failed to load image: it could not be processed"))
 
+    def _note_failed_start(self, error: WorkerStartError) -> None:
+        """Pages do not wait for workers that may never come: without a single one they are refused."""
+        if self._closed.is_set():
+            return
+        logger.error("image worker cannot be started: %s", error)
+        with self._lock:
+            has_worker = any(worker.is_ready and worker.is_alive for worker in self._workers.values())
+        if not has_worker:
+            self._refuse_waiting(_NO_WORKER)
+
     def _ready_worker(self, key: int) -> WorkerProcess:
-        """This thread's worker, replaced if it is dead."""
+        """This thread's worker, replaced if it is dead.
+
+        Raises:
+            WorkerStartError: there is none now.
+        """
         with self._lock:
             worker = self._workers.get(key)
         if worker is not None and worker.is_alive:
@@ -190,9 +211,12 @@ class ImagePool:
         if worker is not None:
             metrics.WORKER_RESTARTS.inc()
             self._drop_worker(key)
-        worker = WorkerProcess(self._settings.strict)
+        worker = WorkerProcess()
         with self._lock:
             self._workers[key] = worker
+        if self._closed.is_set():
+            worker.kill()  # `close` may have come too early to see it
+        worker.wait_until_ready(_START_TIMEOUT_S)
         return worker
 
     def _drop_worker(self, key: int) -> None:
@@ -202,6 +226,8 @@ class ImagePool:
             worker.close()
 
 
-def _refuse(ticket: Ticket) -> None:
-    if ticket.views.set_running_or_notify_cancel():
-        ticket.views.set_exception(PoolFullError(_CLOSED))
+def _refuse(ticket: Ticket, reason: str) -> None:
+    """Fail a ticket that runs. The pool's closing is nobody's failure."""
+    if reason is not _CLOSED:
+        metrics.FAILURES.labels("unavailable").inc()
+    ticket.views.set_exception(PoolUnavailableError(reason))

@@ -7,8 +7,9 @@ where it is asked for, since the processes that use one part have no use for the
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+import functools
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 VLLM_VERSION = "0.32.0"
 
@@ -118,3 +119,103 @@ def build_watched_scheduler(must_end: Callable[[Any, int], bool], stop_reason: s
             return new_token_ids, is_stopped
 
     return WatchedScheduler(**arguments)
+
+
+def watch_early_length_ends(max_model_len: int, note: Callable[[Sequence[int]], None]) -> None:
+    """Have `note` called with the output tokens of each request that ended as too long while it had tokens left.
+
+    vLLM itself ends as too long only what has reached `max_tokens` or the model's length; our scheduler does so
+    earlier. For the process that takes requests, before it takes any. Costs nothing before a request's end. The last
+    call counts.
+    """
+    from vllm.v1.engine import FinishReason
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    present = OutputProcessor._update_stats_from_finished
+    original = getattr(present, "__wrapped__", present)
+
+    @functools.wraps(original)
+    def update_stats_from_finished(self: Any, req_state: Any, finish_reason: Any, iteration_stats: Any) -> None:
+        original(self, req_state, finish_reason, iteration_stats)
+        if finish_reason is FinishReason.LENGTH:
+            output = req_state.detokenizer.output_token_ids
+            left = min(req_state.max_tokens_param, max_model_len - req_state.prompt_len) - len(output)
+            if left > 0:
+                note(output)
+
+    OutputProcessor._update_stats_from_finished = update_stats_from_finished
+
+
+class SequenceWatcher(Protocol):
+    """Is told of every sequence of an engine, see `watch_sequences`."""
+
+    def begin(self, sequence_id: str, engine_id: str, num_image_tokens: int, state: Any) -> None: ...
+
+    def end(self, sequence_id: str, finish_reason: str) -> None: ...
+
+
+def watch_sequences(engine: Any, watcher: SequenceWatcher) -> None:
+    """Have the front end of an `AsyncLLM` tell of each sequence when it takes it and when it ends, aborted ones too.
+
+    `state` is the sequence's as `sequence_counts` reads it. Costs nothing per token.
+    """
+    processor = engine.output_processor
+    add, abort, note_finished = processor.add_request, processor.abort_requests, processor._update_stats_from_finished
+
+    def add_request(request: Any, *arguments: Any, **named: Any) -> None:
+        is_new = not processor.has_request(request.request_id)
+        add(request, *arguments, **named)
+        if is_new:
+            images = [item for item in request.mm_features or () if item.modality == "image"]
+            num_image_tokens = sum(item.mm_position.length for item in images)
+            state = processor.request_states[request.request_id]
+            watcher.begin(request.request_id, request.external_req_id, num_image_tokens, state)
+
+    def abort_requests(request_ids: Iterable[str], internal: bool) -> list[str]:
+        given = list(request_ids)
+        ids = given if internal else [one for name in given for one in processor.external_req_ids.get(name, ())]
+        ending = [one for one in ids if processor.has_request(one)]
+        aborted = abort(given, internal)  # comes here again for the children of a request with several answers
+        for one in ending:
+            watcher.end(one, "abort")
+        return aborted
+
+    def update_stats_from_finished(req_state: Any, finish_reason: Any, iteration_stats: Any) -> None:
+        note_finished(req_state, finish_reason, iteration_stats)
+        watcher.end(req_state.request_id, str(finish_reason))
+
+    processor.add_request = add_request
+    processor.abort_requests = abort_requests
+    processor._update_stats_from_finished = update_stats_from_finished
+
+
+def sequence_counts(state: Any) -> tuple[int, int, int]:
+    """Prompt, cached and completion tokens of a sequence, as vLLM's `vllm:*_tokens_total` have counted them so far."""
+    is_counted = state.stats is not None  # else without statistics: counted by what came of them
+    completion = state.stats.num_generation_tokens if is_counted else state.detokenizer.num_output_tokens()
+    return (0 if state.is_prefilling else state.prompt_len), state.num_cached_tokens, completion
+
+
+def kv_cache_tokens(vllm_config: Any) -> int:
+    """Tokens that the KV cache of a started engine holds."""
+    cache = vllm_config.cache_config
+    return int(cache.kv_cache_size_tokens or (cache.num_gpu_blocks or 0) * cache.block_size)
+
+
+def end_streams_with_usage() -> None:
+    """Have vLLM's server end every stream with a frame of usage, asked for or not.
+
+    Its own `--enable-force-include-usage` puts one into every frame of the stream as well, which costs the engine and
+    all who look at the frames tens of microseconds for each token.
+    """
+    from vllm.entrypoints.openai.chat_completion import serving as chat
+    from vllm.entrypoints.openai.completion import serving as completion
+
+    def should_include_usage(options: Any, is_forced: bool) -> tuple[bool, bool]:
+        is_asked = options is not None and bool(options.include_usage)
+        return True, is_forced or (is_asked and bool(options.continuous_usage_stats))
+
+    for module in (chat, completion):
+        if not hasattr(module, "should_include_usage"):
+            raise AttributeError(f"{module.__name__} decides on usage frames in another way now")
+        module.should_include_usage = should_include_usage

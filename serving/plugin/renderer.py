@@ -12,7 +12,10 @@ from typing import Any
 from vllm.multimodal.media.base import MediaWithBytes
 from vllm.renderers.hf import HfRenderer
 
-from serving.plugin import media  # noqa: F401 - makes the connector known to vLLM, which first builds a renderer
+from serving.plugin import (
+    media,  # noqa: F401 - makes the connector known to vLLM, which first builds a renderer
+    repetition,
+)
 from serving.plugin.pages import EncodedPage
 from serving.plugin.pipeline import image_pipeline
 from serving.plugin.processor import DeepseekOCRMultiModalProcessor
@@ -25,7 +28,9 @@ class PageRenderer(HfRenderer):
         super().__init__(config, tokenizer)
         self._has_pages = isinstance(self.mm_processor, DeepseekOCRMultiModalProcessor)
         if self._has_pages:
-            image_pipeline().start()  # this constructor runs in API processes only
+            # This constructor runs in API processes only.
+            image_pipeline().start()
+            repetition.count_stops(config.model_config.max_model_len)
 
     async def _process_tokens_async(self, prompt: Any, **options: Any) -> Any:
         # With vLLM's processor cache only it knows which of the pages need views.

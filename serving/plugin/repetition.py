@@ -16,12 +16,14 @@ Requests that may not end by themselves (`ignore_eos`, `min_tokens` not reached)
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from serving.plugin.private import build_watched_scheduler
+from serving.plugin import metrics
+from serving.plugin.private import build_watched_scheduler, watch_early_length_ends
 
 STOP_REASON = "repetition"
 CONFIG_KEY = "loop_stop"
@@ -130,6 +132,26 @@ def configure(vllm_config: Any) -> None:
         _logger.warning("The loop stop is off: scheduler_cls is set to %s", scheduler_config.scheduler_cls)
         return
     scheduler_config.scheduler_cls = QUALIFIED_NAME
+
+
+def count_stops(max_model_len: int) -> None:
+    """Count what the loop stop cuts, in the process that takes requests: the scheduler's process shows no metrics."""
+    watch_early_length_ends(max_model_len, _count_stop)
+
+
+def _count_stop(output: Sequence[int]) -> None:
+    metrics.REPETITION_STOPS.inc()
+    metrics.WASTED_TOKENS.labels(STOP_REASON).inc(repeated_at_end(output))
+
+
+def repeated_at_end(output: Sequence[int]) -> int:
+    """How many tokens the loop that an output ends in has repeated; 0 without one that the loop stop would cut."""
+    backwards = "".join(map(chr, output))[::-1]
+    cycle = backwards.find(backwards[: MIN_REPEATED_TOKENS - _STRIDE + 1], 1)
+    if cycle < 0:
+        return 0
+    pairs = zip(backwards, backwards[cycle:], strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def build_scheduler(vllm_config: Any, **rest: Any) -> Any:

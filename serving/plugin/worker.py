@@ -1,7 +1,7 @@
-"""The process that decodes and tiles pages for the API process: `python -m serving.plugin.worker SOCKET MEMORY KIND`.
+"""The process that decodes and tiles pages for the API process: `python -m serving.plugin.worker SOCKET MEMORY`.
 
 SOCKET and MEMORY are file descriptors that the parent passes on: for jobs and answers, and for the pixels. Neither has
-a name, so nothing is left behind however the processes end. KIND is `exact` or `fast`. vLLM is not imported here.
+a name, so nothing is left behind however the processes end. Neither torch nor vLLM is imported.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 
 from serving.plugin.decoding import DecodeError, decode, size_of
-from serving.plugin.jobs import Done, Job, Refused
+from serving.plugin.jobs import Done, Job, Ready, Refused
 from serving.plugin.modes import ResolutionMode
 from serving.plugin.pixels import Layout, draw_views
 
@@ -34,7 +34,7 @@ def run_job(job: Job, data: bytes, buffer: mmap.mmap) -> None:
     page = decode(data, job.formats, job.background)
     if size_of(page) != job.size:
         raise DecodeError(f"Failed to load image: its pixels are {size_of(page)}, its header said {job.size}")
-    draw_views(page, Layout.of(job.size, job.mode), job.padding, job.is_exact, buffer)
+    draw_views(page, Layout.of(job.size, job.mode), job.padding, buffer)
 
 
 def serve(connection: Connection, memory_fd: int) -> None:
@@ -63,20 +63,21 @@ def _has_work(connection: Connection, parent: int) -> bool:
     return True
 
 
-def main(socket_fd: int, memory_fd: int, is_exact: bool) -> None:
+def main(socket_fd: int, memory_fd: int) -> None:
     # Ctrl-C reaches the whole group; the parent decides when its workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     cv2.setNumThreads(1)
     with Connection(socket_fd) as connection, contextlib.suppress(EOFError, ConnectionError):
-        _warm_up(is_exact)
+        _warm_up()
+        connection.send(Ready())
         serve(connection, memory_fd)  # until the parent hangs up
 
 
-def _warm_up(is_exact: bool) -> None:
+def _warm_up() -> None:
     """Import and start what the first page would otherwise wait for."""
     layout = Layout.of((2, 1), ResolutionMode())
-    draw_views(np.zeros((1, 2, 3), np.uint8), layout, (0, 0, 0), is_exact, np.empty(layout.size_bytes, np.uint8))
+    draw_views(np.zeros((1, 2, 3), np.uint8), layout, (0, 0, 0), np.empty(layout.size_bytes, np.uint8))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "exact")
+    main(int(sys.argv[1]), int(sys.argv[2]))

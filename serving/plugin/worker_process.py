@@ -16,10 +16,16 @@ import torch
 import serving
 from serving.plugin.decoding import DecodeError
 from serving.plugin.images import PageViews
-from serving.plugin.jobs import Done, Job, Refused
+from serving.plugin.jobs import Done, Job, Ready, Refused
 from serving.plugin.pixels import Layout
 
 _EXIT_TIMEOUT_S = 2.0
+_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**28)}
+"""Freed memory is kept, up to 256 MiB: faulting a page's arrays in anew is a quarter of the work on an A4 page."""
+
+
+class WorkerStartError(Exception):
+    """The process could not be started, or ended or hung before it was ready. No page is to blame."""
 
 
 class WorkerLostError(Exception):
@@ -37,18 +43,47 @@ class WorkerProcess:
     /dev/shm, and is gone with the last process that maps it.
     """
 
-    def __init__(self, is_exact: bool) -> None:
-        self._connection, theirs = Pipe()
-        self._memory_fd = os.memfd_create("serving-image-views")
+    def __init__(self) -> None:
+        """Start the process; `wait_until_ready` before anything else.
+
+        Raises:
+            WorkerStartError: the system has no room for it.
+        """
         self._memory: mmap.mmap | None = None
         self._is_lost = False
-        kind = "exact" if is_exact else "fast"
-        command = [sys.executable, "-m", "serving.plugin.worker", str(theirs.fileno()), str(self._memory_fd), kind]
+        self.is_ready = False
+        try:
+            self._start()
+        except OSError as error:
+            raise WorkerStartError(str(error)) from error
+
+    def _start(self) -> None:
+        self._connection, theirs = Pipe()
+        self._memory_fd = os.memfd_create("serving-image-views")
+        command = [sys.executable, "-m", "serving.plugin.worker", str(theirs.fileno()), str(self._memory_fd)]
         # Not multiprocessing's spawn: its children import the parent's main module, here all of vLLM.
         with theirs:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(), self._memory_fd), env=_environment()
-            )
+            try:
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(), self._memory_fd), env=_environment()
+                )
+            except OSError:
+                os.close(self._memory_fd)
+                raise
+
+    def wait_until_ready(self, timeout_s: float) -> None:
+        """Wait for the process to have imported what it needs.
+
+        Raises:
+            WorkerStartError: it ended, or took too long; it is not alive any more.
+        """
+        try:
+            self.is_ready = self._connection.poll(timeout_s) and isinstance(self._connection.recv(), Ready)
+        except (EOFError, OSError):
+            self.is_ready = False
+        if not self.is_ready:
+            self.kill()
+            raise WorkerStartError(f"it ended or was not ready within {timeout_s:.0f} s; its own output says why")
 
     @property
     def pid(self) -> int:
@@ -115,6 +150,6 @@ class WorkerProcess:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, with one thread for torch, and this package found wherever the parent found it."""
+    """Ours, one thread for libraries that would take all cores, and this package found where the parent found it."""
     paths = [str(Path(serving.__path__[0]).parent), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return {**_MEMORY, **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}

@@ -8,7 +8,7 @@ from typing import Any
 import openai
 from tokenizers import Tokenizer
 
-from e2e.conftest import ROOT
+from e2e.conftest import ROOT, Stack
 from e2e.pages import build_page, encode, page_message
 
 MODEL = "nano"
@@ -53,9 +53,13 @@ def test_a_request_can_switch_the_guard_off_or_choose_its_size(client: openai.Op
     assert longest_run(ask(client, TEXT, WINDOW, ngram_size=5)) == 5
 
 
-def test_a_loop_that_nothing_breaks_is_cut_and_said_so(client: openai.OpenAI) -> None:
+def test_a_loop_that_nothing_breaks_is_cut_and_said_so(client: openai.OpenAI, stack: Stack) -> None:
+    counters = "serving_repetition_stops_total", "serving_wasted_tokens_total"
+    before = [stack.metric(name) for name in counters]
     answer = ask(client, PAGE, 1500, ngram_size=0)
     choice = answer.choices[0]
     assert (choice.finish_reason, choice.stop_reason) == ("length", "repetition")
     assert 64 <= answer.usage.completion_tokens <= STOP_AFTER + 16
     assert ask(client, PAGE, 1500, ngram_size=0, repeated_tokens=0).usage.completion_tokens == 1500
+    counted = [stack.metric(name) - value for name, value in zip(counters, before, strict=True)]
+    assert counted == [1, answer.usage.completion_tokens - 1]  # the first letter repeats nothing

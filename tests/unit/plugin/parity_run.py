@@ -16,7 +16,6 @@ os.environ |= {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "OMP_NUM_THREADS": "1",
-    "SERVING_IMAGE_STRICT": "1",  # pixels bit for bit as vLLM's own
 }
 if sys.argv[1] == "stock":
     os.environ["VLLM_PLUGINS"] = "none"  # vLLM loads those of this name, and there are none

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import types
 
 import numpy as np
@@ -52,7 +54,7 @@ def test_dynamic_mode_makes_vllms_views(reference: types.SimpleNamespace, size: 
     page = build_page(*size)
     _, global_view, tiles, _, grid, num_tokens, _ = reference.views(page)
     mode = ResolutionMode()
-    ours = build_views(page, mode, GREY, is_exact=True)
+    ours = build_views(page, mode, GREY)
     half = (0.5, 0.5, 0.5)
     assert (ours.grid.columns, ours.grid.rows) == tuple(grid[0].tolist())
     assert mode.num_grid_tokens(ours.grid) == num_tokens[0]
@@ -62,10 +64,17 @@ def test_dynamic_mode_makes_vllms_views(reference: types.SimpleNamespace, size: 
         torch.testing.assert_close(normalise(ours.tiles, half, half, torch.float32), tiles)
 
 
+def test_numba_is_not_imported_before_a_page_is_resampled() -> None:
+    """An engine that starts in the same process on a CPU would fail (vLLM 0.32, `_rebind_kernels`)."""
+    code = "import sys, serving.plugin.renderer, serving.plugin.guard; print('numba' in sys.modules)"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "False"
+
+
 @pytest.mark.parametrize("side", [512, 640])
 def test_small_modes_show_the_whole_page_squeezed(side: int) -> None:
     page = build_page(300, 900)
-    views = build_views(page, ResolutionMode(side, side, False), GREY, is_exact=True)
+    views = build_views(page, ResolutionMode(side, side, False), GREY)
     expected = np.asarray(page.resize((side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     assert np.array_equal(views.global_view.numpy(), expected)
     assert views.tiles.shape == (0, 3, side, side)

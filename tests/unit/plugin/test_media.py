@@ -32,7 +32,7 @@ from serving.plugin.decoding import DecodeError, read_header
 from serving.plugin.image_settings import ImageSettings
 from serving.plugin.images import WHITE, PageViews, build_views
 from serving.plugin.pages import EncodedPage
-from serving.plugin.pool import PoolFullError, Ticket
+from serving.plugin.pool import PoolUnavailableError, Ticket
 from serving.plugin.selection import MODES, ChosenMode
 from unit.plugin.image_files import FILES, GREY, encode, scene
 
@@ -55,20 +55,20 @@ class StubPool:
         views: Future[PageViews] = ticket.views
         try:
             page = EncodedPage(ticket.data, read_header(ticket.data, job.formats), job.formats, job.background)
-            views.set_result(build_views(page.decoded(), job.mode, job.padding, is_exact=job.is_exact))
+            views.set_result(build_views(page.decoded(), job.mode, job.padding))
         except DecodeError as error:
             views.set_exception(error)
         return True
 
     def put(self, ticket: Ticket) -> None:
         if not self.offer(ticket):
-            raise PoolFullError("too many pages")
+            raise PoolUnavailableError("too many pages")
 
     def close(self) -> None: ...
 
 
 def build_pipeline(pool: StubPool | None = None) -> pipeline.ImagePipeline:
-    made = pipeline.ImagePipeline(ImageSettings(strict=True))
+    made = pipeline.ImagePipeline(ImageSettings())
     made._pool = pool  # type: ignore[assignment]
     return made
 
@@ -179,7 +179,7 @@ def test_views_are_made_with_and_without_workers(room: int | None) -> None:
     pages = [build_encoded(FILES["jpeg"]()), scene(70, 50)]
     views = made.views(pages, [TINY, SMALL], GREY)
     for page, choice, view in zip(pages, (TINY, SMALL), views, strict=True):
-        assert torch.equal(view.global_view, build_views(page, choice.mode, GREY, is_exact=True).global_view)
+        assert torch.equal(view.global_view, build_views(page, choice.mode, GREY).global_view)
     made.close()
 
 

@@ -15,13 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
-from serving.plugin import image_metrics as metrics
+from serving.plugin import metrics
 from serving.plugin.decoding import DecodeError
 from serving.plugin.image_settings import ImageSettings
 from serving.plugin.images import WHITE, PageViews, build_views
 from serving.plugin.jobs import Job
 from serving.plugin.modes import ResolutionMode
-from serving.plugin.pool import ImagePool, PageLostError, PoolFullError, Ticket
+from serving.plugin.pool import ImagePool, PageLostError, PoolUnavailableError, Ticket
 from serving.plugin.worker_process import WorkerLostError, WorkerProcess
 
 GREY = (127, 127, 127)
@@ -40,12 +40,8 @@ def encode(page: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def ticket(
-    data: bytes | None = None, mode: ResolutionMode = TINY, size: tuple[int, int] = (900, 700), is_exact: bool = True
-) -> Ticket:
-    return Ticket(
-        Job(size, mode, GREY, WHITE, ("PNG", "JPEG"), is_exact), encode(build_page()) if data is None else data
-    )
+def ticket(data: bytes | None = None, mode: ResolutionMode = TINY, size: tuple[int, int] = (900, 700)) -> Ticket:
+    return Ticket(Job(size, mode, GREY, WHITE, ("PNG", "JPEG")), encode(build_page()) if data is None else data)
 
 
 def run(pool: ImagePool, page: Ticket) -> PageViews:
@@ -89,11 +85,10 @@ def build_pool() -> Iterator[Callable[..., ImagePool]]:
         pool.close()
 
 
-@pytest.mark.parametrize("is_exact", [True, False])
 @pytest.mark.parametrize("mode", [TINY, GUNDAM], ids=["tiny", "gundam"])
-def test_workers_make_the_views_that_this_process_makes(pool: ImagePool, mode: ResolutionMode, is_exact: bool) -> None:
-    views = run(pool, ticket(mode=mode, is_exact=is_exact))
-    expected = build_views(build_page(), mode, GREY, is_exact=is_exact)
+def test_workers_make_the_views_that_this_process_makes(pool: ImagePool, mode: ResolutionMode) -> None:
+    views = run(pool, ticket(mode=mode))
+    expected = build_views(build_page(), mode, GREY)
     assert views.grid == expected.grid
     assert torch.equal(views.global_view, expected.global_view)
     assert torch.equal(views.tiles, expected.tiles)
@@ -168,6 +163,56 @@ def test_a_worker_that_hangs_is_replaced_and_its_page_lost(build_pool: Callable[
     wait_until(lambda: is_gone(pid))
 
 
+@pytest.mark.parametrize("program", ["/no/such/program", "/bin/false"])
+def test_without_workers_pages_are_refused_soon_and_are_not_to_blame(
+    build_pool: Callable[..., ImagePool], monkeypatch: pytest.MonkeyPatch, program: str
+) -> None:
+    pool = build_pool(workers=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", program)
+        pages = [ticket() for _ in range(5)]
+        for page in pages:
+            pool.put(page)
+        for page in pages:
+            with pytest.raises(PoolUnavailableError, match="no process that decodes pages can be started"):
+                page.views.result(WAIT_S / 4)
+        assert metrics.QUEUE_PAGES._value.get() == 0
+    wait_until(lambda: any(worker.is_ready for worker in list(pool._workers.values())))
+    run(pool, ticket())
+
+
+def test_a_page_whose_worker_dies_and_cannot_be_replaced_is_not_to_blame(
+    build_pool: Callable[..., ImagePool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = build_pool()
+    run(pool, ticket())
+    (pid,) = pool.pids
+    os.kill(pid, signal.SIGSTOP)
+    page = ticket()
+    pool.put(page)
+    wait_until(page.views.running)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", "/no/such/program")
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(PoolUnavailableError, match="no process"):
+            page.views.result(WAIT_S)
+    wait_until(lambda: any(worker.is_ready for worker in list(pool._workers.values())))
+    run(pool, ticket())
+
+
+def test_one_worker_that_cannot_start_does_not_keep_the_others_from_working(
+    build_pool: Callable[..., ImagePool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = build_pool(workers=2)
+    run(pool, ticket())
+    wait_until(lambda: len(pool.pids) == 2 and all(worker.is_ready for worker in list(pool._workers.values())))
+    monkeypatch.setattr(sys, "executable", "/no/such/program")
+    os.kill(pool.pids[0], signal.SIGKILL)
+    wait_until(lambda: len(pool.pids) == 1)
+    for _ in range(3):
+        run(pool, ticket())
+
+
 def test_a_full_queue_makes_callers_wait_and_then_fail(build_pool: Callable[..., ImagePool]) -> None:
     pool = build_pool(queue=1, queue_timeout_s=0.3)
     run(pool, ticket())
@@ -180,7 +225,7 @@ def test_a_full_queue_makes_callers_wait_and_then_fail(build_pool: Callable[...,
     assert metrics.QUEUE_PAGES._value.get() == 1
     assert not pool.offer(late)
     begin = time.monotonic()
-    with pytest.raises(PoolFullError, match="try again"):
+    with pytest.raises(PoolUnavailableError, match="try again"):
         pool.put(late)
     assert time.monotonic() - begin < WAIT_S / 2
     os.kill(pid, signal.SIGCONT)
@@ -218,9 +263,9 @@ def test_closing_ends_the_workers_and_refuses_what_waits(build_pool: Callable[..
     pool.close()
     assert all(is_gone(pid) for pid in pids)
     for page in pages:
-        with pytest.raises(PoolFullError, match="shutting down"):
+        with pytest.raises(PoolUnavailableError, match="shutting down"):
             page.views.result(WAIT_S)
-    with pytest.raises(PoolFullError, match="shutting down"):
+    with pytest.raises(PoolUnavailableError, match="shutting down"):
         pool.put(ticket())
 
 
@@ -252,7 +297,7 @@ def test_no_worker_and_no_shared_memory_outlives_the_parent(end: str) -> None:
     assert not [name for name in set(os.listdir("/dev/shm")) - before if "serving" in name]
 
 
-def test_workers_import_neither_vllm_nor_more_than_they_need() -> None:
+def test_workers_import_neither_vllm_nor_torch() -> None:
     code = "import sys, serving.plugin.worker; print(*({'vllm', 'torch', 'transformers', 'ray'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
@@ -260,7 +305,7 @@ def test_workers_import_neither_vllm_nor_more_than_they_need() -> None:
 
 @pytest.mark.parametrize(
     ("variable", "value"),
-    [("WORKERS", "-1"), ("WORKERS", "two"), ("QUEUE", "0"), ("QUEUE_TIMEOUT_S", "0"), ("STRICT", "perhaps")],
+    [("WORKERS", "-1"), ("WORKERS", "two"), ("QUEUE", "0"), ("QUEUE_TIMEOUT_S", "0")],
 )
 def test_wrong_settings_are_refused_by_name(variable: str, value: str) -> None:
     with pytest.raises(ValueError, match=f"SERVING_IMAGE_{variable} must"):
@@ -268,6 +313,6 @@ def test_wrong_settings_are_refused_by_name(variable: str, value: str) -> None:
 
 
 def test_settings_are_read_from_the_environment() -> None:
-    environ = {"SERVING_IMAGE_WORKERS": "3", "SERVING_IMAGE_STRICT": "true", "SERVING_IMAGE_WORK_TIMEOUT_S": "1.5"}
-    assert ImageSettings.from_environ(environ) == ImageSettings(workers=3, strict=True, work_timeout_s=1.5)
+    environ = {"SERVING_IMAGE_WORKERS": "3", "SERVING_IMAGE_WORK_TIMEOUT_S": "1.5"}
+    assert ImageSettings.from_environ(environ) == ImageSettings(workers=3, work_timeout_s=1.5)
     assert ImageSettings.from_environ({}) == ImageSettings()

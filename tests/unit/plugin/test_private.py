@@ -82,3 +82,42 @@ def test_the_hooks_of_an_architectures_engine_config_and_of_the_scheduler_exist(
     for scheduler in (Scheduler, AsyncScheduler):
         parameters = inspect.signature(scheduler._update_request_with_output).parameters
         assert list(parameters) == ["self", "request", "new_token_ids", "is_stale"]
+
+
+@pytest.mark.parametrize(
+    ("finish_reason", "num_tokens", "max_tokens", "is_noted"),
+    [("LENGTH", 5, 9, True), ("LENGTH", 9, 9, False), ("STOP", 5, 9, False), ("LENGTH", 13, 99, False)],
+    ids=["cut", "at max_tokens", "ended by itself", "at the model's length"],
+)
+def test_ends_before_a_requests_limits_are_noted_with_its_output(
+    monkeypatch: pytest.MonkeyPatch, finish_reason: str, num_tokens: int, max_tokens: int, is_noted: bool
+) -> None:
+    from vllm import SamplingParams
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    monkeypatch.setattr(OutputProcessor, "_update_stats_from_finished", OutputProcessor._update_stats_from_finished)
+    noted: list[list[int]] = []
+    private.watch_early_length_ends(16, lambda output: pytest.fail("the last call counts"))
+    private.watch_early_length_ends(16, lambda output: noted.append(list(output)))
+    processor = OutputProcessor(None, log_stats=False)
+    params = SamplingParams(max_tokens=max_tokens, detokenize=False)
+    request = EngineCoreRequest("r", [1, 2, 3], None, params, None, 0.0, None, None, None, external_req_id="e")
+    processor.add_request(request, None)
+    for token in range(num_tokens - 1):
+        processor.process_outputs([EngineCoreOutput("r", [token])])
+        assert not noted
+    last = EngineCoreOutput("r", [num_tokens - 1], finish_reason=FinishReason[finish_reason], stop_reason="why")
+    processor.process_outputs([last])
+    assert noted == ([list(range(num_tokens))] if is_noted else [])
+
+
+def test_only_two_limits_end_a_request_as_too_long() -> None:
+    """What lets an earlier end be told for the loop stop's."""
+    import vllm.v1.core.sched.scheduler
+    from vllm.v1.core.sched import utils
+
+    assert "LENGTH_CAPPED" not in inspect.getsource(vllm.v1.core.sched.scheduler)
+    assert inspect.getsource(utils).count("LENGTH_CAPPED") == 1
+    assert "num_tokens >= max_model_len" in inspect.getsource(utils)
+    assert "request.num_output_tokens >= request.max_tokens" in inspect.getsource(utils)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.plugin import private
+from serving.plugin import metrics, private, repetition
 from serving.plugin.repetition import (
     DEFAULT_REPEATED_TOKENS,
     QUALIFIED_NAME,
@@ -18,6 +18,8 @@ from serving.plugin.repetition import (
     build_scheduler,
     configure,
     configured_tokens,
+    count_stops,
+    repeated_at_end,
     repeated_tokens_of,
 )
 
@@ -212,3 +214,35 @@ def test_a_request_that_ended_anyway_keeps_its_reason(monkeypatch: pytest.Monkey
     )
     assert scheduler._update_request_with_output(types.SimpleNamespace(), [1]) == ([1], True)
     assert not asked
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    begin=st.lists(st.integers(0, 5), max_size=80),
+    cycle=st.lists(st.integers(0, 5), min_size=1, max_size=60),
+    repeated_tokens=st.integers(64, 200),
+)
+def test_what_was_cut_has_wasted_what_it_repeated(begin: list[int], cycle: list[int], repeated_tokens: int) -> None:
+    output = begin + cycle * (1 + 2 * repeated_tokens // len(cycle))
+    end = tokens_until_cut(output, repeated_tokens)
+    if end is not None:
+        wasted = repeated_at_end(output[:end])
+        assert repeated_tokens - 15 <= wasted <= num_repeated(output[:end], end)
+
+
+def test_nothing_is_wasted_without_a_loop() -> None:
+    assert repeated_at_end([]) == 0
+    assert repeated_at_end([*range(1000)]) == 0
+    assert repeated_at_end([*range(1000), *[7] * 40]) == 0
+
+
+def test_stops_and_the_tokens_that_they_wasted_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    noters: list[Any] = []
+    monkeypatch.setattr(repetition, "watch_early_length_ends", lambda length, note: noters.append((length, note)))
+    count_stops(8192)
+    ((length, note),) = noters
+    assert length == 8192
+    stops, wasted = metrics.REPETITION_STOPS, metrics.WASTED_TOKENS.labels("repetition")
+    before = stops._value.get(), wasted._value.get()
+    note([*range(100, 200), *[1, 2, 3] * 50])
+    assert (stops._value.get(), wasted._value.get()) == (before[0] + 1, before[1] + 147)

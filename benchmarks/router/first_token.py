@@ -1,0 +1,25 @@
+"""Time to the first token at concurrency 1: what the router adds to the bare engine's, and what HAProxy adds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+
+from benchmarks.fastpath.rows import Row
+from benchmarks.router.ways import BARE, HAPROXY, OURS, measure, run_ways
+
+ROUNDS, NUM_REQUESTS = 7, 100
+
+
+def run() -> Iterator[Row]:
+    """Medians of the rounds' medians, the ways in turns."""
+    with run_ways(OURS, HAPROXY) as ways:
+        rounds: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(ROUNDS):
+            for name, way in ways.items():
+                cost = measure(way, num_requests=NUM_REQUESTS, concurrency=1, max_tokens=1)
+                rounds[name].append(cost.load.first_p50_s * 1e3)
+    middle = {name: statistics.median(times) for name, times in rounds.items()}
+    ours, theirs = middle[OURS] - middle[BARE], max(0.0, middle[HAPROXY] - middle[BARE])
+    yield Row.of_costs("added time to first token, c=1, p50", ours, theirs, HAPROXY, None, "ms")
+    yield Row.of_costs("time to first token, c=1, p50", middle[OURS], middle[BARE], BARE, middle[BARE], "ms")
