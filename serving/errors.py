@@ -247,6 +247,8 @@ class EngineError(ServingError):
 
 # OpenAI's `type` by status; vLLM names the exception class or the HTTP phrase there, and puts the status into `code`.
 _TYPE_BY_STATUS = {403: "permission_error", 429: "rate_limit_error"}
+_DEAD_WORDS = "EngineCore encountered an issue"
+"""Of vLLM's API server, which outlives its engine process and answers 500 to all that ran there."""
 _CONTEXT_LENGTH_WORDS = ("maximum context length", "max_model_len", "longer than the maximum model length")
 
 
@@ -254,8 +256,9 @@ def from_engine(status: int, answer: Any) -> ServingError:
     """Turn an engine's error answer (decoded JSON, or None when it was not JSON) into OpenAI's shape.
 
     422 becomes 400, the status that OpenAI uses for every malformed request. A 5xx keeps its status but not its
-    message, which may tell of the inside; 503 may pass on another replica. A 401 is the stack's own fault: it is the
-    router that the engine did not let in.
+    message, which may tell of the inside; 503 may pass on another replica, and so
+    may what ran on an engine that died. A 401 is the stack's own fault: it is the router that the engine did not let
+    in.
     """
     error = answer.get("error") if isinstance(answer, dict) else None
     detail = error if isinstance(error, dict) else {}
@@ -263,6 +266,8 @@ def from_engine(status: int, answer: Any) -> ServingError:
         return NoReplicaError("The model is overloaded or restarting; try again shortly.")
     if status == 401:
         return InternalError("The router and the engine disagree about their key; the operator has to mend it.")
+    if status >= 500 and _DEAD_WORDS in str(detail.get("message")):
+        return ReplicaUnreachableError("The replica that ran this request was lost.")
     if status >= 500:
         return InternalError("The model failed on this request; it was not your request's format. Try again.", status)
     message = str(detail.get("message") or "The model refused this request.")

@@ -49,6 +49,14 @@ class RunningStack:
         with urllib.request.urlopen(f"{self.url}{path}", timeout=5) as answer:
             return orjson.loads(answer.read())
 
+    def end_an_engine(self) -> int:
+        """Have the engine of one replica die as vLLM's engine process does: what runs on it fails with it, and the
+        replica's own process, which holds the HTTP server, lives on. Gives the process that is to be replaced."""
+        replica = next(entry for entry in self.get("/admin/state")["replicas"] if entry["state"] == "ready")
+        body = orjson.dumps({"failures": ["dead:after_tokens=5:times=1"]})
+        with urllib.request.urlopen(f"{replica['base_url']}/script", data=body, timeout=5) as answer:
+            return int(orjson.loads(answer.read())["pid"])
+
     def num_ready(self) -> int:
         """Engine replicas that a router may use now; 0 while no router answers."""
         try:

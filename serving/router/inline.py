@@ -182,7 +182,7 @@ class _Answer:
             await self._reply.end(last)
             return
         if self._is_stream or not self._is_over:
-            raise InternalError("The engine ended this answer before it was complete.")
+            raise self._annotator.error or InternalError("The engine ended this answer before it was complete.")
         body = b"".join(self._parts)
         if self._status >= 400:
             raise blame(self._request, from_engine(self._status, _decode(body)))

@@ -77,6 +77,8 @@ class Relay:
 async def _relay_stream(answer: Answer, annotator: StreamAnnotator, reply: Reply) -> None:
     """Send frames as they come. Nothing is sent before the first, so that until then another replica may be tried."""
     out = annotator.feed(await answer.read_some())
+    if annotator.error is not None:
+        raise annotator.error
     await reply.start_stream()
     if out:
         await reply.write(out)
@@ -86,7 +88,7 @@ async def _relay_stream(answer: Answer, annotator: StreamAnnotator, reply: Reply
             await reply.write(out)
     last = annotator.flush()
     if not annotator.is_done:
-        raise ReplicaUnreachableError("The replica ended this answer before it was complete.")
+        raise annotator.error or ReplicaUnreachableError("The replica ended this answer before it was complete.")
     await reply.end(last)
 
 

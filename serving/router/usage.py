@@ -13,6 +13,7 @@ import orjson
 
 from serving.billing.prices import Price, to_dollars
 from serving.billing.records import Outcome, TokenCounts
+from serving.errors import ServingError, from_engine
 
 # A quote inside a JSON string is always escaped, so these bytes cannot be text that the model wrote.
 _USAGE = b'"usage":{'
@@ -20,6 +21,7 @@ _FINISH = b'"finish_reason":"'
 _FRAME_END = b"\n\n"
 _DATA = b"data: "
 _DONE = b"data: [DONE]"
+_ERROR = b'data: {"error":'
 
 
 @dataclass(slots=True)
@@ -88,11 +90,14 @@ class StreamAnnotator:
         self._shows_usage = shows_usage
         self._partial = b""
         self._last = b""
+        self.error: ServingError | None = None
+        """What the engine has told of instead of going on. vLLM ends such a stream like any other, with `[DONE]`;
+        nothing that comes from then on is passed."""
 
     @property
     def is_done(self) -> bool:
-        """Whether the engine has said that it said everything: `[DONE]` came last."""
-        return self._last.rstrip().endswith(_DONE)
+        """Whether the engine has said that it said everything: `[DONE]` came last, and no error before it."""
+        return self.error is None and self._last.rstrip().endswith(_DONE)
 
     def feed(self, chunk: bytes) -> bytes:
         """Bytes from the engine in, whole frames for the client out."""
@@ -106,6 +111,10 @@ class StreamAnnotator:
                 return b""
             self._partial = chunk[end:]
             chunk = chunk[:end]
+        if self.error is not None:
+            return b""
+        if _ERROR in chunk:
+            chunk = self._take_error(chunk)
         self._last = chunk
         self._notes.num_frames += chunk.count(_FRAME_END)
         if _FINISH in chunk and not self._notes.finish_reason:
@@ -118,9 +127,17 @@ class StreamAnnotator:
 
     def flush(self) -> bytes:
         """What is left when the engine has closed the stream: an unfinished frame, passed as it is."""
-        left, self._partial = self._partial, b""
+        left, self._partial = self._partial if self.error is None else b"", b""
         self._last = left or self._last
         return left
+
+    def _take_error(self, chunk: bytes) -> bytes:
+        """Note the error; gives what came before it."""
+        before, _, rest = chunk.partition(_ERROR)
+        event = _decode(_ERROR[len(_DATA) :] + rest.partition(_FRAME_END)[0])
+        status = event["error"].get("code") if isinstance(event.get("error"), dict) else None
+        self.error = from_engine(status if isinstance(status, int) and status >= 400 else 500, event)
+        return before
 
     def _annotate(self, frame: bytes) -> bytes:
         if _USAGE not in frame or not frame.startswith(_DATA):

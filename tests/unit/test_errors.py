@@ -172,3 +172,11 @@ def test_a_request_that_failed_inside_an_engine_is_not_tried_again() -> None:
 @pytest.mark.parametrize("status", [501, 502, 504])
 def test_a_failure_of_the_engine_keeps_its_status(status: int) -> None:
     assert from_engine(status, engine_answer()).http_status == status
+
+
+def test_what_ran_on_an_engine_that_died_may_be_tried_on_another() -> None:
+    message = "EngineCore encountered an issue. See stack trace (above) for the root cause."
+    error = from_engine(500, {"error": {"message": message, "type": "InternalServerError", "code": 500}})
+    assert isinstance(error, errors.ReplicaUnreachableError)
+    assert error.is_retryable
+    assert "stack trace" not in error.message

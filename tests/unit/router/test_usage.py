@@ -234,3 +234,22 @@ def test_a_whole_answer_tells_the_reason_of_its_end() -> None:
     notes = UsageNotes(PRICE)
     annotate_answer(orjson.dumps({"choices": [{"finish_reason": "stop"}], "usage": USAGE}), notes)
     assert notes.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 7, 1000])
+def test_an_error_event_of_the_engine_ends_the_stream_without_done(piece_bytes: int) -> None:
+    failure = {"message": "EngineCore encountered an issue.", "type": "InternalServerError", "code": 500}
+    stream = frame(chunk("a")) + b"data: " + json.dumps({"error": failure}).encode() + b"\n\ndata: [DONE]\n\n"
+    annotator = annotator_for()
+    pieces = (stream[start : start + piece_bytes] for start in range(0, len(stream), piece_bytes))
+    assert b"".join(map(annotator.feed, pieces)) + annotator.flush() == frame(chunk("a"))
+    assert not annotator.is_done
+    assert annotator.error is not None
+    assert (annotator.error.http_status, annotator.error.is_retryable) == (502, True)
+
+
+def test_text_that_reads_like_an_error_event_is_text() -> None:
+    annotator = annotator_for()
+    spoken = frame(chunk('\n\ndata: {"error": {}}\n\n'))
+    assert annotator.feed(spoken) == spoken
+    assert annotator.error is None

@@ -1,0 +1,189 @@
+"""Grounded answers to blocks with boxes, while they stream. Pure.
+
+With `<|grounding|>` in its prompt the model writes a label and boxes before the text of each part of the page:
+
+    <|ref|>title<|/ref|><|det|>[[88, 41, 912, 95]]<|/det|>
+    # Annual report
+
+Coordinates run from 0 to 999 over the width and height of the page as it was sent, in every resolution mode: the
+published code (deepseek-ai/DeepSeek-OCR, `draw_bounding_boxes`) multiplies them with the size of the original image
+whether the view was squeezed, padded or tiled. So padding is nothing to be taken away here.
+
+What a model writes may be cut or malformed: nothing is ever raised, and no text outside of markup is lost.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+_REF, _REF_END = "<|ref|>", "<|/ref|>"
+_DET, _DET_END = "<|det|>", "<|/det|>"
+_MARKS = (_REF, _REF_END, _DET, _DET_END)
+_MARK = re.compile("|".join(re.escape(mark) for mark in _MARKS))
+_GROUP = re.compile(r"\[([^\[\]]*)\]")
+_NUMBER = re.compile(r"\s*[+-]?\d{1,6}(?:\.\d{0,6})?\s*")
+_LAST = 999
+"""The largest coordinate."""
+_MAX_LABEL_CHARS = 1000
+_MAX_BOXES_CHARS = 20_000
+_MAX_GAP_CHARS = 16
+"""Between a label and its boxes, where only white space may stand."""
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """In pixels of the page as it was sent; left <= right and top <= bottom."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    label: str
+    """As the model wrote it (`title`, `text`, `table`, `image`, or what it was asked to find); empty for text that
+    no label came before."""
+    boxes: tuple[Box, ...]
+    text: str
+    """What follows up to the next block, without white space around it."""
+
+
+class LayoutParser:
+    """Takes the pieces of an answer. How it was cut into pieces makes no difference to the blocks."""
+
+    def __init__(self, width: int, height: int) -> None:
+        """Args:
+        width: of the page in pixels, as it was sent.
+        height: of the page in pixels.
+        """
+        self._size = (width, height)
+        self._pending = ""
+        self._step: Callable[[bool], bool] = self._read_text
+        self._blocks: list[Block] = []
+        self._label = ""
+        self._boxes: tuple[Box, ...] = ()
+        self._text: list[str] = []
+
+    def feed(self, piece: str) -> list[Block]:
+        """Blocks that have become complete with this piece: a block ends where the next one begins."""
+        self._pending += piece
+        return self._run(is_end=False)
+
+    def finish(self) -> list[Block]:
+        """Blocks that the end of the answer completes. Markup that was cut off is dropped."""
+        blocks = self._run(is_end=True)
+        self._pending = ""
+        self._close()
+        blocks.extend(self._blocks)
+        self._blocks = []
+        return blocks
+
+    def _run(self, *, is_end: bool) -> list[Block]:
+        while self._pending and self._step(is_end):
+            pass
+        blocks, self._blocks = self._blocks, []
+        return blocks
+
+    def _read_text(self, is_end: bool) -> bool:
+        """Steps take what they can from the pending text; False when they need more of it."""
+        found = _MARK.search(self._pending)
+        if found is None:
+            # Of a mark that was cut off, `<` alone may as well be text.
+            num_held = _count_held(self._pending)
+            if is_end and num_held == 1:
+                num_held = 0
+            self._take_text(len(self._pending) - num_held)
+            return False
+        self._take_text(found.start())
+        self._drop(len(found.group()))
+        if found.group() == _REF:
+            self._step = self._read_label
+        elif found.group() == _DET:
+            self._step = self._read_boxes
+        return True
+
+    def _read_label(self, is_end: bool) -> bool:
+        found = _MARK.search(self._pending)
+        if found is None and len(self._pending) <= _MAX_LABEL_CHARS + len(_REF_END):
+            if is_end:
+                self._pending = ""
+            return False
+        if found is None or found.start() > _MAX_LABEL_CHARS or found.group() != _REF_END:
+            self._step = self._read_text  # no label after all
+            return True
+        self._close()
+        self._label = self._pending[: found.start()].strip()
+        self._drop(found.end())
+        self._step = self._read_gap
+        return True
+
+    def _read_gap(self, is_end: bool) -> bool:
+        rest = self._pending.lstrip()
+        num_spaces = len(self._pending) - len(rest)
+        if num_spaces <= _MAX_GAP_CHARS:
+            if rest.startswith(_DET):
+                self._drop(num_spaces + len(_DET))
+                self._step = self._read_boxes
+                return True
+            if _DET.startswith(rest) and not is_end:
+                return False
+        self._step = self._read_text
+        return True
+
+    def _read_boxes(self, is_end: bool) -> bool:
+        found = _MARK.search(self._pending)
+        if found is None and len(self._pending) <= _MAX_BOXES_CHARS + len(_DET_END) and not is_end:
+            return False
+        end = found.start() if found is not None else len(self._pending)
+        if end > _MAX_BOXES_CHARS:
+            self._step = self._read_text
+            return True
+        if not self._boxes:
+            self._boxes = read_boxes(self._pending[:end], *self._size)
+        self._drop(found.end() if found is not None and found.group() == _DET_END else end)
+        self._step = self._read_text
+        return True
+
+    def _take_text(self, num_chars: int) -> None:
+        self._text.append(self._pending[:num_chars])
+        self._drop(num_chars)
+
+    def _drop(self, num_chars: int) -> None:
+        self._pending = self._pending[num_chars:]
+
+    def _close(self) -> None:
+        text = "".join(self._text).strip()
+        if text or self._label or self._boxes:
+            self._blocks.append(Block(self._label, self._boxes, text))
+        self._label, self._boxes, self._text = "", (), []
+
+
+def parse_layout(text: str, width: int, height: int) -> list[Block]:
+    """The blocks of a whole answer to a page of so many pixels."""
+    parser = LayoutParser(width, height)
+    return [*parser.feed(text), *parser.finish()]
+
+
+def read_boxes(text: str, width: int, height: int) -> tuple[Box, ...]:
+    """Boxes of `[[x1, y1, x2, y2], ...]` in pixels; groups that are not four numbers are left out.
+
+    Coordinates are held to the page, and put in order.
+    """
+    boxes = []
+    for group in _GROUP.findall(text):
+        numbers = group.split(",")
+        if len(numbers) == 4 and all(_NUMBER.fullmatch(number) for number in numbers):
+            x1, y1, x2, y2 = (min(max(float(number), 0.0), _LAST) / _LAST for number in numbers)
+            (left, right), (top, bottom) = sorted((x1, x2)), sorted((y1, y2))
+            boxes.append(Box(round(left * width), round(top * height), round(right * width), round(bottom * height)))
+    return tuple(boxes)
+
+
+def _count_held(text: str) -> int:
+    """Characters at the end that may be the beginning of a mark."""
+    start = text.rfind("<", max(0, len(text) - max(map(len, _MARKS)) + 1))
+    return len(text) - start if start >= 0 and any(mark.startswith(text[start:]) for mark in _MARKS) else 0

@@ -1,0 +1,27 @@
+"""Parts of a running stack are killed under 32 streams and 32 whole requests; what each client saw is judged.
+
+One kill of each part; `make soak` does many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from benchmarks.faults.__main__ import VICTIMS, build_settings, kill_under_load
+from benchmarks.faults.stack import RunningStack, run_stack
+
+REPLICAS, ROUTERS = 2, 2
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStack]:
+    with run_stack(build_settings(REPLICAS, ROUTERS), tmp_path_factory.mktemp("faults")) as stack:
+        yield stack
+
+
+@pytest.mark.parametrize("victim", VICTIMS)
+async def test_a_kill_under_load_loses_nothing(victim: str, running: RunningStack) -> None:
+    result = await kill_under_load(running, victim, REPLICAS, ROUTERS)
+    assert result.is_clean, result

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving.ocr.layout import Block, Box, LayoutParser, parse_layout
+
+MARKS = ("<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>")
+PIECES = st.sampled_from(
+    [*MARKS, "<", "<|", "|>", "<|re", "[[1, 2, 3, 4]]", "[[5,6,7", "title", "\n", " " * 20, "a < b", "[[]]", "x" * 1100]
+)
+ANSWERS = st.lists(PIECES | st.text(max_size=8), max_size=30).map("".join)
+PAGE = (
+    "<|ref|>title<|/ref|><|det|>[[0, 0, 999, 100]]<|/det|>\n# Report\n\n"
+    "<|ref|>text<|/ref|><|det|>[[10, 200, 500, 999]]<|/det|>\nBody, if a < b.\n"
+)
+
+
+def test_a_page_becomes_blocks_in_its_own_pixels() -> None:
+    assert parse_layout(PAGE, 1998, 999) == [
+        Block("title", (Box(0, 0, 1998, 100),), "# Report"),
+        Block("text", (Box(20, 200, 1000, 999),), "Body, if a < b."),
+    ]
+
+
+def test_a_block_is_told_as_soon_as_the_next_one_begins() -> None:
+    parser = LayoutParser(999, 999)
+    told = [block.label for character in PAGE for block in parser.feed(character)]
+    assert told == ["title"]
+    assert [block.label for block in parser.finish()] == ["text"]
+
+
+@given(ANSWERS, st.lists(st.integers(0, 200)))
+def test_any_split_of_any_answer_gives_the_same_blocks(answer: str, cuts: list[int]) -> None:
+    parser = LayoutParser(1000, 1400)
+    blocks = []
+    edges = sorted({0, len(answer), *(cut for cut in cuts if cut < len(answer))})
+    for start, end in itertools.pairwise(edges):
+        blocks += parser.feed(answer[start:end])
+    assert [*blocks, *parser.finish()] == parse_layout(answer, 1000, 1400)
+
+
+@given(ANSWERS)
+def test_character_by_character_gives_the_same_blocks(answer: str) -> None:
+    parser = LayoutParser(1000, 1400)
+    blocks = [block for character in answer for block in parser.feed(character)]
+    assert [*blocks, *parser.finish()] == parse_layout(answer, 1000, 1400)
+
+
+@given(st.text(alphabet=st.characters(blacklist_characters="<")))
+def test_text_without_markup_is_one_block(text: str) -> None:
+    blocks = parse_layout(text, 10, 10)
+    assert blocks == ([Block("", (), text.strip())] if text.strip() else [])
+
+
+@given(ANSWERS)
+def test_boxes_are_on_the_page(answer: str) -> None:
+    for block in parse_layout(f"<|det|>{answer}", 640, 480):
+        for box in block.boxes:
+            assert 0 <= box.left <= box.right <= 640
+            assert 0 <= box.top <= box.bottom <= 480
+
+
+@pytest.mark.parametrize(
+    ("answer", "blocks"),
+    [
+        ("<|ref|>text<|/ref|>", [Block("text", (), "")]),
+        ("<|ref|>text<|/ref|>no box", [Block("text", (), "no box")]),
+        ("<|ref|>text<|/ref|> \n<|det|>[[1,2,3,4]]<|/det|>x", [Block("text", (Box(1, 2, 3, 4),), "x")]),
+        ("<|ref|>text<|/ref|><|det|>[[1,2,3,4],[5,6,7", [Block("text", (Box(1, 2, 3, 4),), "")]),
+        ("<|ref|>text<|/ref|><|det|>[[4,3,2,1]]<|/det|>", [Block("text", (Box(2, 1, 4, 3),), "")]),
+        ("<|ref|>text<|/ref|><|det|>[[1,2,3,4000]]<|/det|>", [Block("text", (Box(1, 2, 3, 999),), "")]),
+        ("<|ref|>text<|/ref|><|det|>[[1,2],[a,b,c,d]]<|/det|>", [Block("text", (), "")]),
+        (
+            "<|ref|>a<|/ref|><|det|>[[1,2,3,4]]<|ref|>b<|/ref|>",
+            [Block("a", (Box(1, 2, 3, 4),), ""), Block("b", (), "")],
+        ),
+        ("before <|ref|>tit", [Block("", (), "before")]),
+        ("before <|re", [Block("", (), "before")]),
+        ("3 <", [Block("", (), "3 <")]),
+        ("a<|/ref|>b<|/det|>c", [Block("", (), "abc")]),
+        ("<|ref|>a<|ref|>b<|/ref|>c", [Block("", (), "a"), Block("b", (), "c")]),
+    ],
+)
+def test_cut_and_malformed_answers_keep_what_can_be_kept(answer: str, blocks: list[Block]) -> None:
+    assert parse_layout(answer, 999, 999) == blocks
+
+
+def test_several_boxes_of_what_was_looked_for() -> None:
+    (block,) = parse_layout("<|ref|>the cat<|/ref|><|det|>[[1, 2, 3, 4], [5, 6, 7, 8]]<|/det|>", 999, 999)
+    assert block == Block("the cat", (Box(1, 2, 3, 4), Box(5, 6, 7, 8)), "")
+
+
+def test_a_label_without_end_is_text() -> None:
+    assert parse_layout("<|ref|>" + "x" * 5000, 9, 9) == [Block("", (), "x" * 5000)]

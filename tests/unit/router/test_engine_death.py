@@ -1,0 +1,45 @@
+"""An engine that dies under its living HTTP server, as vLLM's engine process does."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+
+import pytest
+
+from serving.directory import ReplicaRecord
+from serving.engine.scripted import ScriptedEngine
+from serving.http_server import HttpServer
+from serving.settings import ScriptSettings
+
+from .stack import MODEL, build_record, run_router
+
+
+@contextlib.asynccontextmanager
+async def run_engine(replica_id: str, *failures: str) -> AsyncIterator[ReplicaRecord]:
+    engine = ScriptedEngine(ScriptSettings(output_tokens=8, failures=failures), [MODEL])
+    server = HttpServer(engine, host="127.0.0.1", port=0, drain_s=1, has_lifespan=True)
+    await server.start()
+    try:
+        yield build_record(replica_id, server.port)
+    finally:
+        await server.stop()
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_another_replica_answers_what_had_not_begun(is_stream: bool) -> None:
+    dying_a, dying_b, living = run_engine("a", "dead"), run_engine("b", "dead"), run_engine("c")
+    async with dying_a as a, dying_b as b, living as c, run_router(a, b, c) as router:
+        for _ in range(4):
+            answer = await router.chat(stream=is_stream)
+            assert answer.status_code == 200, answer.text
+            assert "error" not in answer.text
+            assert not is_stream or answer.text.endswith("data: [DONE]\n\n")
+
+
+async def test_a_stream_that_had_begun_ends_with_an_error_event() -> None:
+    async with run_engine("a", "dead:after_tokens=3") as a, run_router(a) as router:
+        answer = await router.chat(stream=True)
+    assert answer.status_code == 200
+    assert "[DONE]" not in answer.text
+    assert '"code":"replica_unreachable"' in answer.text.rstrip().rpartition("\n\n")[2]
