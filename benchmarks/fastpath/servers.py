@@ -71,7 +71,7 @@ def compare(
             ]
             best = [max(load.pages_per_s for load in loads) for loads in zip(*rounds, strict=True)]
             cheapest = [min(load.cpu_s_per_page for load in loads) for loads in zip(*rounds, strict=True)]
-            label = f"whole requests, {name}, {num_tokens} tokens out"
+            label = f"whole requests, {name}, {num_tokens} token{'s' * (num_tokens > 1)} out"
             yield Row.of_rates(label, *best, STOCK_NAME, None, "pages/s")
             yield Row.of_costs(f"{label}: CPU", *cheapest, STOCK_NAME, None, "s per page")
 
