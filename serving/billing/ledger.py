@@ -18,6 +18,7 @@ from pathlib import Path
 
 from serving.billing.database import Database, ReplicaLife, is_data_fault
 from serving.billing.frames import clean_record, encode_frame
+from serving.billing.open_requests import AskReplica, OpenRequest, close_request
 from serving.billing.prices import PriceBook
 from serving.billing.queries import sum_month_by_tenant
 from serving.billing.records import RequestRecord
@@ -33,6 +34,7 @@ _LAST_PAUSE_S = 10.0
 _ALARM_EVERY_S = 60.0
 _FLUSH_POLL_S = 0.01
 _SEE_REPLICAS_S = 10.0
+_REST_S = 1.0  # what a dead router has sent is with its replica by then
 
 
 @dataclass(slots=True)
@@ -50,6 +52,8 @@ class LedgerCounts:
     """Records in no place any more but the log, since disk, memory and database were all full or away."""
     num_refused: int = 0
     """Records that the database refuses for good; they are in `refused` beside the spools."""
+    num_closed: int = 0
+    """Requests that a router left open when it died, and that have their records now."""
     num_failures: int = 0
     """Times that the database failed."""
 
@@ -67,6 +71,8 @@ class Ledger:
         self.counts = LedgerCounts()
         self.is_database_up = False
         """Whether the last thing that was asked of the database succeeded."""
+        self.ask_replica: AskReplica | None = None
+        """Set as soon as it is known which replicas there are; what dead routers left open waits until then."""
         self._prices = prices
         self._spool: Spool | None = None
         self._memory: deque[RequestRecord] = deque()
@@ -111,6 +117,14 @@ class Ledger:
         self._spool = open_spool(self._root, self.router_id, self.settings.spool)
         self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._sync())]
 
+    def open(self, request: OpenRequest) -> None:
+        """A request goes to a replica now; `record` will close it, or whoever adopts these books. Never fails."""
+        assert self._spool is not None, "the ledger was not started"
+        try:
+            self._spool.open_requests.put(request)
+        except (OSError, ValueError) as error:
+            logger.warning("%s would leave no trace if this router died now: %s", request.request_id, error)
+
     def record(self, record: RequestRecord) -> None:
         """Take one request into the books. Never waits for the database, never fails; once per request.
 
@@ -122,6 +136,8 @@ class Ledger:
             self._spool.append(record)
         except (OSError, SpoolFullError, ValueError) as error:
             self._spool_otherwise(record, error)
+        with contextlib.suppress(OSError):
+            self._spool.open_requests.remove(record.request_id)
         if self.counts.num_recorded % _MARK_EVERY == 1 or not self._num_uncommitted:
             self._marks.append((self.counts.num_recorded, time.time_ns()))
         self._num_uncommitted += 1
@@ -241,8 +257,7 @@ class Ledger:
             await self.database.see_replicas(self._replicas.values())
             self._replicas_saved_s = now_s
             self._replicas.clear()
-        if now_s - self._adopted_s >= self.settings.spool.adopt_s:
-            await self._adopt()
+        if now_s - self._adopted_s >= self.settings.spool.adopt_s and await self._adopt():
             self._adopted_s = now_s
 
     async def _prepare(self) -> None:
@@ -264,17 +279,42 @@ class Ledger:
             self._spool.commit()
             self._mark_done(len(records))
 
-    async def _adopt(self) -> None:
-        """Read spools of routers that have died to their end. One's own records go first, between any two batches."""
-        while (orphan := adopt_spool(self._root, self.settings.spool)) is not None:
+    async def _adopt(self) -> bool:
+        """Read spools of routers that have died to their end; False when some must wait.
+
+        One's own records go first, between any two batches.
+        """
+        left: list[Path] = []
+        while (orphan := adopt_spool(self._root, self.settings.spool, left)) is not None:
             logger.warning("adopting %s with %d bytes of a router that is gone", orphan.directory, orphan.size_bytes)
             try:
                 while records := orphan.read(self.settings.batch_rows):
                     await self._write(records)
                     orphan.commit()
                     await self._drain_own(self.settings.batch_rows)
+                if not await self._close_requests(orphan):
+                    left.append(orphan.directory)
             finally:
                 orphan.close()
+        return not left
+
+    async def _close_requests(self, orphan: Spool) -> bool:
+        """Make records of what a dead router left open; False while it is not known which replicas there are.
+
+        One whose record was written before the router could say so is in the database by now, and stays as it is.
+        """
+        if not orphan.open_requests.has_left_over:
+            return True
+        if self.ask_replica is None:
+            return False
+        await asyncio.sleep(_REST_S)
+        requests, ask, now_ns = orphan.open_requests.read(), self.ask_replica, time.time_ns()
+        records = await asyncio.gather(*(close_request(request, ask, now_ns) for request in requests))
+        for begin in range(0, len(records), self.settings.batch_rows):
+            await self._write(records[begin : begin + self.settings.batch_rows])
+        self.counts.num_closed += len(records)
+        orphan.open_requests.forget()
+        return True
 
     async def _write(self, records: Sequence[RequestRecord]) -> None:
         try:

@@ -8,6 +8,7 @@ takes a request id once.
 
     <root>/<owner>/lock
     <root>/<owner>/00000000000000000001.journal ...
+    <root>/<owner>/open                             requests without a record yet, see `open_requests`
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from serving.billing.frames import MAX_PAYLOAD_BYTES, decode_frames, encode_frame
+from serving.billing.open_requests import OpenRequests, read_open_requests
 from serving.billing.records import RequestRecord
 from serving.billing_settings import SpoolSettings
 
@@ -31,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 _LOCK = "lock"
 _JOURNAL = ".journal"
+_OPEN = "open"
 _DAMAGED = ".damaged"
 _PIECE_BYTES = 2 * MAX_PAYLOAD_BYTES
 
@@ -63,6 +66,7 @@ class Spool:
     """Records that this process has appended."""
     damaged_bytes: int = 0
     """Found while reading: records that are lost. A frame torn by the writer's death is not counted, it never was."""
+    open_requests: OpenRequests = field(init=False)
     _segments: list[_Segment] = field(default_factory=list)
     _offset_bytes: int = 0
     """How far the first segment is committed."""
@@ -75,11 +79,12 @@ class Spool:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             self._segments.append(_Segment(path, fd, os.fstat(fd).st_size, is_sealed=True))
         self.size_bytes = sum(segment.size_bytes for segment in self._segments)
+        self.open_requests = OpenRequests(self.directory / _OPEN)
 
     @property
     def is_empty(self) -> bool:
-        """Whether everything in it is committed."""
-        return self.size_bytes == 0
+        """Whether everything in it is committed, and no request open."""
+        return self.size_bytes == 0 and not self.open_requests and not self.open_requests.has_left_over
 
     def append(self, record: RequestRecord) -> int:
         """Write one record; it survives this process from the return on. Returns the bytes it took.
@@ -154,11 +159,13 @@ class Spool:
 
     def close(self) -> None:
         """Give it back: what is not committed stays for whoever opens or adopts it; an empty one is removed."""
+        is_empty = self.is_empty
         for segment in self._segments:
-            if self.is_empty:
+            if is_empty:
                 segment.path.unlink(missing_ok=True)
             os.close(segment.fd)
-        if self.is_empty:
+        self.open_requests.close()
+        if is_empty:
             (self.directory / _LOCK).unlink(missing_ok=True)
             try:
                 self.directory.rmdir()
@@ -201,9 +208,11 @@ def open_spool(root: Path, owner: str, settings: SpoolSettings) -> Spool:
     raise AssertionError("unreachable")
 
 
-def adopt_spool(root: Path, settings: SpoolSettings) -> Spool | None:
-    """A spool whose writer is dead, locked by this process now; None when there is none."""
+def adopt_spool(root: Path, settings: SpoolSettings, but: Collection[Path] = ()) -> Spool | None:
+    """A spool whose writer is dead, locked by this process now; None when there is none. Those of `but` are left."""
     for directory in sorted(root.glob("*/")):
+        if directory in but:
+            continue
         lock_fd = _lock(directory)
         if lock_fd is None:
             continue
@@ -232,6 +241,11 @@ def read_spools(root: Path, limit: int) -> Iterator[list[RequestRecord]]:
             offset += found.size_bytes
             if found.records:
                 yield found.records
+
+
+def count_open(root: Path) -> int:
+    """Requests without a record in the spools of a root: in flight, or left by routers that have died."""
+    return sum(len(read_open_requests(path)) for path in root.glob(f"*/{_OPEN}"))
 
 
 def _lock(directory: Path) -> int | None:

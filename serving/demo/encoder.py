@@ -30,6 +30,11 @@ def _relative_rows(table: Tensor, side: int) -> Tensor:
     return table[steps[:, None] - steps[None, :] + side - 1]
 
 
+_TRAINED_TOKENS = 2304
+"""Attention over more tokens than this is a constant to the gradient: the backward pass would cost most of a step. The
+weights that it needs are learnt on smaller views."""
+
+
 class SamAttention(nn.Module):
     """Attention over square token grids with decomposed relative positions (one table per axis)."""
 
@@ -46,6 +51,8 @@ class SamAttention(nn.Module):
         b, side, _, width = x.shape
         head_size = width // self.heads
         qkv = self.qkv(x).view(b, side * side, 3, self.heads, head_size).permute(2, 0, 3, 1, 4)
+        if side * side > _TRAINED_TOKENS:
+            qkv = qkv.detach()
         q, k, v = qkv.unbind(0)
         grid = q.reshape(b, self.heads, side, side, head_size)
         rel_h = torch.einsum("bnhwc,hkc->bnhwk", grid, _relative_rows(self.rel_pos_h, side)).flatten(2, 3)
@@ -55,7 +62,8 @@ class SamAttention(nn.Module):
             scores = torch.matmul(q * head_size**-0.5, k.transpose(-1, -2)) + bias
             out = torch.matmul(scores.softmax(-1).to(v.dtype), v)
         else:
-            out = self._attend_without_bias_matrix(q, k, v, rel_h, rel_w)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and side * side <= _TRAINED_TOKENS):
+                out = self._attend_without_bias_matrix(q, k, v, rel_h, rel_w)
         return self.proj(out.transpose(1, 2).reshape(b, side, side, width))
 
     @staticmethod

@@ -14,11 +14,14 @@ from serving.demo.batches import IGNORED, PAGE_END, Batch
 from serving.demo.config import NanoConfig
 from serving.demo.decoder import DecoderTrace
 from serving.demo.encoder import EncodedPages
+from serving.demo.tokenizer import EOS_ID, FIRST_COLUMN_ID, FIRST_LINE_ID
 
 _NUM_BYTES = 128
 _SLOT_WIDTH = 48
 _END_WEIGHT = 8.0
 """The end of the page comes once a page, and a reader that misses it goes on for ever."""
+_TURN_WEIGHTS = {"line": 4.0, "end": 10.0}
+"""Newlines and the end are few among letters and alone decide whether a line is lost or a page read twice."""
 _GUIDED_ROWS = 48
 """Text places per page on which attention is guided; a sample is enough and much cheaper."""
 
@@ -30,6 +33,7 @@ class LossWeights:
     text: float = 1.0
     patches: float = 0.5
     cells: float = 1.0
+    more: float = 0.3
     places: float = 0.15
     attention: float = 0.3
     balance: float = 0.01
@@ -43,6 +47,7 @@ class TrainingHeads(nn.Module):
         self.patch_char = nn.Linear(sizes.sam_width, _NUM_BYTES)
         self.cell_slots = nn.Linear(sizes.hidden_size, 16 * _SLOT_WIDTH)
         self.slot_char = nn.Linear(_SLOT_WIDTH, _NUM_BYTES)
+        self.more = nn.Linear(sizes.hidden_size, 4)
         self.places = nn.ModuleList(nn.Linear(sizes.hidden_size, 2 * sizes.sam_side) for _ in range(2))
 
     def read_cells(self, cells: Tensor) -> Tensor:
@@ -69,19 +74,49 @@ def _char_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def encoder_losses(
     encoded: EncodedPages, heads: TrainingHeads, batch: Batch, weights: LossWeights
 ) -> dict[str, Tensor]:
-    """Return the weighted terms `patches` and `cells`, and the accuracy `read` of reading cells."""
-    patches, _ = _char_loss(heads.patch_char(encoded.patches), batch.patch_chars)
+    """Return the weighted terms `patches`, `cells` and `more`, and the accuracies `seen` (patches) and `read` (cells).
+
+    A part has those of its patches alone.
+    """
+    patches, seen = _char_loss(heads.patch_char(encoded.patches), batch.patch_chars)
+    if batch.is_part:
+        return {"patches": weights.patches * patches, "seen": seen}
     cells, right = _char_loss(heads.read_cells(encoded.cells), batch.cell_chars)
-    return {"patches": weights.patches * patches, "cells": weights.cells * cells, "read": right}
+    more = _more_loss(heads.more(encoded.cells), batch)
+    terms = {"patches": weights.patches * patches, "cells": weights.cells * cells, "more": weights.more * more}
+    return terms | {"seen": seen, "read": right}
 
 
-def text_loss(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the mean loss over text places of [b, n, vocabulary] and the share of right guesses."""
+def _more_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Return the loss of every vision token telling whether text follows below each of its two lines.
+
+    The end of the page can then be told at any place of a line, even when the line leaves no paper behind it.
+    """
+    b, rows, _ = batch.is_more.shape
+    scores = logits.float().view(b, rows, rows, 2, 2)
+    wanted = batch.is_more[:, :, None].expand(-1, -1, rows, -1)
+    losses = F.cross_entropy(scores.flatten(0, 3), wanted.flatten(), ignore_index=IGNORED, reduction="none")
+    is_known = (wanted != IGNORED).flatten()
+    is_near = batch.is_near_end[:, :, None].expand_as(wanted).flatten()
+    return losses.sum() / is_known.sum() + (losses * is_near).sum() / is_near.sum().clamp(min=1)
+
+
+def text_loss(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss per text place of [b, n, vocabulary] and the shares of right guesses: of all and of turns.
+
+    Turns are newlines and ends; they count several times, as if there were more of them.
+    """
     wanted = batch.ids.masked_fill(~batch.is_text, IGNORED)
-    loss = F.cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), ignore_index=IGNORED)
+    losses = F.cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none")
+    is_end = batch.ids == EOS_ID
+    is_line = (batch.ids >= FIRST_LINE_ID) & (batch.ids < FIRST_COLUMN_ID)
+    counts = 1 + (_TURN_WEIGHTS["line"] - 1) * is_line + (_TURN_WEIGHTS["end"] - 1) * is_end
+    loss = (losses * counts.flatten()).sum() / batch.is_text.sum()
     with torch.no_grad():
-        right = ((logits.argmax(-1) == batch.ids) & batch.is_text).sum() / batch.is_text.sum()
-    return loss, right
+        is_right = logits.argmax(-1) == batch.ids
+        right = (is_right & batch.is_text).sum() / batch.is_text.sum()
+        turned = (is_right & (is_end | is_line)).sum() / (is_end | is_line).sum()
+    return loss, right, turned
 
 
 def place_loss(trace: DecoderTrace, heads: TrainingHeads, batch: Batch, start: int) -> Tensor:
@@ -90,10 +125,9 @@ def place_loss(trace: DecoderTrace, heads: TrainingHeads, batch: Batch, start: i
     `start` is the position whose output is the first text token.
     """
     stop = start + batch.ids.shape[1]
-    side = batch.patch_chars.shape[1]
     total = batch.ids.new_zeros((), dtype=torch.float32)
     for residual, head in zip(trace.residuals, heads.places, strict=False):
-        columns, rows = head(residual[:, start:stop]).float().split(side, -1)
+        columns, rows = head(residual[:, start:stop]).float().chunk(2, -1)
         for logits, wanted in ((columns, batch.columns), (rows, batch.rows // 2)):
             labels = wanted.masked_fill(~batch.is_text, IGNORED).flatten()
             total = total + F.cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORED)
@@ -103,13 +137,14 @@ def place_loss(trace: DecoderTrace, heads: TrainingHeads, batch: Batch, start: i
 def attention_loss(trace: DecoderTrace, batch: Batch, start: int) -> Tensor:
     """Return how little the last two layers' heads look where they should.
 
-    A cell shows four characters on each of two lines. Head h of the layer before the last is to read the h-th character
-    of a cell's upper line, head h of the last layer that of the lower line, and to look at the start marker when it is
-    another's turn. So one linear map per head has to bring out one character.
+    A cell of a native page shows four characters on each of two lines. Head h of the layer before the last is to read
+    the h-th character of a cell's upper line, head h of the last layer that of the lower line, and to look at the start
+    marker when it is another's turn. So one linear map per head has to bring out one character. Views of other sizes
+    show fewer characters per cell, in the rooms they have on a native page, and turns are the same.
     """
     picks = torch.randint(batch.ids.shape[1], (len(batch.ids), _GUIDED_ROWS))
     rows, columns = batch.rows.gather(1, picks), batch.columns.gather(1, picks)
-    cells = 1 + rows // 4 * (batch.patch_chars.shape[1] // 4 + 1) + columns // 4
+    cells = 1 + batch.targets.gather(1, picks)
     valid = batch.is_text.gather(1, picks)[:, None]
     total = batch.ids.new_zeros((), dtype=torch.float32)
     for line, (queries, keys) in enumerate(zip(trace.queries[-2:], trace.keys[-2:], strict=True)):

@@ -28,6 +28,8 @@ FONT_FILES = {
     "typewriter": "cmtt10.ttf",
 }
 
+_UNTRAINED_FONTS = {"sans": "DejaVuSans.ttf"}
+
 GreyPage = NDArray[np.uint8]
 Box = tuple[int, int, int, int]
 
@@ -42,6 +44,8 @@ class PageSpec:
     noise_share: float = 0.3
     jpeg_share: float = 0.0
     margin_share: float = 0.5
+    gap_share: float = 0.0
+    """Share of pages with empty rows between some lines; they are not part of the text."""
     num_lines: tuple[int, int] = (1, 14)
     num_chars: tuple[int, int] = (1, 400)
     size_px: int = 512
@@ -79,17 +83,17 @@ class Page:
 
 
 def find_font(name: str) -> Path:
-    """Return the file of a font in `FONT_FILES`, without importing matplotlib."""
+    """Return the file of a font, one of `FONT_FILES` or `sans`, without importing matplotlib."""
     spec = importlib.util.find_spec("matplotlib")
     if spec is None or spec.origin is None:
         raise FileNotFoundError("the page renderer takes its fonts from the matplotlib package, which is not installed")
-    return Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / FONT_FILES[name]
+    return Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / (FONT_FILES | _UNTRAINED_FONTS)[name]
 
 
 @cache
 def _glyph(font: str, size_px: int, char: str) -> tuple[GreyPage, int, int]:
     """Return a glyph's coverage, cut to its ink, and the ink's x and y relative to the character's cell."""
-    loaded = _load_font(font, size_px)
+    loaded = load_font(font, size_px)
     canvas = Image.new("L", (PITCH_PX + 2 * _MARGIN_PX, LINE_PX + 2 * _MARGIN_PX))
     left = _MARGIN_PX + (PITCH_PX - loaded.getlength(char)) / 2
     ImageDraw.Draw(canvas).text((left, _MARGIN_PX + _BASELINE_PX), char, fill=255, font=loaded, anchor="ls")
@@ -98,7 +102,8 @@ def _glyph(font: str, size_px: int, char: str) -> tuple[GreyPage, int, int]:
 
 
 @cache
-def _load_font(font: str, size_px: int) -> ImageFont.FreeTypeFont:
+def load_font(font: str, size_px: int) -> ImageFont.FreeTypeFont:
+    """Return a font of `find_font` at a size."""
     return ImageFont.truetype(find_font(font), size_px, layout_engine=ImageFont.Layout.BASIC)
 
 
@@ -182,6 +187,9 @@ def sample_page(spec: PageSpec, split: Split, seed: int, index: int) -> Page:
     jitter = spec.jitter_px
     shift = random.integers(-jitter, jitter + 1, 2) + random.integers(-(jitter // 2), jitter // 2 + 1, (len(lines), 2))
     offsets = np.clip(shift, -jitter, jitter) + np.array([left * PITCH_PX, top * LINE_PX])
+    if spec.gap_share and random.random() < spec.gap_share:
+        room = spec.size_px // LINE_PX - top - len(lines)
+        offsets[:, 1] += LINE_PX * np.sort(random.integers(0, room + 1, len(lines)))
     return render_page(lines, style, offsets, random, spec.size_px)
 
 

@@ -1,18 +1,17 @@
 """Train the nano checkpoint on the CPU: `python -m serving.demo.train --out DIR`.
 
 Pages are rendered on the way, so there is no data set. The run can be stopped at any time (Ctrl-C or SIGTERM) and goes
-on from its own checkpoint. A budget in minutes counts only the time spent training.
+on from its own checkpoint. A budget in minutes counts only the time spent training. With `--from-weights FILE` a new
+run starts from trained weights, without the state of their optimiser, and follows the recipe of a second stretch.
 """
 
 import json
-import math
 import os
 import signal
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -24,9 +23,9 @@ from torch import Tensor
 
 from serving.demo.batches import OCR_PROMPT, Batch
 from serving.demo.config import NANO, NanoConfig
+from serving.demo.decoder import DecoderTrace
 from serving.demo.initial import start_weights
 from serving.demo.losses import (
-    LossWeights,
     TrainingHeads,
     attention_loss,
     balance_loss,
@@ -35,116 +34,28 @@ from serving.demo.losses import (
     text_loss,
 )
 from serving.demo.measure import measure_pages
-from serving.demo.model import NanoOcr
-from serving.demo.pages import CORE, WIDE, PageSpec, sample_page, with_chars
+from serving.demo.model import NanoOcr, load_model
+from serving.demo.pages import PageSpec, with_chars
+from serving.demo.plan import CONTINUED, Clock, Plan, learning_rate
+from serving.demo.stream import BatchStream
 from serving.demo.tokenizer import BOS_ID, EOS_ID, encode_text
 
-_GROUP = 8
-"""Batches rendered together and sorted by length, so that little is padded."""
 _OTHER_EVERY = 10
 """Prompts without an image come once in so many steps."""
 _OTHER_PROMPTS = ("", "\nFree OCR", "Free OCR.\n", "\nOCR this image.", "\nRead this page.", "\nWhat does this say?")
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The recipe. Progress runs from 0 to 1 over the budget."""
-
-    seed: int = 0
-    batch_pages: int = 16
-    peak_rate: float = 8e-4
-    floor_share: float = 0.03
-    warmup_steps: int = 150
-    decay_from: float = 0.55
-    encoder_until: float = 0.03
-    encoder_every: int = 1
-    wide_from: float = 0.58
-    wide_share: float = 0.3
-    weight_decay: float = 0.02
-    core: PageSpec = CORE
-    wide: PageSpec = WIDE
-    measured_chars: tuple[int, int] = (100, 350)
-    weights: LossWeights = field(default_factory=LossWeights)
-
-
-@dataclass
-class Clock:
-    """How far a run is: steps and seconds done, against the budget of either."""
-
-    max_steps: int
-    max_seconds: float
-    step: int = 0
-    seconds: float = 0.0
-
-    @property
-    def progress(self) -> float:
-        """Share of the budget that is used up, whichever budget is further."""
-        return max(self.step / self.max_steps, self.seconds / self.max_seconds)
-
-
-def learning_rate(plan: Plan, step: int, progress: float) -> float:
-    """Return the rate: a short warm-up, a plateau, then half a cosine down to the floor."""
-    decay = min(1.0, max(0.0, (progress - plan.decay_from) / (1 - plan.decay_from)))
-    share = plan.floor_share + (1 - plan.floor_share) * 0.5 * (1 + math.cos(math.pi * decay))
-    return plan.peak_rate * share * min(1.0, (step + 1) / plan.warmup_steps)
-
-
-def training_spec(index: int, plan: Plan, progress: float) -> PageSpec:
-    """Return what page number `index` may look like at this progress; every second page is a long one."""
-    is_wide = progress >= plan.wide_from and (index * 0.618034) % 1 < plan.wide_share
-    spec = plan.wide if is_wide else plan.core
-    most = spec.num_lines[1]
-    return replace(spec, num_lines=((most + 1) // 2, most)) if index % 2 else spec
-
-
-def render_group(plan: Plan, group: int, progress: float, sizes: NanoConfig) -> list[Batch]:
-    """Return the batches of a group, in an order shuffled by its number."""
-    first = group * _GROUP * plan.batch_pages
-    indices = range(first, first + _GROUP * plan.batch_pages)
-    pages = [sample_page(training_spec(i, plan, progress), "train", plan.seed, i) for i in indices]
-    pages.sort(key=lambda page: len(page.text))
-    batches = [pages[i : i + plan.batch_pages] for i in range(0, len(pages), plan.batch_pages)]
-    order = torch.randperm(_GROUP, generator=torch.Generator().manual_seed(group)).tolist()
-    return [Batch.from_pages(batches[i], sizes) for i in order]
-
-
-class BatchStream:
-    """Hands out batches by step number and renders the next group in a thread meanwhile."""
-
-    def __init__(self, plan: Plan, sizes: NanoConfig, clock: Clock) -> None:
-        self._plan, self._sizes, self._clock = plan, sizes, clock
-        self._pool = ThreadPoolExecutor(1)
-        self._pending: dict[int, Future[list[Batch]]] = {}
-
-    def _request(self, group: int) -> Future[list[Batch]]:
-        if group not in self._pending:
-            progress = self._clock.progress
-            self._pending[group] = self._pool.submit(render_group, self._plan, group, progress, self._sizes)
-        return self._pending[group]
-
-    def batch(self, step: int) -> Batch:
-        """Return the batch of a step."""
-        group, index = divmod(step, _GROUP)
-        current = self._request(group)
-        self._request(group + 1)
-        for old in [number for number in self._pending if number < group]:
-            del self._pending[old]
-        return current.result()[index]
-
-    def close(self) -> None:
-        """Stop the thread."""
-        self._pool.shutdown(cancel_futures=True)
-
-
 class Trainer:
     """Model, read-outs and optimiser, with the step that improves them."""
 
-    def __init__(self, plan: Plan, clock: Clock, sizes: NanoConfig = NANO) -> None:
+    def __init__(self, plan: Plan, clock: Clock, sizes: NanoConfig = NANO, weights: Path | None = None) -> None:
         torch.manual_seed(plan.seed)
         self.plan, self.clock = plan, clock
         self.model = NanoOcr(sizes)
         self.heads = TrainingHeads(sizes)
         start_weights(self.model)
+        if weights is not None:
+            self.model.load_state_dict(load_model(weights, sizes).state_dict())
         trainable = [p for module in (self.model, self.heads) for p in module.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trainable if p.dim() > 1], "weight_decay": plan.weight_decay},
@@ -155,18 +66,21 @@ class Trainer:
 
     def step(self, batch: Batch) -> dict[str, float]:
         """Take one optimiser step and return the loss terms and accuracies."""
-        rate = learning_rate(self.plan, self.clock.step, self.clock.progress)
+        is_heads_only = self.clock.step < self.plan.heads_steps
+        progress = self.clock.progress
+        rate = self.plan.heads_rate if is_heads_only else learning_rate(self.plan, self.clock.step, progress)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         with torch.autocast("cpu", torch.bfloat16):
-            terms = self._terms(batch)
-        loss = torch.stack([value for name, value in terms.items() if name not in ("read", "right")]).sum()
+            terms = self._head_terms(batch) if is_heads_only else self._terms(batch)
+        loss = torch.stack([value for name, value in terms.items() if name not in _ACCURACIES]).sum()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.clock.step += 1
         values = {name: round(float(value.detach()), 4) for name, value in terms.items()}
+        values["view"] = batch.pages.shape[-1] * (-1 if batch.is_part else 1)
         return values | {"loss": round(float(loss.detach()), 4), "norm": round(float(norm), 3), "rate": round(rate, 6)}
 
     def _terms(self, batch: Batch) -> dict[str, Tensor]:
@@ -179,17 +93,32 @@ class Trainer:
         else:
             encoded = self.model.encode(batch.pages)
             terms = encoder_losses(encoded, self.heads, batch, self.plan.weights)
-        if progress < self.plan.encoder_until:
+        if batch.is_part:
+            return terms
+        is_native = batch.pages.shape[-1] == self.model.sizes.image_size
+        if progress < (self.plan.encoder_until if is_native else self.plan.views_text_from):
             return terms
         terms |= self._text_terms(encoded.cells, batch)
         return terms if self.clock.step % _OTHER_EVERY else terms | {"other": self._other_loss()}
 
-    def _text_terms(self, cells: Tensor, batch: Batch) -> dict[str, Tensor]:
-        weights, prompt = self.plan.weights, self._sample_prompt()
-        start = self.model.sizes.num_image_tokens + len(prompt)
+    def _head_terms(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the terms that train the read-outs on the model as it is."""
+        with torch.no_grad():
+            encoded = self.model.encode(batch.pages)
+            trace, start = self._decode_text(encoded.cells, batch)
+        places = self.plan.weights.places * place_loss(trace, self.heads, batch, start)
+        return encoder_losses(encoded, self.heads, batch, self.plan.weights) | {"places": places}
+
+    def _decode_text(self, cells: Tensor, batch: Batch) -> tuple[DecoderTrace, int]:
+        """Run the decoder over image, prompt and text; the second result is where the first character comes out."""
+        image = self.model.embed_prompt(cells, self._sample_prompt())
         text = self.model.model.embed_tokens(batch.ids[:, :-1])
-        trace = self.model.decode(torch.cat([self.model.embed_prompt(cells, prompt), text], 1))
-        loss, right = text_loss(self.model.lm_head(trace.hidden[:, start:]), batch)
+        return self.model.decode(torch.cat([image, text], 1)), image.shape[1] - 1
+
+    def _text_terms(self, cells: Tensor, batch: Batch) -> dict[str, Tensor]:
+        weights = self.plan.weights
+        trace, start = self._decode_text(cells, batch)
+        loss, right, turned = text_loss(self.model.lm_head(trace.hidden[:, start:]), batch)
         balance = sum(balance_loss(logits) for logits in trace.router_logits)
         return {
             "text": weights.text * loss,
@@ -197,6 +126,7 @@ class Trainer:
             "attention": weights.attention * attention_loss(trace, batch, start),
             "balance": weights.balance * balance,
             "right": right,
+            "turned": turned,
         }
 
     def _sample_prompt(self) -> list[int]:
@@ -232,16 +162,19 @@ class Trainer:
         self.clock.step, self.clock.seconds = state["step"], state["seconds"]
 
 
+_ACCURACIES = ("seen", "read", "right", "turned")
 _PRINTABLE_IDS = (encode_text(" ")[0], encode_text("~")[0] + 1)
 
 
 def _measure(model: NanoOcr, plan: Plan, num_pages: int) -> dict[str, float]:
-    """Return the mean character error rate on held-out pages, core and wide."""
-    specs = {"cer_core": plan.core, "cer_wide": plan.wide}
-    with torch.autocast("cpu", torch.bfloat16):
+    """Return the mean character error rate on held-out pages: core, wide, and core at the first other view."""
+    cases: dict[str, tuple[PageSpec, int | None]] = {"cer_core": (plan.core, None), "cer_wide": (plan.wide, None)}
+    if plan.views:
+        cases["cer_view"] = plan.core, plan.views[0].side_px
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         results = {
-            name: measure_pages(model, with_chars(spec, *plan.measured_chars), num_pages, seed=1)
-            for name, spec in specs.items()
+            name: measure_pages(model, with_chars(spec, *plan.measured_chars), num_pages, seed=1, view_px=view_px)
+            for name, (spec, view_px) in cases.items()
         }
     return {name: round(sum(result.rate for result in pages) / num_pages, 4) for name, pages in results.items()}
 
@@ -274,15 +207,20 @@ class Rhythm:
     """How often to log, measure and save, in steps, seconds and seconds; pages per measurement."""
 
     log_steps: int = 25
-    measure_s: float = 420.0
+    measure_s: float = 3600.0
     save_s: float = 120.0
     measured_pages: int = 16
 
 
-def run_training(out: Path, plan: Plan, clock: Clock, rhythm: Rhythm, sizes: NanoConfig = NANO) -> NanoOcr:
-    """Train until the budget is used up or a signal comes, going on from `out` when it holds a checkpoint."""
+def run_training(
+    out: Path, plan: Plan, clock: Clock, rhythm: Rhythm, sizes: NanoConfig = NANO, weights: Path | None = None
+) -> NanoOcr:
+    """Train until the budget is used up or a signal comes, going on from `out` when it holds a checkpoint.
+
+    A run without one starts from `weights` when they are given.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(plan, clock, sizes)
+    trainer = Trainer(plan, clock, sizes, weights)
     checkpoint = out / "training.pt"
     if checkpoint.exists():
         trainer.restore(torch.load(checkpoint, weights_only=True))
@@ -320,11 +258,14 @@ def main(
     minutes: Annotated[float, typer.Option(help="Budget of training time.")] = 120.0,
     steps: Annotated[int, typer.Option(help="Budget of optimiser steps.")] = 1_000_000,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    seed: Annotated[int, typer.Option(help="Seed of the weights and the pages.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Seed of the weights and the pages.")] = None,
+    from_weights: Annotated[Path | None, typer.Option(help="Trained weights to start a new run from.")] = None,
 ) -> None:
     """Train the nano checkpoint on rendered pages."""
     torch.set_num_threads(threads)
-    run_training(out, Plan(seed=seed), Clock(steps, minutes * 60), Rhythm())
+    plan = CONTINUED if from_weights else Plan()
+    plan = plan if seed is None else replace(plan, seed=seed)
+    run_training(out, plan, Clock(steps, minutes * 60), Rhythm(), weights=from_weights)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ class ScriptedEngine:
             "started_ns": self._started_s * 10**9,
             "prompt_tokens": counts.prompt_tokens,
             "completion_tokens": counts.generation_tokens,
-            "requests": counts.finished.total() + self._core.batch.num_running,
+            "requests": counts.prompted,
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -31,19 +31,30 @@ class RequestUsage:
 
 
 class Ledger:
-    """The usage of the last requests that came with an id. One that comes twice is remembered as it came last."""
+    """The usage of the last requests that came with an id. Those of one id add up, as the engine has worked for all."""
 
     def __init__(self) -> None:
-        self._usages: OrderedDict[str, RequestUsage] = OrderedDict()
+        self._usages: OrderedDict[str, list[RequestUsage]] = OrderedDict()
 
     def add(self, usage: RequestUsage) -> None:
-        self._usages[usage.request_id] = usage
+        self._usages.setdefault(usage.request_id, []).append(usage)
         self._usages.move_to_end(usage.request_id)
         if len(self._usages) > _KEPT:
             self._usages.popitem(last=False)
 
     def find(self, request_id: str) -> RequestUsage | None:
-        return self._usages.get(request_id)
+        usages = self._usages.get(request_id)
+        if usages is None:
+            return None
+        return RequestUsage(
+            request_id,
+            prompt_tokens=sum(usage.prompt_tokens for usage in usages),
+            image_tokens=sum(usage.image_tokens for usage in usages),
+            cached_tokens=sum(usage.cached_tokens for usage in usages),
+            completion_tokens=sum(usage.completion_tokens for usage in usages),
+            finish_reason=usages[-1].finish_reason,
+            is_finished=all(usage.is_finished for usage in usages),
+        )
 
 
 @dataclass(slots=True)
@@ -52,6 +63,8 @@ class Counts:
 
     prompt_tokens: int = 0
     generation_tokens: int = 0
+    prompted: int = 0
+    """Requests whose prompt was computed."""
     finished: Counter[str] = field(default_factory=Counter)
 
 

@@ -92,10 +92,11 @@ class Run:
                 self._finish("abort")
 
     async def _prefill(self) -> None:
+        await self._core.batch.prefill(self._request.prompt_tokens)
         self.usage.prompt_tokens = self._request.prompt_tokens
         self.usage.image_tokens = self._request.image_tokens
-        await self._core.batch.prefill(self._request.prompt_tokens)
         self._core.counts.prompt_tokens += self._request.prompt_tokens
+        self._core.counts.prompted += 1
         if self._failure is not None and self._failure.kind is Kind.SLOW_START:
             await asyncio.sleep(self._failure.value)
 

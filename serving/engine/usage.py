@@ -130,6 +130,7 @@ class EngineUsage:
         prompt, read = entry.live.pop(sequence_id)
         counts = read()
         entry.add(prompt, counts)
+        self._num_requests += int(not before and entry.total("num_prompt_tokens") > 0)
         if not entry.finish_reason or finish_reason == "abort":
             entry.finish_reason = finish_reason
         self._num_prompt_tokens += entry.total("num_prompt_tokens") - before
@@ -159,18 +160,23 @@ class EngineUsage:
         }
 
     def totals(self) -> dict[str, int]:
-        """All since the start, running sequences included. A prompt counts once, however many answers it gets."""
-        prompt, completion = self._num_prompt_tokens, self._num_completion_tokens
+        """All since the start, running sequences included. A prompt counts once, however many answers it gets.
+
+        Requests are those whose prompt was computed: what was refused, or left before its turn, is none.
+        """
+        prompt, completion, requests = self._num_prompt_tokens, self._num_completion_tokens, self._num_requests
         for entry in self._running.values():
             if entry.live:
                 present = entry.now()
-                prompt += present.total("num_prompt_tokens") - entry.total("num_prompt_tokens")
+                before = entry.total("num_prompt_tokens")
+                prompt += present.total("num_prompt_tokens") - before
+                requests += int(not before and present.total("num_prompt_tokens") > 0)
                 completion += present.num_completion_tokens - entry.num_completion_tokens
         return {
             "started_ns": self._started_ns,
             "prompt_tokens": prompt,
             "completion_tokens": completion,
-            "requests": self._num_requests,
+            "requests": requests,
             "running": len(self._running),
         }
 
@@ -188,7 +194,6 @@ class EngineUsage:
             entry = self._finished.pop(request_id, None)
             if entry is None:
                 entry = _Entry()
-                self._num_requests += 1
             self._running[request_id] = entry
         return entry
 

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from serving.billing.budgets import Budgets, BudgetState
 from serving.billing.database import ReplicaLife
 from serving.billing.ledger import Ledger
+from serving.billing.open_requests import OpenRequest
 from serving.billing.periods import month_of
 from serving.billing.prices import Price, PriceBook
-from serving.billing.records import RequestRecord
-from serving.directory import Snapshot
-from serving.router.metering import Call
+from serving.billing.records import RequestRecord, TokenCounts
+from serving.directory import EMPTY, Snapshot
+from serving.router.metering import Call, FetchUsage, ask_replica
 from serving.router.work import Work
 from serving.settings import Settings
 from serving.telemetry.readings import read_budgets, read_ledger
@@ -30,8 +31,11 @@ _NANO_DIGITS = 9
 class Accounts:
     """Prices, budgets and the ledger of one router. Without a ledger (`ledger=None`) nothing outlives the process."""
 
-    def __init__(self, settings: Settings, ledger: Ledger | None) -> None:
+    def __init__(self, settings: Settings, ledger: Ledger | None, fetch_usage: FetchUsage) -> None:
+        """`fetch_usage` tells what came of requests that routers left open when they died."""
         self.ledger = ledger
+        self._fetch_usage = fetch_usage
+        self._snapshot = EMPTY
         self._prices = build_price_book(settings)
         self._refresh_s = settings.billing.budget.refresh_s
         self._budgets = Budgets(settings.billing.budget.warn_percent)
@@ -73,6 +77,8 @@ class Accounts:
         call.reservation = self._budgets.reserve(
             call.identity.tenant_id, limit_nanodollars=limit, estimate_nanodollars=estimate, now_ns=call.arrived_ns
         )
+        if self.ledger is not None:
+            call.on_try = self._open
 
     def settle(self, call: Call, record: RequestRecord) -> None:
         """A request has ended: its reservation becomes its cost, and its record goes into the ledger."""
@@ -91,7 +97,10 @@ class Accounts:
 
     def see_replicas(self, snapshot: Snapshot) -> None:
         """Replicas cost money while they are there, whether they work or not."""
+        self._snapshot = snapshot
         if self.ledger is not None:
+            if snapshot.version != EMPTY.version:
+                self.ledger.ask_replica = self._ask_replica
             now_ns = time.time_ns()
             self.ledger.see_replicas(
                 ReplicaLife(record.replica_id, record.model, now_ns, now_ns) for record in snapshot.records
@@ -102,6 +111,34 @@ class Accounts:
         if self.ledger is not None:
             yield from read_ledger(self.ledger)
         yield from read_budgets(self._budgets, self._known, time.time_ns())
+
+    def _open(self, call: Call) -> None:
+        """Note on disk that a replica gets this request, should this router not live to see its end."""
+        assert self.ledger is not None
+        request, notes = call.understood()
+        self.ledger.open(
+            OpenRequest(
+                request_id=call.request_id,
+                tenant_id=call.identity.tenant_id,
+                key_id=call.identity.key_id,
+                model=request.model,
+                route=call.route,
+                price_version=notes.price.version,
+                router_id=self.ledger.router_id,
+                arrived_ns=call.arrived_ns,
+                num_pages=len(request.image_sizes),
+                priority=call.identity.tenant.priority,
+                is_stream=request.is_stream,
+                num_tries=len(call.asked),
+                replica_ids=tuple(replica.replica_id for replica in call.unheard),
+            )
+        )
+
+    async def _ask_replica(self, replica_id: str, request_id: str) -> TokenCounts | None:
+        for replica in self._snapshot.records:
+            if replica.replica_id == replica_id:
+                return await ask_replica(self._fetch_usage, replica, request_id)
+        return None
 
     async def _refresh_forever(self) -> None:
         """Learn what tenants have spent by way of other routers, and in earlier lives of this one."""

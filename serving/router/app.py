@@ -86,7 +86,8 @@ class RouterApp:
         self._limits = TenantLimits(time.monotonic)
         self._dispatcher = Dispatcher(settings, read_snapshot, router_id=self.router_id, rng=random.Random())
         self._accountant = Accountant(self._backend.fetch_usage, self._settle, self.router_id)
-        self._accounts = Accounts(settings, build_ledger(settings, self.router_id) if keeps_books else None)
+        ledger = build_ledger(settings, self.router_id) if keeps_books else None
+        self._accounts = Accounts(settings, ledger, self._backend.fetch_usage)
         self._remote = RemoteImages(settings.router.remote_images)
         self._state = RouterState(self.router_id, read_snapshot, self._dispatcher, self._limits)
         self._lookups = Lookups(settings, read_snapshot, self._dispatcher, self._accounts, self._state)

@@ -43,6 +43,8 @@ class Call:
     queue_wait_ns: int = 0
     reservation: Reservation | None = None
     """What its tenant's budget holds back for it."""
+    on_try: Callable[[Call], None] = lambda call: None
+    """Called before a replica, the last of `asked`, is sent the request."""
     reserved_tokens: int = 0
     """Taken from the tenant's tokens per minute before its real use was known."""
 
@@ -116,7 +118,9 @@ class Accountant:
             await asyncio.wait(self._asking)
 
     async def _complete(self, call: Call, ending: Ending, ended_ns: int) -> None:
-        told = await asyncio.gather(*(self._ask(replica, call.request_id) for replica in call.unheard))
+        told = await asyncio.gather(
+            *(ask_replica(self._fetch_usage, replica, call.request_id) for replica in call.unheard)
+        )
         tries = list(zip(call.unheard, told, strict=True))
         last = call.tokens
         if last is None and call.unheard[-1] is call.asked[-1]:
@@ -135,20 +139,22 @@ class Accountant:
         record = replace(record, router_id=self._router_id, is_estimated=is_estimated)
         self._on_record(call, replace(record, num_wasted_tokens=wasted, lost_tries=lost))
 
-    async def _ask(self, replica: ReplicaRecord, request_id: str) -> TokenCounts | None:
-        for pause_s in _POLL_S:
-            found = await self._fetch_usage(replica, request_id)
-            if found is None:
-                return None
-            if found.get("is_finished"):
-                return TokenCounts(
-                    num_prompt_tokens=int(found["prompt_tokens"]),
-                    num_image_tokens=int(found["image_tokens"]),
-                    num_cached_tokens=int(found["cached_tokens"]),
-                    num_completion_tokens=int(found["completion_tokens"]),
-                )
-            await asyncio.sleep(pause_s)
-        return None
+
+async def ask_replica(fetch_usage: FetchUsage, replica: ReplicaRecord, request_id: str) -> TokenCounts | None:
+    """What a replica counted for a request that has ended, or is about to; None when it cannot tell."""
+    for pause_s in _POLL_S:
+        found = await fetch_usage(replica, request_id)
+        if found is None:
+            return None
+        if found.get("is_finished"):
+            return TokenCounts(
+                num_prompt_tokens=int(found["prompt_tokens"]),
+                num_image_tokens=int(found["image_tokens"]),
+                num_cached_tokens=int(found["cached_tokens"]),
+                num_completion_tokens=int(found["completion_tokens"]),
+            )
+        await asyncio.sleep(pause_s)
+    return None
 
 
 def _build_record(call: Call, ending: Ending, ended_ns: int, tokens: TokenCounts) -> RequestRecord:

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from serving.demo.batches import IGNORED, Batch
-from serving.demo.config import NanoConfig
+from serving.demo.config import NANO, NanoConfig
+from serving.demo.export import export_weights
 from serving.demo.metrics import character_error_rate, edit_distance, mean_error_rate
 from serving.demo.pages import CORE, WIDE, sample_page
+from serving.demo.plan import CONTINUED, Clock, Plan, View, learning_rate, training_spec, view_of
 from serving.demo.tokenizer import EOS_ID, decode_ids
-from serving.demo.train import Clock, Plan, Rhythm, learning_rate, run_training, training_spec
+from serving.demo.train import Rhythm, run_training
 
 SMALL = NanoConfig(
     image_size=128,
@@ -39,6 +42,15 @@ PLAN = Plan(
     measured_chars=(1, 30),
 )
 RHYTHM = Rhythm(log_steps=1, measured_pages=2)
+SECOND = replace(
+    CONTINUED,
+    batch_pages=2,
+    heads_steps=2,
+    core=PLAN.core,
+    wide=PLAN.wide,
+    measured_chars=PLAN.measured_chars,
+    views=(View(256, 0.2, 1, is_part=True), View(256, 0.3, 1), View(384, 0.2, 1)),
+)
 
 
 def train(out: Path, max_steps: int, stop_after: int | None = None) -> dict[str, torch.Tensor]:
@@ -75,6 +87,51 @@ def test_a_run_logs_losses_and_error_rates(tmp_path: Path) -> None:
     assert "text" not in lines[0]
     assert lines[-2]["text"] > 0
     assert lines[-1].keys() >= {"cer_core", "cer_wide"}
+
+
+def test_a_second_stretch_starts_from_weights_alone(tmp_path: Path) -> None:
+    train(tmp_path / "first", 10)
+    weights = tmp_path / "weights.safetensors"
+    export_weights(tmp_path / "first", weights)
+    out = tmp_path / "second"
+    run_training(out, SECOND, Clock(2, 1e9), RHYTHM, SMALL, weights)
+    after_heads = torch.load(out / "training.pt", weights_only=True)["model"]
+    for name, weight in load_file(weights).items():
+        assert torch.equal(weight.float(), after_heads[name]), name
+    moved = run_training(out, SECOND, Clock(14, 1e9), RHYTHM, SMALL, weights).state_dict()
+    assert not torch.equal(moved["lm_head.weight"], after_heads["lm_head.weight"])
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert {line["view"] for line in lines if "view" in line} == {128, -128, 256, 384}
+    assert lines[-1].keys() >= {"cer_core", "cer_wide", "cer_view"}
+
+
+@pytest.mark.parametrize("progress", [0.1, 0.9])
+def test_views_come_in_the_plans_shares(progress: float) -> None:
+    start, count = CONTINUED.heads_steps, 400
+    drawn = [view_of(step, CONTINUED, progress) for step in range(start + count)]
+    assert set(drawn[:start]) == {None}
+    for view in CONTINUED.views:
+        share = view.share if view.start <= progress < view.stop else 0
+        assert drawn.count(view) / count == pytest.approx(share, abs=0.01)
+
+
+def test_a_part_of_a_view_is_cut_where_windows_end() -> None:
+    page = sample_page(CORE, "train", 0, 5)
+    batch = Batch.from_pages([page], view_px=1024)
+    for number in range(7):
+        part = batch.cut_part(NANO, number)
+        assert part.pages.shape == (1, 512, 512)
+        top, left = 8 * (number % 5), 8 * (number // 5)
+        assert torch.equal(part.pages, batch.pages[:, 16 * top :, 16 * left :][:, :512, :512])
+        assert torch.equal(part.patch_chars, batch.patch_chars[:, top : top + 32, left : left + 32])
+
+
+def test_pages_with_gaps_keep_their_text() -> None:
+    whole = [sample_page(CORE, "train", 0, index) for index in range(20)]
+    gapped = [sample_page(replace(CORE, gap_share=1.0), "train", 0, index) for index in range(20)]
+    assert [page.text for page in whole] == [page.text for page in gapped]
+    assert any(page.line_boxes[-1][1] > old.line_boxes[-1][1] + 16 for page, old in zip(gapped, whole, strict=True))
+    assert all(page.line_boxes[-1][3] <= 512 for page in gapped)
 
 
 def test_the_rate_warms_up_stays_and_decays() -> None:

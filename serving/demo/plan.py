@@ -1,0 +1,131 @@
+"""The training recipes: what pages are drawn when, in which sizes, and how fast the model learns."""
+
+import math
+from dataclasses import dataclass, field, replace
+
+from serving.demo.losses import LossWeights
+from serving.demo.pages import CORE, WIDE, PageSpec
+
+
+@dataclass(frozen=True)
+class View:
+    """A size that pages are also trained at, with its share of the steps between two points of progress.
+
+    A part is a piece of the view, of the native size, that trains the encoder's patches alone: glyphs of another size
+    are learnt for a fraction of a whole view's cost.
+    """
+
+    side_px: int
+    share: float
+    pages: int
+    start: float = 0.0
+    stop: float = 1.0
+    is_part: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The recipe. Progress runs from 0 to 1 over the budget.
+
+    The defaults train from nothing. `CONTINUED` improves trained weights and teaches the other views.
+    """
+
+    seed: int = 0
+    batch_pages: int = 16
+    peak_rate: float = 8e-4
+    floor_share: float = 0.03
+    warmup_steps: int = 150
+    heads_steps: int = 0
+    """First steps in which only the read-outs are trained, for weights that come without them."""
+    heads_rate: float = 3e-3
+    decay_from: float = 0.55
+    encoder_until: float = 0.03
+    encoder_every: int = 1
+    wide_from: float = 0.58
+    wide_share: float = 0.3
+    gap_share: float = 0.0
+    weight_decay: float = 0.02
+    views: tuple[View, ...] = ()
+    views_text_from: float = 0.0
+    """Until then larger views train the encoder alone."""
+    core: PageSpec = CORE
+    wide: PageSpec = WIDE
+    measured_chars: tuple[int, int] = (100, 350)
+    weights: LossWeights = field(default_factory=LossWeights)
+
+
+CONTINUED = Plan(
+    seed=1,
+    peak_rate=6e-4,
+    floor_share=0.02,
+    warmup_steps=60,
+    heads_steps=100,
+    decay_from=0.5,
+    encoder_until=0.0,
+    wide_from=0.0,
+    wide_share=0.5,
+    gap_share=0.15,
+    views=(
+        View(1024, 0.5, 16, stop=0.55, is_part=True),
+        View(1024, 0.2, 8, stop=0.55),
+        View(1024, 0.08, 16, start=0.55, is_part=True),
+        View(1024, 0.3, 8, start=0.55),
+        View(640, 0.03, 12, start=0.55),
+    ),
+    views_text_from=0.1,
+)
+"""The second stretch, on weights that already read pages at the native size."""
+
+
+@dataclass
+class Clock:
+    """How far a run is: steps and seconds done, against the budget of either."""
+
+    max_steps: int
+    max_seconds: float
+    step: int = 0
+    seconds: float = 0.0
+
+    @property
+    def progress(self) -> float:
+        """Share of the budget that is used up, whichever budget is further."""
+        return max(self.step / self.max_steps, self.seconds / self.max_seconds)
+
+
+def learning_rate(plan: Plan, step: int, progress: float) -> float:
+    """Return the rate: a short warm-up, a plateau, then half a cosine down to the floor."""
+    decay = min(1.0, max(0.0, (progress - plan.decay_from) / (1 - plan.decay_from)))
+    share = plan.floor_share + (1 - plan.floor_share) * 0.5 * (1 + math.cos(math.pi * decay))
+    return plan.peak_rate * share * min(1.0, (step + 1 - plan.heads_steps) / plan.warmup_steps)
+
+
+def view_of(step: int, plan: Plan, progress: float) -> View | None:
+    """Return the view of a step, None for the native one; any stretch of steps has the plan's shares."""
+    if step < plan.heads_steps:
+        return None
+    place = step * 0.618034 % 1
+    for view in (view for view in plan.views if view.start <= progress < view.stop):
+        if place < view.share:
+            return view
+        place -= view.share
+    return None
+
+
+def training_spec(index: int, plan: Plan, progress: float) -> PageSpec:
+    """Return what page number `index` may look like at this progress; every second page is a long one."""
+    is_wide = progress >= plan.wide_from and (index * 0.618034) % 1 < plan.wide_share
+    return _sometimes_long(plan.wide if is_wide else plan.core, index, plan)
+
+
+def view_spec(index: int, plan: Plan, is_part: bool) -> PageSpec:
+    """Return what a page of another view may look like: a core page, and a full one where parts are cut from it."""
+    if not is_part:
+        return _sometimes_long(plan.core, index, plan)
+    most = plan.core.num_lines[1]
+    return replace(plan.core, num_lines=(most - 1, most), margin_share=0.0)
+
+
+def _sometimes_long(spec: PageSpec, index: int, plan: Plan) -> PageSpec:
+    spec = replace(spec, gap_share=plan.gap_share)
+    most = spec.num_lines[1]
+    return replace(spec, num_lines=((most + 1) // 2, most)) if index % 2 else spec
