@@ -79,11 +79,12 @@ def run_server(module: str, checkpoint: Path, *flags: str, environment: Mapping[
             _wait_until_ready(server, process, log)
             yield server
         finally:
-            family = [server.process, *server.process.children(recursive=True)]
-            process.terminate()
-            for member in psutil.wait_procs(family, timeout=20)[1]:
-                member.kill()
-            process.wait()
+            if process.poll() is None:
+                family = [server.process, *server.process.children(recursive=True)]
+                process.terminate()
+                for member in psutil.wait_procs(family, timeout=20)[1]:
+                    member.kill()
+                process.wait()
 
 
 def _wait_until_ready(server: Server, process: subprocess.Popen[bytes], log: Any) -> None:
