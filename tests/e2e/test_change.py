@@ -23,6 +23,9 @@ import pytest
 from e2e.conftest import free_port
 from e2e.scripted_stack import SERVING, Clients, ScriptedStack, run_scripted_stack, wait_for_replicas, wait_until
 
+# Each starts a stack of its own; what most changes come to is seen in test_both_modes, test_scaling and test_faults.
+pytestmark = pytest.mark.slow
+
 SCRIPT = {"tokens_per_s": 100, "output_tokens": 50}
 
 
