@@ -5,7 +5,8 @@
     ├── RequestError                the caller's request is at fault; never retried
     │   ├── InvalidRequestError     400
     │   │   ├── InvalidImageError   400
-    │   │   └── ImageTooLargeError  400
+    │   │   ├── ImageTooLargeError  400
+    │   │   └── RenderError         400 of a document or page; `code` says why
     │   ├── AuthenticationError     401
     │   ├── PermissionDeniedError   403
     │   ├── RouteNotFoundError      404
@@ -82,6 +83,12 @@ class InvalidImageError(InvalidRequestError):
 
 class ImageTooLargeError(InvalidRequestError):
     default_code = "image_too_large"
+
+
+class RenderError(InvalidRequestError):
+    """A document or page that could not be drawn; `code` says why."""
+
+    default_code = "damaged_document"
 
 
 class RouteNotFoundError(RequestError):

@@ -16,19 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from serving.errors import InvalidRequestError
+from serving.errors import RenderError
 from serving.ocr.documents import HEAD_BYTES, Format, find_format
 from serving.ocr_settings import RenderSettings
 
 _LINE_BYTES = 2**20
 _KEPT_VARIABLES = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL")
 """Of the environment, where a service keeps secrets that no document should get near."""
-
-
-class RenderError(InvalidRequestError):
-    """A document or page that could not be drawn; `code` says why."""
-
-    default_code = "damaged_document"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ TREE: dict[type[ServingError], tuple[int, str, str | None, bool]] = {
     errors.RequestError: (500, "invalid_request_error", None, False),
     errors.InvalidRequestError: (400, "invalid_request_error", None, False),
     errors.InvalidImageError: (400, "invalid_request_error", "invalid_image", False),
+    errors.RenderError: (400, "invalid_request_error", "damaged_document", False),
     errors.ImageTooLargeError: (400, "invalid_request_error", "image_too_large", False),
     errors.AuthenticationError: (401, "authentication_error", "invalid_api_key", False),
     errors.PermissionDeniedError: (403, "permission_error", "permission_denied", False),

@@ -13,7 +13,8 @@ import psutil
 import pytest
 from PIL import Image
 
-from serving.ocr.renderer import PageImage, Renderer, RenderError
+from serving.errors import RenderError
+from serving.ocr.renderer import PageImage, Renderer
 from serving.ocr_settings import RenderSettings
 from unit.ocr.papers import encrypted_pdf, huge_png, write_image, write_pdf
 
