@@ -75,10 +75,11 @@ def run_mode(mode: str) -> contextlib.AbstractContextManager[Server]:
 def install() -> None:
     """Make the environment: pinned, without resolving, so that nothing comes that was not asked for."""
     subprocess.run([sys.executable, "-m", "venv", str(FOLDER)], check=True)
-    pip = [str(_python()), "-m", "pip", "install", "--quiet", "--no-deps", "-r", str(_REQUIREMENTS)]
-    # Where pip does not find torch's CPU build by its own configuration.
-    pip += ["--extra-index-url", "https://download.pytorch.org/whl/cpu"]
-    subprocess.run(pip, check=True)
+    pip = [str(_python()), "-m", "pip", "install", "--quiet", "--no-deps"]
+    torch = next(line for line in _REQUIREMENTS.read_text().splitlines() if line.startswith("torch=="))
+    if subprocess.run([*pip, torch], check=False).returncode:  # pip's own configuration does not know the CPU build
+        subprocess.run([*pip, torch, "--index-url", "https://download.pytorch.org/whl/cpu"], check=True)
+    subprocess.run([*pip, "-r", str(_REQUIREMENTS)], check=True)
     subprocess.run([str(_python()), "-c", "import vllm, ray.serve.llm"], check=True)
 
 
