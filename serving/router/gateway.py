@@ -73,9 +73,8 @@ class Gateway:
         notes.image_modes = slot.modes
         try:
             await self._relay.relay(request, call.request_id, slot.replica, notes, reply)
-        except (ReplicaConnectError, EngineError, NoReplicaError) as error:
-            if error.http_status < 500 or isinstance(error, (ReplicaConnectError, NoReplicaError)):
-                call.unheard.pop()  # it refused, or was never asked; one that failed may have worked for it before
+        except (ReplicaConnectError, EngineError, NoReplicaError):
+            call.unheard.pop()  # it refused, or was never asked; one that failed may have worked for it before
             raise
         if notes.tokens is not None:
             call.unheard.pop()
