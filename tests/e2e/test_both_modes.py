@@ -114,7 +114,9 @@ def test_a_limit_is_told_and_kept(mode: Mode) -> None:
 
 def leave(mode: Mode, is_stream: bool) -> float:
     """Seconds from a client's departure until its request no longer runs."""
-    body = json.dumps({"model": "m", "messages": MESSAGES, "stream": is_stream, "max_tokens": 4000}).encode()
+    # Without min_tokens the scripted answer would be over, at 20 tokens, before anybody can see it run.
+    request = {"model": "m", "messages": MESSAGES, "stream": is_stream, "max_tokens": 4000, "min_tokens": 4000}
+    body = json.dumps(request).encode()
     with socket.create_connection(("127.0.0.1", mode.stack.port), timeout=10) as connection:
         head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {mode.keys['acme']}\r\n"
         connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
