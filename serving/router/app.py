@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import orjson
 from starlette.types import Receive, Scope, Send
 
+from serving.asgi.guards import ClientGoneError, read_request_id
 from serving.billing.records import RequestRecord
 from serving.directory import EMPTY, RouterReport, Snapshot
 from serving.errors import (
@@ -26,7 +27,6 @@ from serving.router.auth import Authenticator
 from serving.router.dispatch import Dispatcher
 from serving.router.gateway import Backend, Gateway
 from serving.router.generation import Generation
-from serving.router.guards import ClientGoneError, read_request_id
 from serving.router.limits import TenantLimits
 from serving.router.lookups import GET_ROUTES, MODEL, QUOTE, Lookups
 from serving.router.metering import Accountant, Call

@@ -12,10 +12,10 @@ from ray import serve
 from ray.actor import ActorHandle
 from ray.serve import Application
 
+from serving.asgi.draining import Drainable
 from serving.directory import EMPTY, Snapshot
 from serving.http_server import HttpServer
 from serving.router.app import RouterApp
-from serving.router.draining import Drainable
 from serving.settings import Settings
 from serving.telemetry.exporter import MetricsServer
 from serving.telemetry.logs import configure_logs

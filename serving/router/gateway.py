@@ -7,11 +7,11 @@ from typing import Any, Protocol
 
 from starlette.types import Receive
 
+from serving.asgi.presence import ClientPresence
 from serving.directory import ReplicaRecord
 from serving.errors import EngineError, NoReplicaError, ReplicaConnectError, ServingError
 from serving.router.dispatch import Slot
 from serving.router.metering import Call
-from serving.router.presence import ClientPresence
 from serving.router.relay import Relay
 from serving.router.reply import Reply
 

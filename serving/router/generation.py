@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 
 from starlette.types import Receive, Scope
 
+from serving.asgi.guards import BodyBudget, ClientGoneError, HeldBody, discard_body, read_body
+from serving.asgi.presence import ClientPresence
 from serving.billing.records import Outcome
 from serving.errors import InvalidRequestError, ReplicaTimeoutError, ServingError
 from serving.router.accounts import Accounts
 from serving.router.auth import Authenticator, check_model_allowed
 from serving.router.dispatch import Dispatcher
 from serving.router.gateway import Backend
-from serving.router.guards import BodyBudget, ClientGoneError, HeldBody, discard_body, read_body
 from serving.router.limits import TenantLimits
 from serving.router.metering import CLIENT_CLOSED, Accountant, Call, Ending
-from serving.router.presence import ClientPresence
 from serving.router.remote import RemoteImages
 from serving.router.reply import Reply
 from serving.router.requests import RoutedRequest, parse_request

@@ -9,12 +9,12 @@ from typing import Any
 import orjson
 from starlette.types import Receive, Scope
 
+from serving.asgi.guards import decode_json, read_body
 from serving.directory import Snapshot
 from serving.errors import ModelNotFoundError, PermissionDeniedError
 from serving.router.accounts import Accounts
 from serving.router.auth import check_model_allowed
 from serving.router.dispatch import Dispatcher
-from serving.router.guards import decode_json, read_body
 from serving.router.reply import Reply
 from serving.router.reporting import answer_costs, answer_openai_usage, answer_quote, answer_usage, parse_query
 from serving.router.requests import parse_request

@@ -12,10 +12,10 @@ from typing import Any
 
 import orjson
 
+from serving.asgi.guards import decode_json
 from serving.errors import InternalError, InvalidRequestError, ModelNotFoundError, ServingError
 from serving.plugin.selection import DEFAULT, MODE_FOR_DETAIL
 from serving.router.fields import CHAT_FIELDS, TEXT_FIELDS, check_fields, check_function, refuse
-from serving.router.guards import decode_json
 from serving.router.images import check_image_url
 from serving.router_settings import RouterSettings
 from serving.settings import Settings

@@ -11,10 +11,11 @@ import pytest
 from aiohttp import web
 from yarl import URL
 
+from serving.asgi.addresses import is_public_address
+from serving.asgi.fetching import RefusedError
 from serving.errors import ImageTooLargeError, InvalidImageError, RequestError
-from serving.router.addresses import is_public_address
 from serving.router.images import check_image_url
-from serving.router.remote import RemoteImages, _RefusedError
+from serving.router.remote import RemoteImages
 from serving.router.requests import RoutedRequest, parse_request
 from serving.router_settings import LimitSettings, RemoteImageSettings, RouterSettings
 from serving.settings import ModelSettings, Settings
@@ -335,10 +336,10 @@ async def test_what_comes_has_to_be_an_image(data: bytes, code: str) -> None:
 def test_hosts_are_those_of_the_list(hosts: tuple[str, ...], url: str, is_allowed: bool) -> None:
     images = RemoteImages(RemoteImageSettings(enabled=True, hosts=hosts))
     if is_allowed:
-        assert images._checked(url) == URL(url)
+        assert images._fetcher._checked(url) == URL(url)
         return
-    with pytest.raises((_RefusedError, ValueError)):
-        images._checked(url)
+    with pytest.raises((RefusedError, ValueError)):
+        images._fetcher._checked(url)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import asyncio
 import pytest
 from starlette.types import Message
 
-from serving.router.guards import ClientGoneError
-from serving.router.presence import ClientPresence
+from serving.asgi.guards import ClientGoneError
+from serving.asgi.presence import ClientPresence
 
 
 class Connection:

@@ -7,7 +7,7 @@ from types import TracebackType
 
 from starlette.types import Receive
 
-from serving.router.guards import ClientGoneError
+from serving.asgi.guards import ClientGoneError
 
 
 class ClientPresence:

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive
 
-from serving.errors import BodyTooLargeError, InvalidRequestError, OverloadedError, RequestTimeoutError
-from serving.router.guards import (
+from serving.asgi.guards import (
     BodyBudget,
     ClientGoneError,
     check_json,
@@ -17,6 +16,7 @@ from serving.router.guards import (
     read_body,
     read_request_id,
 )
+from serving.errors import BodyTooLargeError, InvalidRequestError, OverloadedError, RequestTimeoutError
 from serving.router_settings import LimitSettings
 
 LIMITS = LimitSettings(max_body_bytes=2000, max_json_depth=4, max_json_values=1000, body_timeout_s=0.05)
