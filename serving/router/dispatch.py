@@ -16,7 +16,7 @@ from random import Random
 
 from serving.billing.records import TokenCounts
 from serving.directory import EMPTY, ReplicaRecord, RouterReport, Snapshot
-from serving.errors import EngineError, OverloadedError, ServingError, UpstreamError
+from serving.errors import EngineError, OverloadedError, ReplicaUnreachableError, ServingError, UpstreamError
 from serving.router.admission import AdmissionQueue, check_deadline, retry_after_s
 from serving.router.balance import Fleet, Load, Need, choose
 from serving.router.breaker import NO_PROBE, Breakers, BreakerState
@@ -49,6 +49,8 @@ class Slot:
     _started_s: float
     _failed: tuple[str, ...] = ()
     _has_verdict: bool = False
+    _is_cleared: bool = False
+    """Whether the replicas that failed it may be tried again: whoever is still listed after a lease was not lost."""
     _is_closed: bool = False
 
     def fail(self, error: ServingError) -> bool:
@@ -61,6 +63,16 @@ class Slot:
             be closed.
         """
         return not self._is_closed and self._dispatcher.move(self, error)
+
+    async def outlive(self, error: ServingError) -> bool:
+        """After `fail` found nobody to move to: wait for another replica, as those do whom none has had yet.
+
+        Only for what was lost with its replica; one that says that it is overloaded lives, and stands for the others.
+
+        Returns:
+            False when the error is another, the tries are used up, or none came within `replica_wait_s`.
+        """
+        return not self._is_closed and await self._dispatcher.wait_for_successor(self, error)
 
     def succeed(self) -> None:
         """The replica has begun to answer."""
@@ -95,6 +107,7 @@ class Dispatcher:
         """`read_snapshot` gives the replica list as it is now, the same object as long as it has not changed."""
         self._router = settings.router
         self._read_snapshot = read_snapshot
+        self._lease_s = settings.engine.lease_s
         self._router_id = router_id
         self._clock = clock
         self._rng = rng or Random()  # chance between equals, no secret
@@ -196,7 +209,34 @@ class Dispatcher:
             return False
         self._look()
         pool = self._pools[slot._request.model]
-        failed = (*slot._failed, load.replica_id)
+        has_moved = self._transfer(slot, pool, now_s)
+        if has_moved:
+            self._pump(pool, now_s)
+        return has_moved
+
+    async def wait_for_successor(self, slot: Slot, error: ServingError) -> bool:
+        """See `Slot.outlive`."""
+        patience_s = self._router.admission.replica_wait_s
+        if not isinstance(error, ReplicaUnreachableError) or slot.num_tries >= self._router.max_tries:
+            return False
+        pool = self._pools[slot._request.model]
+        moved: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        pool.stranded[slot] = moved
+        try:
+            self._pump(pool, self._clock())  # sets the timer
+            await asyncio.wait([moved], timeout=min(patience_s, self._lease_s))
+            if not moved.done() and patience_s > self._lease_s:
+                slot._is_cleared = True
+                self._pump(pool, self._clock())
+                await asyncio.wait([moved], timeout=patience_s - self._lease_s)
+            return moved.done() and moved.result()
+        finally:
+            if pool.stranded.pop(slot, None) is not None:
+                self._settle(pool, self._clock())
+
+    def _transfer(self, slot: Slot, pool: Pool, now_s: float) -> bool:
+        """Let a request that its replica has failed go on on another one, if there is any."""
+        failed = () if slot._is_cleared else (*slot._failed, slot._load.replica_id)
         excluded = self.breakers.blocked(now_s).union(failed)
         need = self._need(slot.work, slot._request, Priority.HIGH)  # it is let in already
         target = choose(pool.loads, need, excluded, self._rng) or choose(pool.loads, None, excluded, self._rng)
@@ -208,8 +248,7 @@ class Dispatcher:
         slot.replica, slot._load, slot._probe = target.record, target, self.breakers.begin(target.replica_id)
         slot.modes, slot.num_image_tokens, slot._label = reading.modes, reading.num_tokens, reading.label
         slot.num_tries += 1
-        slot._failed, slot._has_verdict, slot._started_s = failed, False, now_s
-        self._pump(pool, now_s)
+        slot._failed, slot._is_cleared, slot._has_verdict, slot._started_s = failed, False, False, now_s
         return True
 
     def release(self, slot: Slot, used: TokenCounts | None, is_whole: bool) -> None:
@@ -245,6 +284,9 @@ class Dispatcher:
         for pool in self._pools.values():
             for waiter in pool.queue.take_older(math.inf):
                 refuse(waiter, OverloadedError("The router is going down; try again."))
+            for moved in pool.stranded.values():
+                moved.set_result(False)
+            pool.stranded.clear()
             self._settle(pool, self._clock())
 
     def queued_work(self) -> dict[str, int]:
@@ -323,6 +365,9 @@ class Dispatcher:
 
     def _pump(self, pool: Pool, now_s: float) -> None:
         """Give places to those that wait, in their order, as long as the next one fits; refuse those that are late."""
+        # Those that were let in once go before any that waits.
+        for slot in [slot for slot in pool.stranded if self._transfer(slot, pool, now_s)]:
+            pool.stranded.pop(slot).set_result(True)
         for late in pool.queue.take_expired(now_s):
             refuse(late, pool.too_late())
         while (waiter := pool.queue.head()) is not None:

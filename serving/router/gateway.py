@@ -60,8 +60,8 @@ class Gateway:
                 try:
                     return await self._try(call, slot, reply)
                 except ServingError as error:
-                    has_another = slot.fail(error) and error.is_retryable and not reply.has_begun
-                    if not has_another:
+                    has_another = slot.fail(error) and error.is_retryable
+                    if reply.has_begun or not (has_another or await slot.outlive(error)):
                         raise
                     logger.warning("replica %s failed %s: %s", call.asked[-1].replica_id, call.request_id, error)
 

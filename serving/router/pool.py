@@ -45,6 +45,8 @@ class Pool:
     rate: ServiceRate = field(default_factory=ServiceRate)
     absent_since_s: float | None = None
     """Since when waiting requests have had no replica that may be used, full or not."""
+    stranded: dict[Slot, asyncio.Future[bool]] = field(default_factory=dict)
+    """Requests whose replica was lost with no other to go on on, and where to say whether one has come."""
     timer: asyncio.TimerHandle | None = None
     timer_s: float = math.inf
     """When it rings."""
@@ -80,7 +82,7 @@ class Pool:
         self.rate.mark(len(self.queue) > 0 and self.absent_since_s is None, now_s)
         if not self.queue:
             self.absent_since_s = None
-            return math.inf
+            return breaker_change_s if self.stranded and breaker_change_s is not None else math.inf
         next_s = self.queue.next_deadline_s()
         if breaker_change_s is not None:
             next_s = min(next_s, breaker_change_s)

@@ -23,12 +23,13 @@ from serving.router.breaker import BreakerState
 from serving.router.dispatch import Dispatcher, Slot
 from serving.router.requests import RoutedRequest
 from serving.router_settings import AdmissionSettings, BreakerSettings, RouterSettings
-from serving.settings import ModelSettings, Settings
+from serving.settings import EngineSettings, ModelSettings, Settings
 from serving.tenants import Identity, Priority, Tenant
 
 CONFIG = (("base_size", 1024), ("image_size", 640), ("crop_mode", True))
 LOST = ReplicaUnreachableError("gone")
 USED = TokenCounts(num_prompt_tokens=10, num_completion_tokens=20)
+BREAKER = BreakerSettings(failures=2, open_s=0.1, max_open_s=0.1)
 
 
 def replica(name: str, state: ReplicaState = ReplicaState.READY, **more: Any) -> ReplicaRecord:
@@ -48,11 +49,19 @@ def who(tenant: str = "t", priority: Priority = Priority.NORMAL) -> Identity:
 class Stage:
     """A dispatcher, and the replica list that it reads."""
 
-    def __init__(self, *records: ReplicaRecord, breaker: BreakerSettings | None = None, **admission: Any) -> None:
+    def __init__(
+        self,
+        *records: ReplicaRecord,
+        breaker: BreakerSettings | None = None,
+        engine: EngineSettings | None = None,
+        **admission: Any,
+    ) -> None:
         values: dict[str, Any] = {"high_reserve": 0.0, "expected_output_tokens": 100_000} | admission
         router = RouterSettings(admission=AdmissionSettings(**values), breaker=breaker or BreakerSettings())
         self.snapshot = EMPTY
-        self.settings = Settings(models={"nano": ModelSettings(checkpoint="nano")}, router=router)
+        self.settings = Settings(
+            models={"nano": ModelSettings(checkpoint="nano")}, router=router, engine=engine or EngineSettings()
+        )
         self.dispatcher = Dispatcher(self.settings, lambda: self.snapshot, router_id="me", rng=Random(1))
         self.list(*records)
 
@@ -368,6 +377,93 @@ async def test_a_single_replica_leaves_nobody_to_move_to() -> None:
     stage.check_idle()
 
 
+async def test_who_lost_the_only_replica_waits_for_its_successor() -> None:
+    stage = Stage(replica("a"))
+    slot = await stage.enter(600)
+    assert not slot.fail(LOST)
+    outliving = asyncio.create_task(slot.outlive(LOST))
+    newcomer = stage.queue(600)
+    await settle()
+    stage.list()
+    stage.dispatcher.refresh()
+    await settle()
+    assert not outliving.done()
+    stage.list(replica("b"))
+    stage.dispatcher.refresh()
+    assert await outliving
+    assert (slot.replica.replica_id, slot.num_tries) == ("b", 2)
+    assert stage.dispatcher.replica_work() == {"b": 600}
+    await settle()
+    assert not newcomer.done(), "it came later, and there is no room for both"
+    stage.list(replica("b"), replica("c"))
+    stage.dispatcher.refresh()
+    await settle()
+    assert (slot.replica.replica_id, slot.num_tries) == ("b", 2)
+    slot.close(USED)
+    (await newcomer).close(USED)
+    stage.check_idle()
+
+
+async def test_a_replica_that_outlives_its_lease_was_not_lost() -> None:
+    stage = Stage(replica("a"), engine=EngineSettings(heartbeat_s=0.05, lease_s=0.2))
+    slot = await stage.enter()
+    assert not slot.fail(LOST)
+    assert await slot.outlive(LOST)
+    assert (slot.replica.replica_id, slot.num_tries) == ("a", 2)
+    slot.close(None)
+    stage.check_idle()
+
+
+async def test_who_waits_for_a_successor_waits_for_a_breaker_too() -> None:
+    stage = Stage(replica("a"), replica("b"), breaker=BREAKER)
+    for _ in range(2):
+        slots = [await stage.enter() for _ in range(2)]
+        for slot in slots:
+            slot.fail(LOST) if slot.replica.replica_id == "b" else slot.succeed()
+            slot.close(None)
+    slot = await stage.enter()
+    assert slot.replica.replica_id == "a"
+    assert not slot.fail(LOST)
+    assert await slot.outlive(LOST)
+    assert slot.replica.replica_id == "b"
+    slot.close(None)
+    stage.check_idle()
+
+
+async def test_the_wait_for_a_successor_ends() -> None:
+    stage = Stage(replica("a"), replica_wait_s=0.05)
+    slot = await stage.enter()
+    assert not slot.fail(LOST)
+    assert not await slot.outlive(LOST)
+    leaving = asyncio.create_task(slot.outlive(LOST))
+    await settle()
+    leaving.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await leaving
+    going_down = asyncio.create_task(slot.outlive(LOST))
+    await settle()
+    stage.dispatcher.close()
+    assert not await going_down
+    slot.close(None)
+    assert not await slot.outlive(LOST)
+    stage.check_idle()
+
+
+async def test_only_the_lost_wait_for_a_successor_and_not_for_ever() -> None:
+    stage = Stage(replica("a"))
+    slot = await stage.enter()
+    for error in (NoReplicaError("full"), InternalError("500")):
+        assert not slot.fail(error)
+        assert not await slot.outlive(error)
+    for name in ("b", "c"):
+        stage.list(replica(name))
+        assert slot.fail(LOST)
+    assert not slot.fail(LOST)
+    assert not await slot.outlive(LOST), "three tries are enough"
+    slot.close(None)
+    stage.check_idle()
+
+
 @pytest.mark.parametrize("error", [InternalError("500"), EngineError(400, "no", type="x", param=None, code=None)])
 async def test_what_is_not_to_be_retried_does_not_move(error: ServingError) -> None:
     stage = Stage(replica("a"), replica("b"))
@@ -375,9 +471,6 @@ async def test_what_is_not_to_be_retried_does_not_move(error: ServingError) -> N
     assert not slot.fail(error)
     slot.close(None)
     stage.check_idle()
-
-
-BREAKER = BreakerSettings(failures=2, open_s=0.1, max_open_s=0.1)
 
 
 async def fail_twice(stage: Stage) -> None:
