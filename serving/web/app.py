@@ -1,0 +1,73 @@
+"""The playground's routes, for whichever Starlette app answers `/v1/ocr` as well.
+
+    Starlette(routes=[*routes_of_the_service, *build_routes()])
+
+`GET /` is the page, `/playground/...` what it loads. The page asks `v1/ocr` and `v1/models` on the address that it came
+from, by relative addresses, so it works behind a path prefix too. It needs no secret: the key that a user types goes
+into the `Authorization` header of these requests and nowhere else. Nothing is asked of any third party, and the
+content-security policy has the browser see to that.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+from pathlib import Path
+
+from starlette.datastructures import MutableHeaders
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+from starlette.routing import BaseRoute, Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_STATIC = Path(__file__).parent / "static"
+
+HEADERS = {
+    # https://www.w3.org/TR/CSP3/: nothing at all, but for what the page is made of. Pictures of pages are made in the
+    # browser (blob:) or come in the answer (data:); no markup is ever made from text (trusted types).
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "x-frame-options": "DENY",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), geolocation=(), microphone=(), payment=(), usb=()",
+    "cache-control": "no-cache",  # an ETag is cheap, and a new version is seen at once
+}
+"""Of every answer of the playground."""
+
+
+def build_routes() -> list[BaseRoute]:
+    """Routes for GET and HEAD. Unknown files raise Starlette's 404, which the app around them renders."""
+    return [
+        Route("/", _show_page),
+        Route("/playground/sample.png", _show_sample),
+        Mount("/playground", _Guarded(StaticFiles(directory=_STATIC)), name="playground"),
+    ]
+
+
+async def _show_page(request: Request) -> Response:
+    return FileResponse(_STATIC / "index.html", headers=HEADERS)
+
+
+async def _show_sample(request: Request) -> Response:
+    """A page that the bundled checkpoint reads."""
+    file = Path(str(importlib.resources.files("serving.demo") / "sample.png"))
+    return FileResponse(file, headers=HEADERS)
+
+
+class _Guarded:
+    """Adds the headers to whatever an app answers."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
+
+        await self._app(scope, receive, send_guarded)
