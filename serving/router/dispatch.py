@@ -49,8 +49,6 @@ class Slot:
     _started_s: float
     _failed: tuple[str, ...] = ()
     _has_verdict: bool = False
-    _is_cleared: bool = False
-    """Whether the replicas that failed it may be tried again: whoever is still listed after a lease was not lost."""
     _is_closed: bool = False
 
     def fail(self, error: ServingError) -> bool:
@@ -225,10 +223,11 @@ class Dispatcher:
         try:
             self._pump(pool, self._clock())  # sets the timer
             await asyncio.wait([moved], timeout=min(patience_s, self._lease_s))
-            if not moved.done() and patience_s > self._lease_s:
-                slot._is_cleared = True
-                self._pump(pool, self._clock())
-                await asyncio.wait([moved], timeout=patience_s - self._lease_s)
+            failed = (*slot._failed, slot._load.replica_id)
+            # Whoever is listed after a whole lease was not lost, and no successor comes. Nor may it get the request
+            # again: an engine's counts are known by the request's id.
+            if not moved.done() and not any(load.replica_id in failed for load in pool.loads):
+                await asyncio.wait([moved], timeout=max(0.0, patience_s - self._lease_s))
             return moved.done() and moved.result()
         finally:
             if pool.stranded.pop(slot, None) is not None:
@@ -236,7 +235,7 @@ class Dispatcher:
 
     def _transfer(self, slot: Slot, pool: Pool, now_s: float) -> bool:
         """Let a request that its replica has failed go on on another one, if there is any."""
-        failed = () if slot._is_cleared else (*slot._failed, slot._load.replica_id)
+        failed = (*slot._failed, slot._load.replica_id)
         excluded = self.breakers.blocked(now_s).union(failed)
         need = self._need(slot.work, slot._request, Priority.HIGH)  # it is let in already
         target = choose(pool.loads, need, excluded, self._rng) or choose(pool.loads, None, excluded, self._rng)
@@ -248,7 +247,7 @@ class Dispatcher:
         slot.replica, slot._load, slot._probe = target.record, target, self.breakers.begin(target.replica_id)
         slot.modes, slot.num_image_tokens, slot._label = reading.modes, reading.num_tokens, reading.label
         slot.num_tries += 1
-        slot._failed, slot._is_cleared, slot._has_verdict, slot._started_s = failed, False, False, now_s
+        slot._failed, slot._has_verdict, slot._started_s = failed, False, now_s
         return True
 
     def release(self, slot: Slot, used: TokenCounts | None, is_whole: bool) -> None:
