@@ -21,13 +21,13 @@ from serving.cluster import Cluster, LostError, StartError, check_room, refuse_t
 from serving.directory import EMPTY, Snapshot
 from serving.errors import ServingError, SettingsError
 from serving.lifecycle import ROUTER_APP, RunFile, app_names, engine_app
-from serving.settings import NANO, Settings, load_settings
+from serving.settings import Settings, load_settings
 
 _POLL_S = 0.25
 _ERROR_LINE = re.compile(r"^[\w.]+(?:Error|Exception|Exit): ", re.MULTILINE)  # how a traceback ends
 _FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 # What a running stack cannot change: who holds it together would have to be another.
-_FIXED = ("ray", "router.host", "router.port", "router.mode", "engine.api_key", "engine.lease_s")
+_FIXED = ("ray", "router.host", "router.port", "router.mode", "router.behind_serve", "engine.api_key", "engine.lease_s")
 
 
 @dataclass(slots=True)
@@ -184,6 +184,8 @@ def _read_again(before: Settings, config: Path) -> Settings:
     Raises:
         SettingsError: they cannot be used, or change what cannot be changed while the stack runs.
     """
+    from serving.applications import resolve_checkpoint
+
     after = load_settings(config)
     for path in _FIXED:
         old, new = before, after
@@ -192,7 +194,7 @@ def _read_again(before: Settings, config: Path) -> Settings:
         if old != new:
             raise SettingsError(f"{path} cannot change while the stack runs; stop it and start it again")
     for name, model in after.models.items():
-        _resolve_checkpoint(model.checkpoint)
+        resolve_checkpoint(model.checkpoint)
         known = before.models.get(name)
         if model.script is None and (known is None or known.engine_args != model.engine_args):
             _check_engine_args(config)
@@ -230,43 +232,22 @@ def _teller(console: Console, update: Callable[[str], None]) -> Callable[[str], 
     return say
 
 
-def _resolve_checkpoint(checkpoint: str) -> str:
-    """Replicas run in other folders than the user's, so a folder's name is made absolute here."""
-    if checkpoint == NANO:
-        return str(Path("checkpoints/nano").absolute())
-    folder = Path(checkpoint).expanduser()
-    if folder.is_dir():
-        return str(folder.absolute())
-    if checkpoint.startswith((".", "/", "~")):
-        raise SettingsError(f"checkpoint {checkpoint}: there is no such folder")
-    return checkpoint
-
-
 def deploy(settings: Settings, say: Callable[[str], None]) -> None:
     """Hand every application to Serve, which changes what has changed. Returns before that is done."""
     from ray import serve
 
-    from serving.engine.directory import reach_directory
-    from serving.engine.replica import build_engine_app
-    from serving.front.deployment import build_front_app
-    from serving.router.deployment import build_router_app
-    from serving.router.inline import build_inline_app
+    from serving.applications import build_all
 
     say("starting the replicas")
-    serve.start(http_options={"location": "NoServer"})
-    directory = reach_directory(settings.ray.namespace, settings.engine.lease_s)
-    is_inline = settings.router.mode == "inline"
-    checked = build_inline_app if is_inline else None
-    entrance = build_front_app(settings, directory) if is_inline else build_router_app(settings, directory)
+    router = settings.router
+    location = "EveryNode" if router.behind_serve else "NoServer"
+    serve.start(http_options={"location": location, "host": router.host, "port": router.port})
     targets = [
         serve.RunTarget(
-            build_engine_app(name, settings, _resolve_checkpoint(model.checkpoint), checked),
-            name=engine_app(name),
-            route_prefix=None,
+            application, name=name, route_prefix="/" if name == ROUTER_APP and router.behind_serve else None
         )
-        for name, model in settings.models.items()
+        for name, application in build_all(settings).items()
     ]
-    targets.append(serve.RunTarget(entrance, name=ROUTER_APP, route_prefix=None))
     serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
 

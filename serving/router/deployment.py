@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import Awaitable, Callable
 
 import ray
 from ray import serve
 from ray.actor import ActorHandle
 from ray.serve import Application
+from starlette.types import ASGIApp
 
 from serving.asgi.draining import Drainable
 from serving.directory import EMPTY, Snapshot
+from serving.errors import SettingsError
 from serving.http_server import HttpServer
 from serving.router.app import RouterApp
+from serving.router_settings import RouterSettings
 from serving.settings import Settings
 from serving.telemetry.exporter import MetricsServer
 from serving.telemetry.logs import configure_logs
@@ -28,6 +32,7 @@ _WATCH_S = 10.0
 _RETRY_S = 0.5
 _TICK_S = 0.5
 _MANY = 100_000
+_HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
 
 
 class RouterReplica:
@@ -44,15 +49,7 @@ class RouterReplica:
         self._app = RouterApp(settings, read_snapshot=lambda: self._snapshot, keeps_books=True)
         self._drainable = Drainable(self._app)
         self._drain_s = settings.engine.drain_s
-        router = settings.router
-        self._server = HttpServer(
-            self._drainable,
-            host=router.host,
-            port=router.port,
-            drain_s=self._drain_s,
-            shares_port=True,
-            limits=router.limits,
-        )
+        self._server = None if settings.router.behind_serve else self._open_port(settings.router)
         await self._app.start()
         host = ray.util.get_node_ip_address() if settings.engine.host == "auto" else settings.engine.host
         self._metrics = MetricsServer(self._app.render_metrics, self._app.list_targets, host)
@@ -63,11 +60,22 @@ class RouterReplica:
         with contextlib.suppress(ray.exceptions.RayError):  # what replicas there are, before the first client asks
             await self._follow(timeout_s=0.0)
             await self._report()
-        await self._server.start()
+        if self._server is not None:
+            await self._server.start()
         self._tasks = [
             asyncio.create_task(_repeat(step, pause_s))
             for step, pause_s in ((self._follow, 0.0), (self._report, self._report_s), (self._tick, _TICK_S))
         ]
+
+    def _open_port(self, router: RouterSettings) -> HttpServer:
+        return HttpServer(
+            self._drainable,
+            host=router.host,
+            port=router.port,
+            drain_s=self._drain_s,
+            shares_port=True,
+            limits=router.limits,
+        )
 
     async def check_health(self) -> None:
         """Called by Ray Serve, which replaces a router that raises.
@@ -75,7 +83,7 @@ class RouterReplica:
         Raises:
             RuntimeError: nothing listens any more, or the app is no longer kept informed.
         """
-        if not (self._server.is_serving and self._metrics.is_serving):
+        if not (self._metrics.is_serving and (self._server is None or self._server.is_serving)):
             raise RuntimeError("the router's HTTP server has ended")
         ended = [task for task in self._tasks if task.done()]
         if ended:
@@ -84,7 +92,8 @@ class RouterReplica:
     async def __del__(self) -> None:
         """Called by Ray Serve before it ends the replica: clients go elsewhere, what runs is finished."""
         await self._drainable.drain(self._drain_s)
-        await self._server.stop()
+        if self._server is not None:
+            await self._server.stop()
         await self._metrics.stop()
         for task in self._tasks:
             task.cancel()
@@ -123,11 +132,26 @@ async def _repeat(step: Callable[[], Awaitable[None]], pause_s: float) -> None:
             await asyncio.sleep(_RETRY_S)
 
 
+@serve.ingress()
+class ServedRouterReplica(RouterReplica):
+    """The same on a port that Ray Serve gives each replica, behind the HAProxy that Serve runs on every node."""
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return self._drainable
+
+
 def build_router_app(settings: Settings, directory: ActorHandle) -> Application:
-    """The Serve application of the routers. Deploying it again replaces routers only when they would do otherwise."""
-    num_replicas = settings.router.num_replicas
+    """The Serve application of the routers. Deploying it again replaces routers only when they would do otherwise.
+
+    Raises:
+        SettingsError: routers would be behind Ray Serve's HAProxy, and Ray was started without it.
+    """
+    router = settings.router
+    if router.behind_serve and os.environ.get(_HAPROXY) != "1":
+        raise SettingsError(f"router.behind_serve needs {_HAPROXY}=1 in the environment of every node of Ray's")
+    num_replicas = router.num_replicas
     deployment = serve.deployment(
-        RouterReplica,
+        ServedRouterReplica if router.behind_serve else RouterReplica,
         name="router",
         num_replicas=num_replicas,
         max_ongoing_requests=_MANY,
@@ -137,6 +161,6 @@ def build_router_app(settings: Settings, directory: ActorHandle) -> Application:
         # The port is shared, so a new router listens beside the one whose place it takes. Where there is no room for
         # one more, the old ones stay: better than none.
         max_surge_percent=max(1, 100 // num_replicas),
-        ray_actor_options={"num_cpus": settings.router.cpus_per_replica},
+        ray_actor_options={"num_cpus": router.cpus_per_replica},
     )
     return with_version(deployment, router_version(settings)).bind(settings, directory)

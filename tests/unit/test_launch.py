@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,10 @@ from serving.directory import EMPTY, ReplicaRecord, ReplicaState, Snapshot
 from serving.errors import ServingError, SettingsError
 from serving.router_settings import RouterSettings
 from serving.settings import AutoscalingSettings, ModelSettings, RaySettings, Settings
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # Ray's own; `launch` imports it late
+    import ray.serve  # noqa: F401
 
 
 def build_settings(**router: object) -> Settings:
@@ -194,39 +199,6 @@ def test_engine_arguments_are_checked_in_a_process_of_its_own(
     monkeypatch.setattr(subprocess, "run", refuse)
     with pytest.raises(SettingsError, match=r"^no such argument$"):
         launch._check_engine_args(write_settings())
-
-
-# The checkpoint
-
-
-def test_a_folder_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "weights").mkdir()
-    monkeypatch.chdir(tmp_path)
-    assert launch._resolve_checkpoint("weights") == str(tmp_path / "weights")
-    assert launch._resolve_checkpoint("./weights") == str(tmp_path / "weights")
-    assert launch._resolve_checkpoint(str(tmp_path / "weights")) == str(tmp_path / "weights")
-    assert launch._resolve_checkpoint("nano") == str(tmp_path / "checkpoints" / "nano")
-
-
-def test_a_repository_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert launch._resolve_checkpoint("deepseek-ai/DeepSeek-OCR") == "deepseek-ai/DeepSeek-OCR"
-
-
-@pytest.mark.parametrize("checkpoint", ["./missing", "/missing/weights", "~/missing", "../missing"])
-def test_a_folder_that_is_not_there_is_refused(
-    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(SettingsError, match="there is no such folder"):
-        launch._resolve_checkpoint(checkpoint)
-
-
-def test_a_folder_in_the_home_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "weights").mkdir()
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert launch._resolve_checkpoint("~/weights") == str(tmp_path / "weights")
 
 
 # What the user is told
