@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from serving.frozen import Frozen
 
@@ -25,6 +26,27 @@ class TelemetrySettings(Frozen):
 
     targets_file: Path | None = None
     """Written by every router for Prometheus' `file_sd_configs`, for a Prometheus that cannot ask a router."""
+    otlp_endpoint: str | None = None
+    """`http://collector:4318`: where traces of requests go, over OTLP/HTTP. None traces nothing."""
+    trace_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """The part of the requests that is traced."""
+
+    @property
+    def traces_url(self) -> str | None:
+        """Where spans are posted to, None when nothing is traced."""
+        return None if self.otlp_endpoint is None else f"{self.otlp_endpoint.rstrip('/')}/v1/traces"
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _check_endpoint(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("must be the address of an OTLP/HTTP collector, like http://127.0.0.1:4318")
+        if parts.username or parts.query or parts.fragment:
+            raise ValueError("must be an address only; keys go into OTEL_EXPORTER_OTLP_HEADERS")
+        return url
 
     @field_validator("targets_file")
     @classmethod

@@ -20,6 +20,7 @@ def engine_version(name: str, settings: Settings, checkpoint: str) -> str:
     model = settings.models[name].model_dump(exclude=_FOREIGN)
     pixels = settings.router.limits.max_image_pixels
     parts = [name, checkpoint, model, settings.engine.model_dump(), settings.ray.namespace, pixels]
+    parts.append(settings.telemetry.otlp_endpoint)
     if settings.router.mode == "inline":
         parts.append(router_version(settings))
     return _digest(parts)

@@ -23,10 +23,13 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-def build_arguments(name: str, model: ModelSettings, engine: EngineSettings, checkpoint: str) -> list[str]:
+def build_arguments(
+    name: str, model: ModelSettings, engine: EngineSettings, checkpoint: str, traces_url: str | None = None
+) -> list[str]:
     """The arguments of one replica's server: the settings over our defaults, the stack's own names over both."""
     given = {key.replace("-", "_"): value for key, value in model.engine_args.items()}
-    flags = list(_flags({**_DEFAULTS, **given}))
+    # vLLM makes a span of a request that brings a `traceparent`, below the router's.
+    flags = list(_flags({**_DEFAULTS, "otlp_traces_endpoint": traces_url, **given}))
     names = [name, *model.aliases]
     flags += ["--model", checkpoint, "--served-model-name", *names]
     if engine.api_key is not None:

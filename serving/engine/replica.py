@@ -190,7 +190,10 @@ def _url(host: str, port: int) -> str:
 def _environment(settings: Settings, model: ModelSettings) -> dict[str, str]:
     # The router has looked at sizes already; an engine that is reached some other way has the same limit.
     limit = {"VLLM_MAX_IMAGE_PIXELS": str(settings.router.limits.max_image_pixels)}
-    return {**_ENVIRONMENT, **limit, **model.images.environment(), **model.env}
+    # vLLM would speak gRPC; it finds the endpoint in its arguments.
+    traces = {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf", "OTEL_SERVICE_NAME": "serving-engine"}
+    is_traced = settings.telemetry.otlp_endpoint is not None
+    return {**_ENVIRONMENT, **limit, **(traces if is_traced else {}), **model.images.environment(), **model.env}
 
 
 def build_engine_app(

@@ -93,7 +93,8 @@ async def _run_vllm(
     if model.checkpoint == NANO:
         await asyncio.to_thread(_build_checkpoint, Path(checkpoint))
     private = await asyncio.to_thread(_import_vllm)
-    arguments = _parse(private, build_arguments(name, model, settings.engine, checkpoint))
+    flags = build_arguments(name, model, settings.engine, checkpoint, settings.telemetry.traces_url)
+    arguments = _parse(private, flags)
     say("starting the engine process and loading weights")
     private.end_streams_with_usage()
     async with private.run_engine(arguments) as (client, app):

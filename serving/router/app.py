@@ -8,6 +8,7 @@ import random
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import orjson
 from starlette.types import Receive, Scope, Send
@@ -40,6 +41,9 @@ from serving.telemetry.logs import log_request
 from serving.telemetry.readings import read_settings
 from serving.telemetry.router_metrics import Reading, RouterMetrics
 from serving.telemetry.targets import Group, list_targets
+
+if TYPE_CHECKING:
+    from serving.telemetry.traces import Traces
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +96,7 @@ class RouterApp:
         self._state = RouterState(self.router_id, read_snapshot, self._dispatcher, self._limits)
         self._lookups = Lookups(settings, read_snapshot, self._dispatcher, self._accounts, self._state)
         self._metrics = RouterMetrics(self._read_gauges)
+        self._traces = _build_traces(settings, self.router_id)
         self._document = orjson.dumps(build_document(settings))
         self._generation = Generation(
             settings,
@@ -102,6 +107,7 @@ class RouterApp:
             self._accountant,
             self._remote,
             self._accounts,
+            self._traces,
         )
 
     async def start(self) -> None:
@@ -116,6 +122,8 @@ class RouterApp:
         await self._accounts.close()
         await self._remote.close()
         await self._backend.close()
+        if self._traces is not None:
+            await asyncio.to_thread(self._traces.close)
 
     @property
     def is_idle(self) -> bool:
@@ -209,7 +217,17 @@ class RouterApp:
         self._accounts.settle(call, record)
         self._metrics.count(record)
         log_request(record)
+        if call.trace is not None:
+            call.trace.end(record)
         self._on_record(record)
+
+
+def _build_traces(settings: Settings, router_id: str) -> Traces | None:
+    if settings.telemetry.otlp_endpoint is None:
+        return None
+    from serving.telemetry.traces import Traces  # with the whole SDK, which most stacks do without
+
+    return Traces(settings.telemetry, router_id)
 
 
 def _canonical_path(path: str) -> str:

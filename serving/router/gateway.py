@@ -72,7 +72,11 @@ class Gateway:
         call.on_try(call)
         notes.image_modes = slot.modes
         try:
-            await self._relay.relay(request, call.request_id, slot.replica, notes, reply)
+            if call.trace is None:
+                await self._relay.relay(request, call.request_id, slot.replica, notes, reply)
+            else:
+                with call.trace.trying(slot.replica.replica_id) as headers:
+                    await self._relay.relay(request, call.request_id, slot.replica, notes, reply, headers)
         except (ReplicaConnectError, EngineError, NoReplicaError):
             call.unheard.pop()  # it refused, or was never asked; one that failed may have worked for it before
             raise

@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from starlette.types import Receive, Scope
 
@@ -25,6 +26,9 @@ from serving.router.reply import Reply
 from serving.router.requests import RoutedRequest, parse_request
 from serving.settings import Settings
 
+if TYPE_CHECKING:
+    from serving.telemetry.traces import Traces
+
 _TIMEOUT_HEADER = b"x-request-timeout-ms"
 _GRACE_S = 0.05
 
@@ -41,6 +45,8 @@ class Generation:
     accountant: Accountant
     remote: RemoteImages
     accounts: Accounts
+    traces: Traces | None = None
+    """None when nothing is traced."""
     _held: BodyBudget = field(init=False)
 
     def __post_init__(self) -> None:
@@ -61,6 +67,8 @@ class Generation:
             raise
         unique_id = f"{request_id}.{secrets.token_hex(4)}" if b"x-request-id" in headers else request_id
         call = Call(unique_id, path, identity, arrived_ns=time.time_ns())
+        if self.traces is not None:
+            call.trace = self.traces.begin(path, headers, call.arrived_ns)
         ending = Ending(Outcome.FAILED, 500, "internal_error")
         try:
             await self._serve_admitted(call, scope, headers, receive, reply)

@@ -56,7 +56,13 @@ class Inline:
         client = _Client(receive, request.body)
         answer = _Answer(request, notes, reply)
         try:
-            await self._app(self._scope(request, call.request_id), client.receive, answer.take)
+            scope = self._scope(request, call.request_id)
+            if call.trace is None:
+                await self._app(scope, client.receive, answer.take)
+            else:
+                with call.trace.trying(slot.replica.replica_id) as headers:
+                    scope["headers"] += [(name.encode(), value.encode()) for name, value in headers.items()]
+                    await self._app(scope, client.receive, answer.take)
             await answer.finish(has_client_left=client.has_left)
         except ServingError as error:
             if isinstance(error, EngineError | NoReplicaError):

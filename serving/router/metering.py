@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from serving.billing.budgets import Reservation
 from serving.billing.prices import Price
@@ -16,6 +16,9 @@ from serving.errors import ServingError
 from serving.router.requests import RoutedRequest
 from serving.router.usage import UsageNotes
 from serving.tenants import Identity
+
+if TYPE_CHECKING:  # it imports the whole SDK, which most stacks do without
+    from serving.telemetry.traces import RequestTrace
 
 CLIENT_CLOSED = 499
 """nginx's status for a client that left before its answer; nobody sees it but the ledger."""
@@ -47,6 +50,7 @@ class Call:
     """Called before a replica, the last of `asked`, is sent the request."""
     reserved_tokens: int = 0
     """Taken from the tenant's tokens per minute before its real use was known."""
+    trace: RequestTrace | None = None
 
     @property
     def tokens(self) -> TokenCounts | None:

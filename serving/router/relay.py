@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import orjson
@@ -16,6 +18,7 @@ from serving.router_settings import RouterSettings
 
 _MAX_ERROR_BYTES = 256 * 1024
 _USAGE_TIMEOUT_S = 5.0
+_NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
 class Relay:
@@ -40,7 +43,13 @@ class Relay:
             await self._upstream.close()
 
     async def relay(
-        self, request: RoutedRequest, request_id: str, replica: ReplicaRecord, notes: UsageNotes, reply: Reply
+        self,
+        request: RoutedRequest,
+        request_id: str,
+        replica: ReplicaRecord,
+        notes: UsageNotes,
+        reply: Reply,
+        trace_headers: Mapping[str, str] = _NO_HEADERS,
     ) -> None:
         """Ask the replica and send its answer on.
 
@@ -52,7 +61,7 @@ class Relay:
         """
         if self._upstream is None:
             raise InternalError("The router has not started.")
-        headers = {**self._headers, "x-request-id": request_id}
+        headers = {**self._headers, "x-request-id": request_id, **trace_headers}
         url = replica.base_url + request.path
         async with self._upstream.ask("POST", url, headers, request.body) as answer:
             if answer.status >= 400:

@@ -16,6 +16,7 @@ from pathlib import Path
 import openai
 import psutil
 import pytest
+from collector import Collector, run_collector
 
 ROOT = Path(__file__).resolve().parents[2]
 READY_WITHIN_S = 300
@@ -94,10 +95,19 @@ def stop(stack: Stack) -> int:
 
 
 @pytest.fixture(scope="session")
-def stack(start_stack: Callable[..., Stack]) -> Stack:
+def collector() -> Iterator[Collector]:
+    """Takes the traces of the stack that most tests share."""
+    with run_collector() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="session")
+def stack(start_stack: Callable[..., Stack], collector: Collector) -> Stack:
     """The stack that most tests share, with small limits where a test would otherwise need large requests."""
     return start_stack(
-        SERVING__ROUTER__LIMITS__MAX_IMAGE_PIXELS="4000000", SERVING__ROUTER__LIMITS__MAX_BODY_BYTES="8000000"
+        SERVING__TELEMETRY__OTLP_ENDPOINT=collector.url,
+        SERVING__ROUTER__LIMITS__MAX_IMAGE_PIXELS="4000000",
+        SERVING__ROUTER__LIMITS__MAX_BODY_BYTES="8000000",
     )
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-import os
 import signal
 import sqlite3
 from collections import Counter
@@ -47,9 +47,18 @@ def routers(stack: ScriptedStack) -> list[psutil.Process]:
 
 
 def kill_one(stack: ScriptedStack) -> None:
-    """SIGKILL to a router that is there."""
-    wait_until(lambda: bool(routers(stack)), 60, "a router was there")
-    os.kill(routers(stack)[0].pid, signal.SIGKILL)
+    """SIGKILL to a router with requests in hand."""
+    wait_until(lambda: kill_if_busy(stack), 60, "a router was busy")
+
+
+def kill_if_busy(stack: ScriptedStack) -> bool:
+    for router in routers(stack):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            files = [Path(file.path) for file in router.open_files()]
+            if any(_open(file.parent) for file in files if file.name == "open"):
+                router.send_signal(signal.SIGKILL)
+                return True
+    return False
 
 
 async def ask(session: aiohttp.ClientSession, url: str, number: int) -> tuple[str, float] | None:

@@ -104,3 +104,10 @@ def test_a_name_that_vllm_does_not_know_is_refused(
         return
     with pytest.raises(SettingsError, match=rf"^models\.m\.engine_args\.{name}: vLLM has no such argument{hint}$"):
         check_engine_args(settings)
+
+
+def test_a_collector_of_traces_is_told_to_vllm() -> None:
+    model = ModelSettings(checkpoint="nano")
+    flags = build_arguments("nano", model, EngineSettings(), "/weights", "http://c:4318/v1/traces")
+    assert flags[flags.index("--otlp-traces-endpoint") + 1] == "http://c:4318/v1/traces"
+    assert "--otlp-traces-endpoint" not in build({})
