@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from benchmarks.checkpoints import NEARLY_FREE, write_checkpoint
+from benchmarks.effort import rounds as rounds_of
 from benchmarks.fastpath.rows import Row
 from benchmarks.fastpath.running import (
     GUARD_REQUEST,
@@ -67,7 +68,8 @@ def compare(
             apply_load(server, pages[:4], 2, extra)
         for num_tokens in tokens_out:
             rounds = [
-                [apply_load(server, pages, num_tokens, extra) for server, extra in sides] for _ in range(num_rounds)
+                [apply_load(server, pages, num_tokens, extra) for server, extra in sides]
+                for _ in range(rounds_of(num_rounds))
             ]
             best = [max(load.pages_per_s for load in loads) for loads in zip(*rounds, strict=True)]
             cheapest = [min(load.cpu_s_per_page for load in loads) for loads in zip(*rounds, strict=True)]

@@ -6,6 +6,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
+from benchmarks.effort import rounds as rounds_of
 from benchmarks.fastpath.rows import Row
 from benchmarks.router.chunks import CONCURRENCY, MAX_TOKENS, NUM_REQUESTS, PACES
 from benchmarks.router.servers import Server, free_port, run_server
@@ -23,7 +24,7 @@ def run() -> Iterator[Row]:
             with run_inline(pace) as server:
                 sides = {**ways, _INLINE: Way(_INLINE, server.url, ((server, ()),))}
                 rounds: dict[str, list[Cost]] = {side: [] for side in sides}
-                for _ in range(ROUNDS):
+                for _ in range(rounds_of(ROUNDS)):
                     for side, way in sides.items():
                         load = {"num_requests": NUM_REQUESTS[name], "concurrency": CONCURRENCY}
                         rounds[side].append(measure(way, max_tokens=MAX_TOKENS, **load))

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks.effort import rounds as rounds_of
 from benchmarks.fastpath.rows import Row
 from benchmarks.router.servers import Server, free_port, run_server
 from benchmarks.router.ways import (
@@ -53,7 +54,7 @@ def run() -> Iterator[Row]:
 
 def _compare(ours: Way, bare: Way, theirs: Way) -> Iterator[Row]:
     rounds: dict[str, list[Cost]] = {way.name: [] for way in (ours, bare, theirs)}
-    for way in (ours, bare, theirs) * ROUNDS:
+    for way in (ours, bare, theirs) * rounds_of(ROUNDS):
         cost = measure(way, num_requests=NUM_REQUESTS, concurrency=CONCURRENCY, max_tokens=MAX_TOKENS)
         rounds[way.name].append(cost)
     costs = {name: cheapest(each) for name, each in rounds.items()}

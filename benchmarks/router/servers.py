@@ -18,6 +18,7 @@ import psutil
 _READY_WITHIN_S = 300.0
 _ENGINE = "serving.engine.scripted"
 _GATEWAY = "benchmarks.router.gateway"
+_PLAIN_PROXY = "benchmarks.router.plain_proxy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,4 +116,11 @@ def run_gateway(engine: Server) -> contextlib.AbstractContextManager[Server]:
     """One router process in front of an engine."""
     port = free_port()
     command = [sys.executable, "-m", _GATEWAY, "--port", str(port), "--engine", engine.url]
+    return run_server(command, port)
+
+
+def run_plain_proxy(library: str, engine: Server) -> contextlib.AbstractContextManager[Server]:
+    """A proxy of the plainest kind in front of an engine."""
+    port = free_port()
+    command = [sys.executable, "-m", _PLAIN_PROXY, "--way", library, "--port", str(port), "--engine", engine.url]
     return run_server(command, port)

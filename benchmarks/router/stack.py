@@ -1,8 +1,9 @@
 """The whole stack against a bare vLLM server with the plugin: the nano checkpoint, streams of text, 16 at once.
 
-Both run what configs/local.yaml says: the same engine arguments, the same environment. They take turns under the same
-load, and the figure is the median of the rounds' ratios. On a shared machine the tokens per CPU second of the processes
-that a token passes through say more than those by the wall.
+Both run what configs/local.yaml says: the same engine arguments, the same environment. Beside them stands a plain proxy
+in front of the bare server, which says how much of a difference is the price of any hop on the engine's own cores. They
+take turns under the same load, and the figure is the median of the rounds' ratios. On a shared machine the tokens per
+CPU second of the processes that a token passes through say more than those by the wall.
 """
 
 from __future__ import annotations
@@ -15,19 +16,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.effort import rounds as rounds_of
 from benchmarks.fastpath.rows import Row
 from benchmarks.router.load import run_load
-from benchmarks.router.servers import Server, free_port, run_server
-from benchmarks.router.ways import CHAT
+from benchmarks.router.servers import Server, free_port, run_plain_proxy, run_server
+from benchmarks.router.ways import CHAT, PLAIN_AIOHTTP, Way
 from serving.demo.build import build_checkpoint
 from serving.engine.arguments import build_arguments
 from serving.settings import Settings, load_settings
 
 CONCURRENCY, MAX_TOKENS, NUM_REQUESTS, ROUNDS = 16, 128, 64, 8
-_CONFIG = Path("configs/local.yaml")
+CONFIG = Path("configs/local.yaml")
+BARE = "bare vLLM server with the plugin"
+STACK = "whole stack"
 _SERVER = "vllm.entrypoints.launchers.api_server.entry"
-_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_MEDIA_CONNECTOR": "serving", "VLLM_LOGGING_LEVEL": "ERROR"}
-_STACK_PROCESSES = ("ray::ServeReplica",)
+_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+_PLUGIN = {"VLLM_MEDIA_CONNECTOR": "serving"}
+STACK_PROCESSES = ("ray::ServeReplica",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,35 +42,41 @@ class Speed:
 
 
 def run() -> Iterator[Row]:
-    """Both under the same load, in turns."""
-    settings = load_settings(_CONFIG, {})
-    name = next(iter(settings.models))
+    """All under the same load, in turns."""
+    settings = load_settings(CONFIG, {})
+    model = next(iter(settings.models))
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as servers:
-        checkpoint = Path(folder) / "nano"
-        build_checkpoint(checkpoint)
-        bare = servers.enter_context(run_bare(settings, name, checkpoint))
+        checkpoint = build_checkpoint(Path(folder) / "nano")
+        bare = servers.enter_context(run_bare(settings, model, checkpoint))
+        proxy = servers.enter_context(run_plain_proxy("aiohttp", bare))
         stack = servers.enter_context(run_stack())
-        sides = ((stack, _STACK_PROCESSES), (bare, ()))
-        for server, names in sides:  # first requests pay for what is only done once
-            measure(server, name, names)
-        rounds = [[measure(server, name, names) for server, names in sides] for _ in range(ROUNDS)]
-    yield build_row("per second", [(ours.tokens_per_s, theirs.tokens_per_s) for ours, theirs in rounds])
-    yield build_row("per CPU second", [(ours.tokens_per_cpu_s, theirs.tokens_per_cpu_s) for ours, theirs in rounds])
+        ways = (
+            Way(STACK, stack.url, ((stack, STACK_PROCESSES),)),
+            Way(BARE, bare.url, ((bare, ()),)),
+            Way(PLAIN_AIOHTTP, proxy.url, ((proxy, ()), (bare, ()))),
+        )
+        for way in ways:  # first requests pay for what is only done once
+            measure(way, model)
+        rounds = [{way.name: measure(way, model) for way in ways} for _ in range(rounds_of(ROUNDS))]
+    for unit, field in (("per second", "tokens_per_s"), ("per CPU second", "tokens_per_cpu_s")):
+        for peer, name in ((BARE, BARE), (PLAIN_AIOHTTP, f"{PLAIN_AIOHTTP} in front of a {BARE}")):
+            pairs = [(getattr(each[STACK], field), getattr(each[peer], field)) for each in rounds]
+            yield build_row(unit, name, pairs)
 
 
-def build_row(unit: str, pairs: list[tuple[float, float]]) -> Row:
+def build_row(unit: str, peer: str, pairs: list[tuple[float, float]]) -> Row:
     """Medians of both sides, and the median of the ratios of turns that stood beside each other."""
     ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
     ratio = statistics.median(mine / other for mine, other in pairs)
     name = f"output tokens of the whole stack, nano checkpoint, c={CONCURRENCY}"
-    return Row(name, ours, theirs, "bare vLLM server with the plugin", None, unit, ratio)
+    return Row(name, ours, theirs, peer, None, unit, ratio)
 
 
-def measure(server: Server, model: str, names: tuple[str, ...]) -> Speed:
+def measure(way: Way, model: str) -> Speed:
     """One round."""
-    before_s = server.cpu_s(*names)
+    before_s = way.cpu_s()
     load = run_load(
-        server.url + CHAT,
+        way.url + CHAT,
         num_requests=NUM_REQUESTS,
         concurrency=CONCURRENCY,
         max_tokens=MAX_TOKENS,
@@ -73,21 +84,23 @@ def measure(server: Server, model: str, names: tuple[str, ...]) -> Speed:
         model=model,
     )
     num_tokens = NUM_REQUESTS * MAX_TOKENS
-    return Speed(num_tokens / load.took_s, num_tokens / (server.cpu_s(*names) - before_s))
+    return Speed(num_tokens / load.took_s, num_tokens / (way.cpu_s() - before_s))
 
 
-def run_bare(settings: Settings, name: str, checkpoint: Path) -> contextlib.AbstractContextManager[Server]:
-    """vLLM's own server with the arguments that a replica would give it."""
+def run_bare(
+    settings: Settings, name: str, checkpoint: Path, *flags: str, module: str = _SERVER
+) -> contextlib.AbstractContextManager[Server]:
+    """vLLM's own server with the arguments that a replica would give it; another module is one without the plugin."""
     port = free_port()
     model = settings.models[name]
-    arguments = build_arguments(name, model, settings.engine, str(checkpoint))
-    command = [sys.executable, "-W", "ignore", "-m", _SERVER, *arguments, "--host", "127.0.0.1", "--port", str(port)]
-    environment = {**_ENVIRONMENT, **model.images.environment(), **model.env}
-    return run_server(command, port, environment=environment)
+    arguments = [*build_arguments(name, model, settings.engine, str(checkpoint)), *flags]
+    command = [sys.executable, "-W", "ignore", "-m", module, *arguments, "--host", "127.0.0.1", "--port", str(port)]
+    plugin = {**_PLUGIN, **model.images.environment()} if module == _SERVER else {}
+    return run_server(command, port, environment={**_ENVIRONMENT, **plugin, **model.env})
 
 
-def run_stack() -> contextlib.AbstractContextManager[Server]:
+def run_stack(config: Path = CONFIG) -> contextlib.AbstractContextManager[Server]:
     """`serving up`: Ray, the engine replica, the router."""
     port = free_port()
-    command = [sys.executable, "-m", "serving.cli", "up", "--config", str(_CONFIG)]
+    command = [sys.executable, "-m", "serving.cli", "up", "--config", str(config)]
     return run_server(command, port, environment={"SERVING__ROUTER__PORT": str(port)}, ready_path="/ready")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from benchmarks.effort import rounds as rounds_of
 from benchmarks.fastpath.rows import Row
 from benchmarks.router.ways import BARE, OURS, Cost, measure, run_ways, set_paces
 
@@ -21,7 +22,7 @@ def run() -> Iterator[Row]:
         for name, (pace, num_requests) in PACES.items():
             set_paces(ways, pace)
             rounds: dict[str, list[Cost]] = {OURS: [], BARE: []}
-            for _ in range(ROUNDS):
+            for _ in range(rounds_of(ROUNDS)):
                 for key, costs in rounds.items():
                     load = {"num_requests": num_requests, "concurrency": CONCURRENCY, "max_tokens": MAX_TOKENS}
                     costs.append(measure(ways[key], **load))

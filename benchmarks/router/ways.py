@@ -11,11 +11,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from benchmarks.router.load import LoadResult, run_load
-from benchmarks.router.servers import Server, free_port, run_engine, run_gateway, run_server
+from benchmarks.router.servers import Server, free_port, run_engine, run_gateway, run_plain_proxy, run_server
 from serving.settings import ScriptSettings
 
 CHAT = "/v1/chat/completions"
 BARE, OURS, HAPROXY, HANDLE = "bare uvicorn", "router", "Serve's HAProxy", "DeploymentHandle chain"
+PLAIN_AIOHTTP, PLAIN_HTTPX = "plain aiohttp proxy", "plain starlette and httpx proxy"
+_PLAIN = {PLAIN_AIOHTTP: "aiohttp", PLAIN_HTTPX: "httpx"}
 SCRIPT = ScriptSettings(max_num_seqs=4096, output_tokens=256)
 # Of a Ray cluster's processes those that a chunk passes through.
 SERVE_PROCESSES = ("bin/haproxy", "ray::ServeReplica", "ray::ProxyActor")
@@ -51,7 +53,7 @@ class Cost:
 
 @contextlib.contextmanager
 def run_ways(*names: str) -> Iterator[dict[str, Way]]:
-    """Start the ways by these names; `bare` and `router` share their engine."""
+    """Start the ways by these names; `bare`, `router` and the plain proxies share their engine."""
     with contextlib.ExitStack() as stack:
         ways: dict[str, Way] = {}
         engine = stack.enter_context(run_engine("--max-num-seqs", str(SCRIPT.max_num_seqs), "--output-tokens", "256"))
@@ -59,6 +61,10 @@ def run_ways(*names: str) -> Iterator[dict[str, Way]]:
         if OURS in names:
             router = stack.enter_context(run_gateway(engine))
             ways[OURS] = Way(OURS, router.url, ((router, ()), (engine, ())))
+        for name, library in _PLAIN.items():
+            if name in names:
+                proxy = stack.enter_context(run_plain_proxy(library, engine))
+                ways[name] = Way(name, proxy.url, ((proxy, ()), (engine, ())))
         for name, flag in ((HAPROXY, "haproxy"), (HANDLE, "handle")):
             if name in names:
                 server = stack.enter_context(run_serve(flag))
@@ -79,9 +85,9 @@ def haproxy_ports() -> dict[str, str]:
 
 
 def set_paces(ways: dict[str, Way], tokens_per_s: float | None) -> None:
-    """The same pace for all of them. The router's way has no door to the engine; it shares the bare one's."""
+    """The same pace for all of them. What shares the bare one's engine shares its pace."""
     for name, way in ways.items():
-        if name != OURS:
+        if name not in (OURS, *_PLAIN):
             way.set_pace(tokens_per_s)
 
 
