@@ -2,9 +2,13 @@
 PYTHON ?= python3.11
 CONFIG ?= configs/local.yaml
 ROUNDS ?= 30
+SECONDS ?= 60
+RATE ?= 1
+ARRIVALS ?= poisson
+WORKERS ?= 1
 BIN    := .venv/bin
 
-.PHONY: help install serve lint format test test-slow soak checkpoint clean
+.PHONY: help install serve lint format test test-slow load bench bench-full bench-check soak checkpoint clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +37,19 @@ test: install ## the tests that every change must pass
 
 test-slow: install ## proofs that take minutes
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+load: install ## realistic users for a minute, against a stack of its own if none runs; SECONDS, RATE, ARRIVALS, WORKERS, URL
+	@$(BIN)/python -m benchmarks.load $(if $(URL),--url $(URL)) --seconds $(SECONDS) --rate $(RATE) \
+	  --arrivals $(ARRIVALS) --workers $(WORKERS)
+
+bench: install ## run every benchmark, draw plots, write benchmarks/README.md: about twenty minutes of an idle machine
+	@$(BIN)/python -m benchmarks
+
+bench-full: install ## the same with every round of each: over an hour
+	@$(BIN)/python -m benchmarks --full
+
+bench-check: install ## compare the results' ratios with the committed baseline
+	@$(BIN)/python -m benchmarks.check
 
 soak: install ## kills and overload under load, about a quarter of an hour; ROUNDS kills of each part
 	$(BIN)/python -m benchmarks.faults --rounds $(ROUNDS)

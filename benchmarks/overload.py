@@ -24,6 +24,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.fastpath.rows import Row
 from serving.directory import ReplicaRecord, ReplicaState, Snapshot
 from serving.engine.scripted import ScriptedEngine
 from serving.http_server import HttpServer
@@ -206,6 +207,16 @@ async def _overload(clients: Clients, alone: Clients, saturated: float, seconds:
     )
 
 
+def build_rows(result: Result) -> list[Row]:
+    """What is kept of the work, and of the high class's time."""
+    completed = (result.completed_per_s, result.saturated_per_s)
+    p95 = (result.high_p95_s, result.high_unloaded_p95_s)
+    return [
+        Row.of_rates("completed under overload", *completed, "completed at saturation", None, "requests/s"),
+        Row.of_costs("p95 of the high class under overload", *p95, "alone", None, "s"),
+    ]
+
+
 @app.command()
 def main(
     seconds: Annotated[float, typer.Option(min=4, help="Length of the overload.")] = 60.0,
@@ -218,7 +229,8 @@ def main(
         table.add_row(name, f"{value:.3g}" if isinstance(value, float) else str(value))
     Console().print(table)
     if json_file is not None:
-        json_file.write_text(json.dumps(asdict(result), indent=2) + "\n")
+        rows = [asdict(row) for row in build_rows(result)]
+        json_file.write_text(json.dumps({"rows": rows, **asdict(result)}, indent=2) + "\n")
     raise typer.Exit(0 if result.is_good else 1)
 
 

@@ -19,13 +19,13 @@ def quantile(values: Sequence[float], part: float) -> float:
     return ordered[min(len(ordered) - 1, max(0, math.ceil(part * len(ordered)) - 1))]
 
 
-def thin(values: Sequence[float], number: int = 101) -> list[float]:
+def thin(values: Sequence[float], number: int = 51) -> list[float]:
     """The distribution as so many quantiles at even steps from the least to the greatest, for a plot; [] of nothing."""
     if not values:
         return []
     ordered = sorted(values)
     places = (round(index * (len(ordered) - 1) / (number - 1)) for index in range(number))
-    return [ordered[place] for place in places]
+    return [round(ordered[place], 6) for place in places]
 
 
 class Histogram:

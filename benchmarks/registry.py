@@ -71,7 +71,9 @@ BENCHMARKS: Sequence[Benchmark] = (
     Benchmark(
         "scaling", "benchmarks.scaling", ("run",), minutes=0.9, about="throughput against replicas, scripted engines"
     ),
-    Benchmark("load_client", "benchmarks.load.clients", minutes=0.4, about="what the load generator itself costs"),
+    Benchmark(
+        "load_client", "benchmarks.load.clients", ("run",), minutes=0.7, about="what the load generator itself costs"
+    ),
     Benchmark("balance_sim", "benchmarks.balance_sim", minutes=0.8, about="choice of replicas, simulated"),
     Benchmark("ledger", "benchmarks.ledger", minutes=0.7, about="CPU per request of the books"),
     Benchmark(

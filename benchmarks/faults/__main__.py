@@ -9,16 +9,17 @@ import signal
 import socket
 import tempfile
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import psutil
 import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.fastpath.rows import Row
 from benchmarks.faults.client import Load, Seen
 from benchmarks.faults.stack import RunningStack, run_stack
 
@@ -118,6 +119,43 @@ def _work_left(stack: RunningStack) -> int:
     return max(sum(replica["work_tokens"] for replica in stack.get("/admin/state")["replicas"]) for _ in range(8))
 
 
+def summarize(rounds: list[Round]) -> dict[str, dict[str, Any]]:
+    """By victim: how often it was killed, and the sums and the worst over these rounds."""
+    victims: dict[str, dict[str, Any]] = {}
+    for victim in dict.fromkeys(entry.victim for entry in rounds):
+        own = [entry for entry in rounds if entry.victim == victim]
+        streams = sum((Counter(entry.streams) for entry in own), Counter[str]())
+        victims[victim] = {
+            "times": len(own),
+            "healed_s": max(entry.healed_s for entry in own),
+            "whole_complete": sum(entry.whole.get(Seen.COMPLETE, 0) for entry in own),
+            "lost": sum(entry.lost for entry in own),
+            "complete": streams[Seen.COMPLETE],
+            "told": streams[Seen.TOLD],
+            "silent": streams[Seen.SILENT],
+            "reset": streams[Seen.RESET],
+            "work_left": max(entry.work_left for entry in own),
+            "files": [own[0].router_files, own[-1].router_files],
+            "mib": [own[0].router_mib, own[-1].router_mib],
+        }
+    return victims
+
+
+def build_rows(victims: dict[str, dict[str, Any]]) -> list[Row]:
+    """Whole requests that were answered in the end, beside those that clients asked."""
+    return [
+        Row.of_rates(
+            f"whole requests answered, {victim} killed",
+            seen["whole_complete"],
+            seen["whole_complete"] + seen["lost"],
+            "requests asked",
+            None,
+            "requests",
+        )
+        for victim, seen in victims.items()
+    ]
+
+
 def build_table(rounds: list[Round]) -> Table:
     """A line per victim: how often it was killed, and the sums over these rounds."""
     table = Table(title="Kills under 32 streams and 32 whole requests")
@@ -125,26 +163,10 @@ def build_table(rounds: list[Round]) -> Table:
         table.add_column(column, justify="left" if column == "killed" else "right")
     for column in ("told", "silent", "reset (router's own)", "work left", "descriptors first/last", "MiB first/last"):
         table.add_column(column, justify="right")
-    for victim in dict.fromkeys(entry.victim for entry in rounds):
-        own = [entry for entry in rounds if entry.victim == victim]
-
-        def total(seen: Seen, own: list[Round] = own) -> str:
-            return str(sum(entry.streams.get(seen, 0) for entry in own))
-
-        table.add_row(
-            victim,
-            str(len(own)),
-            f"{max(entry.healed_s for entry in own):.1f}",
-            str(sum(entry.whole.get(Seen.COMPLETE, 0) for entry in own)),
-            str(sum(entry.lost for entry in own)),
-            total(Seen.COMPLETE),
-            total(Seen.TOLD),
-            total(Seen.SILENT),
-            total(Seen.RESET),
-            str(max(entry.work_left for entry in own)),
-            f"{own[0].router_files}/{own[-1].router_files}",
-            f"{own[0].router_mib:.0f}/{own[-1].router_mib:.0f}",
-        )
+    for victim, seen in summarize(rounds).items():
+        counts = [seen[key] for key in ("whole_complete", "lost", "complete", "told", "silent", "reset", "work_left")]
+        files, mib = ("/".join(f"{value:.0f}" for value in seen[key]) for key in ("files", "mib"))
+        table.add_row(victim, str(seen["times"]), f"{seen['healed_s']:.1f}", *map(str, counts), files, mib)
     return table
 
 
@@ -167,8 +189,10 @@ def main(
             results.append(asyncio.run(kill_under_load(stack, victim, replicas, routers)))
     Console(width=180).print(build_table(results))
     if json_file is not None:
-        machine = {"cpus": psutil.cpu_count(), "memory_bytes": psutil.virtual_memory().total}
-        json_file.write_text(json.dumps({"machine": machine, "rounds": [asdict(entry) for entry in results]}, indent=2))
+        summary = summarize(results)
+        rows = [asdict(row) for row in build_rows(summary)]
+        result = {"rows": rows, "summary": summary, "rounds": [asdict(entry) for entry in results]}
+        json_file.write_text(json.dumps(result, indent=2))
     raise typer.Exit(0 if all(entry.is_clean for entry in results) else 1)
 
 

@@ -1,0 +1,1 @@
+"""Realistic users for `benchmarks/locustfile.py`: when they come, what they ask for, what they saw."""

@@ -1,0 +1,1 @@
+"""The report: benchmarks/README.md and its plots, made of nothing but the files in benchmarks/results/."""
