@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}$")]
 Dollars = Annotated[Decimal, Field(ge=0, le=10_000, decimal_places=6)]
 """US dollars in whole microdollars."""
+Amount = Annotated[float, Field(gt=0)]
+"""Of a resource of Ray's."""
 
 
 class Frozen(BaseModel):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from serving.frozen import Frozen, is_loopback
+from serving.frozen import Amount, Frozen, Name, is_loopback
 
 
 class LimitSettings(Frozen):
@@ -92,6 +92,8 @@ class RouterSettings(Frozen):
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     num_replicas: Annotated[int, Field(ge=1, le=100)] = 1
     cpus_per_replica: Annotated[float, Field(ge=0)] = 0.5
+    resources_per_replica: dict[Name, Amount] = Field(default_factory=dict)
+    """Ray's custom resources: with them only nodes that were given some take a router."""
     keys_file: Path | None = None
     """Tenants and the hashes of their keys, made by `serving keys`; read again when it changes. None: no keys."""
     allow_unauthenticated: bool = False

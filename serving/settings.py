@@ -19,7 +19,7 @@ from pydantic import Field, SecretStr, ValidationError, model_validator
 
 from serving.billing_settings import BillingSettings, PriceSettings
 from serving.errors import SettingsError
-from serving.frozen import Frozen, Name, is_loopback
+from serving.frozen import Amount, Frozen, Name, is_loopback
 from serving.router_settings import RouterSettings
 from serving.sources import ENV_PREFIX, overlay, read_yaml
 from serving.telemetry_settings import LogSettings, TelemetrySettings
@@ -95,6 +95,8 @@ class ModelSettings(Frozen):
     """In the place of a fixed `num_replicas`."""
     cpus_per_replica: Annotated[float, Field(ge=0)] = 1
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0
+    resources_per_replica: dict[Name, Amount] = Field(default_factory=dict)
+    """Ray's custom resources: with them only nodes that were given some take a replica."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """vLLM's engine arguments under vLLM's own names (`max_model_len`, `enable_chunked_prefill`, ...)."""
     env: dict[str, str] = Field(default_factory=dict)

@@ -228,6 +228,7 @@ def build_engine_app(
         ray_actor_options={
             "num_cpus": model.cpus_per_replica,
             "num_gpus": model.gpus_per_replica,
+            "resources": dict(model.resources_per_replica),
             "runtime_env": {"env_vars": _environment(settings, model)},
         },
     )

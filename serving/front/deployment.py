@@ -98,14 +98,15 @@ def build_front_app(settings: Settings, directory: ActorHandle) -> Application:
     """
     if len(settings.models) != 1:
         raise SettingsError("router.mode: inline serves one model only; use gateway for several")
+    router = settings.router
     deployment = serve.deployment(
         FrontReplica,
         name="front",
-        num_replicas=settings.router.num_replicas,
+        num_replicas=router.num_replicas,
         max_ongoing_requests=_MANY,
         health_check_period_s=2.0,
         graceful_shutdown_timeout_s=settings.engine.drain_s + 30,
         graceful_shutdown_wait_loop_s=0.1,
-        ray_actor_options={"num_cpus": settings.router.cpus_per_replica},
+        ray_actor_options={"num_cpus": router.cpus_per_replica, "resources": dict(router.resources_per_replica)},
     )
     return deployment.bind(settings, directory)

@@ -161,6 +161,6 @@ def build_router_app(settings: Settings, directory: ActorHandle) -> Application:
         # The port is shared, so a new router listens beside the one whose place it takes. Where there is no room for
         # one more, the old ones stay: better than none.
         max_surge_percent=max(1, 100 // num_replicas),
-        ray_actor_options={"num_cpus": router.cpus_per_replica},
+        ray_actor_options={"num_cpus": router.cpus_per_replica, "resources": dict(router.resources_per_replica)},
     )
     return with_version(deployment, router_version(settings)).bind(settings, directory)

@@ -104,6 +104,20 @@ def test_args_that_cannot_be_used_are_refused(
         build(builder, {"settings": str(write_settings()), **args})
 
 
+def test_replicas_ask_for_the_resources_of_their_nodes(write_settings: Callable[..., Path]) -> None:
+    file = write_settings(
+        "models: {nano: {checkpoint: nano, resources_per_replica: {engine: 1}}}\n"
+        "router: {resources_per_replica: {router: 0.5}}",
+        is_whole=True,
+    )
+    args = {"settings": str(file)}
+    engine, router = build(applications.engine, {**args, "model": "nano"}), build(applications.entrance, args)
+    assert (engine.ray_actor_options["resources"], router.ray_actor_options["resources"]) == (
+        {"engine": 1.0},
+        {"router": 0.5},
+    )
+
+
 def test_a_stack_is_an_application_for_each_model_and_the_entrance() -> None:
     settings = Settings.model_validate({"models": {"a": {"checkpoint": "nano"}, "b": {"checkpoint": "x/y"}}})
     assert list(applications.build_all(settings)) == ["engine-a", "engine-b", "router"]
