@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from serving import billing_cli, keys_cli, ocr_cli
+from serving import billing_cli, keys_cli, ocr_cli, plan_cli
 from serving.errors import ServingError, SettingsError
 from serving.settings import Settings, dump_settings, load_settings
 
@@ -26,6 +26,7 @@ app = typer.Typer(
 app.add_typer(keys_cli.app, name="keys")
 app.add_typer(billing_cli.app, name="billing")
 app.command("ocr")(ocr_cli.read_files)
+app.command("plan")(plan_cli.plan)
 
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="Settings file; see configs/ for examples.")]
 RunningOption = Annotated[

@@ -1,0 +1,1 @@
+"""`python -m benchmarks.planning`: what `serving plan` counts with, and whether its simulation comes true."""

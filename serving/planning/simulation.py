@@ -1,0 +1,292 @@
+"""A discrete-event simulation of a router and its engines. No clock, no network, a seed.
+
+The router is the real one where it decides: `choose` over the replicas' `Load`, each as full as its record allows, and
+who has no room anywhere waits in the router. An engine is its `ServiceCurve`, step by step; steps in which nobody comes
+or ends are taken together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from itertools import count
+from random import Random
+from typing import Any
+
+import simpy
+
+from serving.directory import ReplicaRecord, ReplicaState
+from serving.planning.curve import ServiceCurve
+from serving.router.balance import Load, Need, choose
+
+_WARM_UP, _COOL_DOWN = 0.1, 0.9
+"""Pages that come before and after these parts of a run are not counted: it is not in full swing then."""
+
+Process = Generator[simpy.Event, Any, None]
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """What comes: prompts of one length, answers of random ones."""
+
+    prompt_tokens: int
+    mean_output: float
+    spread: float = 0.0
+    """Standard deviation of the logarithm of an answer's length; 0 makes all alike."""
+    max_output: int = 1 << 30
+
+    def draw(self, rng: Random) -> int:
+        """An answer's tokens, at least one; their mean is `mean_output` as long as few are cut."""
+        middle = math.log(self.mean_output) - self.spread**2 / 2
+        return min(self.max_output, max(1, round(math.exp(rng.gauss(middle, self.spread)))))
+
+    @property
+    def expected_work(self) -> int:
+        """What a router counts before the answer is there."""
+        return self.prompt_tokens + round(self.mean_output)
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One page on its way. Times are seconds of the simulation."""
+
+    prompt_tokens: int
+    num_output: int
+    work: int
+    arrived_s: float
+    ended: Callable[[Job], None]
+    first_s: float = 0.0
+    ended_s: float = 0.0
+    replica: int = -1
+
+
+@dataclass(slots=True)
+class _Engine:
+    """One replica's loop."""
+
+    env: simpy.Environment
+    curve: ServiceCurve
+    waiting: deque[Job] = field(default_factory=deque)
+    running: list[tuple[int, int, Job]] = field(default_factory=list)
+    """The step that a job ends with, a number against ties, the job."""
+    num_tokens: int = 0
+    """Room in the KV cache that running sequences take or will take."""
+    steps: int = 0
+    busy_s: float = 0.0
+    _numbers: count[int] = field(default_factory=count)
+    _bell: simpy.Event | None = None
+
+    def submit(self, job: Job) -> None:
+        self.waiting.append(job)
+        if self._bell is not None:
+            self._bell.succeed()
+            self._bell = None
+
+    def run(self) -> Process:
+        while True:
+            admitted = self._admit()
+            if admitted:
+                yield from self._pass(1, self.curve.step_s(len(self.running), len(admitted)))
+                for job in admitted:
+                    job.first_s = self.env.now
+            elif self.running:
+                yield from self._run_until_news()
+            else:
+                self._bell = self.env.event()
+                yield self._bell
+                continue
+            self._end_what_is_done()
+
+    def _admit(self) -> list[Job]:
+        admitted: list[Job] = []
+        while self.waiting and len(self.running) < self.curve.max_seqs and len(admitted) < self.curve.prompts_per_step:
+            job = self.waiting[0]
+            size = job.prompt_tokens + job.num_output
+            if self.running and self.num_tokens + size > self.curve.kv_tokens:
+                break
+            self.waiting.popleft()
+            self.num_tokens += size
+            heappush(self.running, (self.steps + job.num_output, next(self._numbers), job))
+            admitted.append(job)
+        return admitted
+
+    def _run_until_news(self) -> Process:
+        """Plain steps until one of the running ends, or until something comes that may start."""
+        step_s = self.curve.step_s(len(self.running))
+        num_left = self.running[0][0] - self.steps
+        if self.waiting:  # what waits has no room before something ends
+            yield from self._pass(num_left, num_left * step_s)
+            return
+        begun_s, self._bell = self.env.now, self.env.event()
+        yield self.env.timeout(num_left * step_s) | self._bell
+        self._bell = None
+        num_done = min(num_left, math.ceil((self.env.now - begun_s) / step_s - 1e-9))
+        rest_s = begun_s + num_done * step_s - self.env.now
+        yield from self._pass(num_done, max(0.0, rest_s))
+        self.busy_s += max(0.0, num_done * step_s - max(0.0, rest_s))
+
+    def _pass(self, num_steps: int, seconds: float) -> Process:
+        yield self.env.timeout(seconds)
+        self.steps += num_steps
+        self.busy_s += seconds
+
+    def _end_what_is_done(self) -> None:
+        while self.running and self.running[0][0] <= self.steps:
+            _, _, job = heappop(self.running)
+            self.num_tokens -= job.prompt_tokens + job.num_output
+            job.ended_s = self.env.now
+            job.ended(job)
+
+
+class _Fleet:
+    """The router in front of its replicas."""
+
+    def __init__(self, env: simpy.Environment, curve: ServiceCurve, num_replicas: int, rng: Random) -> None:
+        self.engines = [_Engine(env, curve) for _ in range(num_replicas)]
+        for engine in self.engines:
+            env.process(engine.run())
+        self._loads = [Load(_record(index, curve)) for index in range(num_replicas)]
+        for load in self._loads:
+            load.resize(load.record, None, high_reserve=0.0)
+        self._queue: deque[Job] = deque()
+        self._rng = rng
+
+    def arrive(self, job: Job) -> None:
+        self._queue.append(job)
+        self._give_out()
+
+    def leave(self, job: Job) -> None:
+        self._loads[job.replica].add(-job.work, -1)
+        self._give_out()
+
+    def _give_out(self) -> None:
+        while self._queue:
+            load = choose(self._loads, Need(self._queue[0].work), (), self._rng)
+            if load is None:
+                return
+            job = self._queue.popleft()
+            job.replica = int(load.replica_id)
+            load.add(job.work, 1)
+            self.engines[job.replica].submit(job)
+
+
+def _record(index: int, curve: ServiceCurve) -> ReplicaRecord:
+    return ReplicaRecord(str(index), "m", "http://x", ReplicaState.READY, curve.max_seqs, curve.kv_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What clients saw. Times in seconds, from asking to the last byte; rates while the run was in full swing."""
+
+    p50_s: float
+    p95_s: float
+    p99_s: float
+    mean_s: float
+    first_p95_s: float
+    """To the first token."""
+    pages_per_s: float
+    tokens_per_s: float
+    busy: float
+    """Part of the time in which an engine had something to do."""
+
+
+def simulate_open(
+    curve: ServiceCurve, pages: Pages, *, num_replicas: int, pages_per_s: float, num_pages: int, seed: int = 1
+) -> Outcome:
+    """Pages come at random (Poisson) and don't care how the stack fares.
+
+    The same seed gives the same pages with the same gaps at every rate, stretched: outcomes of two rates compare.
+    """
+    rng = Random(seed)
+    trace = [(rng.expovariate(1.0) / pages_per_s, pages.draw(rng)) for _ in range(num_pages)]
+    return simulate_trace(curve, pages, trace, num_replicas=num_replicas, seed=seed)
+
+
+def simulate_trace(
+    curve: ServiceCurve, pages: Pages, trace: Iterable[tuple[float, int]], *, num_replicas: int, seed: int = 1
+) -> Outcome:
+    """Pages come with these gaps, in seconds since the one before, and have answers of these lengths."""
+    env = simpy.Environment()
+    fleet, jobs = _Fleet(env, curve, num_replicas, Random(seed)), list[Job]()
+
+    def come() -> Process:
+        for gap_s, num_output in trace:
+            yield env.timeout(gap_s)
+            job = Job(pages.prompt_tokens, num_output, pages.expected_work, env.now, fleet.leave)
+            jobs.append(job)
+            fleet.arrive(job)
+
+    env.process(come())
+    env.run()
+    return _measure(jobs, fleet, curve.overhead_s, env.now)
+
+
+def simulate_closed(
+    curve: ServiceCurve, pages: Pages, *, num_replicas: int, num_clients: int, num_pages: int, seed: int = 1
+) -> Outcome:
+    """So many clients, each of whom asks again as soon as it has its answer."""
+    env = simpy.Environment()
+    fleet = _Fleet(env, curve, num_replicas, Random(seed))
+    rng, jobs = Random(seed + 1), list[Job]()
+
+    def ask_on() -> Process:
+        while len(jobs) < num_pages:
+            answered = env.event()
+
+            def end(job: Job, answered: simpy.Event = answered) -> None:
+                fleet.leave(job)
+                answered.succeed()
+
+            job = Job(pages.prompt_tokens, pages.draw(rng), pages.expected_work, env.now, end)
+            jobs.append(job)
+            yield env.timeout(curve.overhead_s)
+            fleet.arrive(job)
+            yield answered
+
+    for _ in range(num_clients):
+        env.process(ask_on())
+    env.run()
+    return _measure(jobs, fleet, 0.0, env.now)
+
+
+def _measure(jobs: Sequence[Job], fleet: _Fleet, overhead_s: float, ended_s: float) -> Outcome:
+    begin, end = int(len(jobs) * _WARM_UP), max(int(len(jobs) * _WARM_UP) + 1, int(len(jobs) * _COOL_DOWN))
+    counted = jobs[begin:end]
+    times = sorted(job.ended_s - job.arrived_s + overhead_s for job in counted)
+    firsts = sorted(job.first_s - job.arrived_s + overhead_s for job in counted)
+    by_end = sorted(jobs, key=lambda job: job.ended_s)[begin:end]
+    took_s = by_end[-1].ended_s - by_end[0].ended_s
+    busy_s = sum(engine.busy_s for engine in fleet.engines)
+    return Outcome(
+        p50_s=percentile(times, 0.50),
+        p95_s=percentile(times, 0.95),
+        p99_s=percentile(times, 0.99),
+        mean_s=sum(times) / len(times),
+        first_p95_s=percentile(firsts, 0.95),
+        pages_per_s=(len(by_end) - 1) / took_s if took_s else 0.0,
+        tokens_per_s=sum(job.num_output for job in by_end[1:]) / took_s if took_s else 0.0,
+        busy=busy_s / ended_s / len(fleet.engines) if ended_s else 0.0,
+    )
+
+
+def percentile(ordered: Sequence[float], part: float) -> float:
+    """Of values in order; between two of them it is interpolated."""
+    place = part * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def iterate_rates(low: float, high: float, is_good: Callable[[float], bool], rounds: int) -> Iterator[float]:
+    """Bisect: gives the best good rate known after each round; 0.0 while none is. `low` need not be tried."""
+    best = 0.0
+    for _ in range(rounds):
+        middle = (low + high) / 2
+        if is_good(middle):
+            best = low = middle
+        else:
+            high = middle
+        yield best
