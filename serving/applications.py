@@ -1,11 +1,12 @@
 """The Serve applications that the stack is made of: put together here and nowhere else.
 
 `serving up` deploys them with `build_all`. Ray Serve's own config files, and so KubeRay's `serveConfigV2`, name the
-builders `engine` and `entrance`:
+builders `engine`, `entrance` and `documents`:
 
     applications:
       - {name: engine-nano, route_prefix: null, import_path: "serving.applications:engine", args: {model: nano}}
       - {name: router, route_prefix: /, import_path: "serving.applications:entrance", args: {}}
+      - {name: ocr, route_prefix: null, import_path: "serving.applications:documents", args: {}}
 
 A builder reads the settings file where Ray Serve runs it, which may be any node of the cluster, and the environment
 over it: file and secrets have to be on every node. Serve replaces what runs when `args` change, and only then: that is
@@ -26,10 +27,12 @@ from serving.engine.replica import build_engine_app
 from serving.errors import SettingsError
 from serving.front.deployment import build_front_app
 from serving.frozen import Frozen, Name
-from serving.lifecycle import ROUTER_APP, engine_app
+from serving.lifecycle import OCR_APP, ROUTER_APP, engine_app
+from serving.ocr.deployment import build_ocr_app
 from serving.router.deployment import build_router_app
 from serving.router.inline import build_inline_app
 from serving.settings import NANO, Settings, load_settings
+from serving.web.app import build_routes
 
 SETTINGS_VARIABLE = "SERVING_SETTINGS_FILE"
 CHECKPOINTS_VARIABLE = "SERVING_CHECKPOINTS_DIR"
@@ -79,6 +82,15 @@ def engine(args: dict[str, Any]) -> Application:
     return build_engine(given.model, settings, given.checkpoints)
 
 
+def documents(args: dict[str, Any]) -> Application:
+    """Builder: the OCR service. See `EntranceArgs`.
+
+    Raises:
+        SettingsError: arguments or settings that cannot be used.
+    """
+    return build_documents(load_settings(_parse(EntranceArgs, args).settings))
+
+
 def _parse(kind: type[_Args], args: dict[str, Any]) -> _Args:
     try:
         return kind.model_validate(args)
@@ -94,7 +106,8 @@ def build_all(settings: Settings, checkpoints: Path = _CHECKPOINTS_DIR) -> dict[
         SettingsError: a checkpoint's folder is not there.
     """
     engines = {engine_app(name): build_engine(name, settings, checkpoints) for name in settings.models}
-    return {**engines, ROUTER_APP: build_entrance(settings)}
+    ocr = {OCR_APP: build_documents(settings)} if settings.ocr.enabled else {}
+    return {**engines, ROUTER_APP: build_entrance(settings), **ocr}
 
 
 def build_entrance(settings: Settings) -> Application:
@@ -102,6 +115,12 @@ def build_entrance(settings: Settings) -> Application:
     directory = reach_directory(settings.ray.namespace, settings.engine.lease_s)
     build = build_front_app if settings.router.mode == "inline" else build_router_app
     return build(settings, directory)
+
+
+def build_documents(settings: Settings) -> Application:
+    """OCR services, with the page for people where the settings want it. Ray must be running."""
+    directory = reach_directory(settings.ray.namespace, settings.engine.lease_s)
+    return build_ocr_app(settings, directory, build_routes if settings.ocr.playground else None)
 
 
 def build_engine(name: str, settings: Settings, checkpoints: Path = _CHECKPOINTS_DIR) -> Application:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 
 from serving import billing_cli, keys_cli, ocr_cli, plan_cli
 from serving.errors import ServingError, SettingsError
@@ -85,6 +86,41 @@ def reload(config: RunningOption = None) -> None:
     if error:
         _fail(f"settings not changed: {error}")
     typer.echo("the new settings are in force")
+
+
+@app.command("ocr-service")
+def ocr_service(
+    config: ConfigOption,
+    router: Annotated[
+        str | None, typer.Option("--router", help="Address of the router that pages are sent to, http://host:port.")
+    ] = None,
+    port: Annotated[int | None, typer.Option("--port", help="To listen on; ocr.port otherwise, 0 for any.")] = None,
+) -> None:
+    """Run the OCR service alone, in the foreground, as a client of a router that runs elsewhere.
+
+    It reads the sections ocr, router.limits, billing (the database that jobs are kept in) and log of the settings.
+    Whoever asks it brings a key of the router's. Started again after a crash it goes on with its jobs where they
+    stopped.
+
+        serving ocr-service --router http://127.0.0.1:8000 --port 8001 --config configs/local.yaml
+    """
+    from serving.ocr.standalone import run_service
+    from serving.web.app import build_routes
+
+    settings = _load(config)
+    given = {"router_url": router, "port": port}
+    try:
+        ocr = settings.ocr.model_validate(
+            settings.ocr.model_dump() | {key: value for key, value in given.items() if value is not None}
+        )
+        pages = build_routes() if ocr.playground else []
+        run_service(settings.model_copy(update={"ocr": ocr}), pages, typer.echo)
+    except ValidationError as error:
+        _refuse("; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()))
+    except SettingsError as error:
+        _refuse(str(error))
+    except OSError as error:
+        _fail(f"not started: {error}")
 
 
 @app.command("check-config")

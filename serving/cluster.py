@@ -169,7 +169,9 @@ def needed_cpus(settings: Settings) -> int:
     models = settings.models.values()
     engines = sum((max_replicas(model) + 1) * model.cpus_per_replica for model in models)
     routers = (settings.router.num_replicas + 1) * settings.router.cpus_per_replica
-    return max(os.cpu_count() or 1, math.ceil(engines + routers) + 1)
+    ocr = settings.ocr
+    services = (ocr.num_replicas + 1) * ocr.cpus_per_replica if ocr.enabled else 0
+    return max(os.cpu_count() or 1, math.ceil(engines + routers + services) + 1)
 
 
 def check_room(settings: Settings, cluster: Cluster) -> None:

@@ -80,6 +80,18 @@ class RouterReport:
     tenants: tuple[tuple[str, TenantUse], ...] = ()
     metrics_url: str = ""
     """Where its own metrics are scraped; empty while it does not serve them."""
+    url: str = ""
+    """`http://host:port` where it answers; empty where it does not know."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceRecord:
+    """One OCR service, as it describes itself."""
+
+    service_id: str
+    url: str
+    """`http://host:port`"""
+    metrics_url: str = ""
 
 
 EMPTY = Snapshot(version=(0, 0))
@@ -98,6 +110,7 @@ class Directory:
     _records: dict[str, ReplicaRecord] = field(default_factory=dict)
     _heard_s: dict[str, float] = field(default_factory=dict)
     _reports: dict[str, tuple[float, RouterReport]] = field(default_factory=dict)
+    _services: dict[str, tuple[float, ServiceRecord]] = field(default_factory=dict)
 
     def put(self, record: ReplicaRecord, now_s: float) -> bool:
         """Take a replica's word; returns whether the list changed."""
@@ -137,6 +150,19 @@ class Directory:
         """The last report of every router that is alive."""
         self._reports = {key: known for key, known in self._reports.items() if now_s - known[0] <= self.lease_s}
         return tuple(report for _, report in self._reports.values())
+
+    def announce(self, record: ServiceRecord, now_s: float) -> None:
+        """Take an OCR service's word."""
+        self._services[record.service_id] = (now_s, record)
+
+    def withdraw(self, service_id: str) -> None:
+        """An OCR service takes no more requests."""
+        self._services.pop(service_id, None)
+
+    def services(self, now_s: float) -> tuple[ServiceRecord, ...]:
+        """OCR services that have been heard of within a lease, in a steady order."""
+        self._services = {key: known for key, known in self._services.items() if now_s - known[0] <= self.lease_s}
+        return tuple(record for _, (_, record) in sorted(self._services.items()))
 
     @property
     def snapshot(self) -> Snapshot:

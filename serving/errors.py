@@ -11,6 +11,7 @@
     │   ├── PermissionDeniedError   403
     │   ├── RouteNotFoundError      404
     │   ├── ModelNotFoundError      404
+    │   ├── JobNotFoundError        404
     │   ├── MethodNotAllowedError   405
     │   ├── RequestTimeoutError     408 the client sends too slowly
     │   ├── BodyTooLargeError       413
@@ -99,6 +100,13 @@ class RouteNotFoundError(RequestError):
 class ModelNotFoundError(RequestError):
     status = 404
     default_code = "model_not_found"
+
+
+class JobNotFoundError(RequestError):
+    """No OCR job of this id, or another tenant's."""
+
+    status = 404
+    default_code = "job_not_found"
 
 
 class MethodNotAllowedError(RequestError):

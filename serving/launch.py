@@ -20,7 +20,7 @@ from rich.console import Console
 from serving.cluster import Cluster, LostError, StartError, check_room, refuse_taken_port, run_cluster
 from serving.directory import EMPTY, Snapshot
 from serving.errors import ServingError, SettingsError
-from serving.lifecycle import ROUTER_APP, RunFile, app_names, engine_app
+from serving.lifecycle import ROUTER_APP, RunFile, app_names
 from serving.settings import Settings, load_settings
 
 _POLL_S = 0.25
@@ -134,12 +134,12 @@ class _Stack:
                 self.settings = after  # what must be ended, should it come to that
                 deploy(after, say)
                 self._wait_until_ready(after, cluster, say)
-                _remove_models(before, after)
+                _remove_apps(before, after)
             except (ServingError, StartError, OSError) as error:
                 if self.settings is not before:
                     say("going back to the settings before")
                     deploy(before, say)
-                    _remove_models(self.settings, before)
+                    _remove_apps(self.settings, before)
                     self.settings = before
                 self._tell_reload(str(error))
                 return
@@ -210,11 +210,13 @@ def _check_engine_args(config: Path) -> None:
         raise SettingsError(checked.stderr.strip())
 
 
-def _remove_models(before: Settings, after: Settings) -> None:
+def _remove_apps(before: Settings, after: Settings) -> None:
+    """Those that the settings no longer have."""
     from ray import serve
 
-    for name in before.models.keys() - after.models.keys():
-        serve.delete(engine_app(name))
+    for name in app_names(before):
+        if name not in app_names(after):
+            serve.delete(name)
 
 
 def _teller(console: Console, update: Callable[[str], None]) -> Callable[[str], None]:

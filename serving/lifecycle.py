@@ -205,6 +205,7 @@ def remove_apps(settings: Settings) -> bool:
 
 
 ROUTER_APP = "router"
+OCR_APP = "ocr"
 
 
 def engine_app(model: str) -> str:
@@ -212,5 +213,6 @@ def engine_app(model: str) -> str:
 
 
 def app_names(settings: Settings) -> list[str]:
-    """The stack's applications in the order in which they end: routers finish their requests while engines last."""
-    return [ROUTER_APP, *map(engine_app, settings.models)]
+    """The stack's applications in the order in which they end: each finishes while what it asks lasts."""
+    ocr = [OCR_APP] if settings.ocr.enabled else []
+    return [*ocr, ROUTER_APP, *map(engine_app, settings.models)]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, SecretStr, field_validator
 
 from serving.frozen import Frozen
+from serving.router_settings import RemoteImageSettings
 
 
 class RenderSettings(Frozen):
@@ -32,15 +34,84 @@ class ReadSettings(Frozen):
     """How pages are read through the router."""
 
     max_tries: Annotated[int, Field(ge=1, le=10)] = 4
-    """Requests per page, the first one included."""
+    """Requests per page, the first one included; those that the router refuses for the moment (429, 503) apart."""
     page_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """For one page, all its tries and the waits between them together."""
     silence_timeout_s: Annotated[float, Field(gt=0)] = 120.0
     """Longest time without a byte of an answer."""
-    max_wait_s: Annotated[float, Field(gt=0)] = 30.0
+    max_wait_s: Annotated[float, Field(gt=0)] = 90.0
     """A page fails when the router asks for a longer wait (`Retry-After`) than this."""
 
 
+class JobSettings(Frozen):
+    """Documents that are read while nobody waits: kept in the ledger's database, read by whichever service is free."""
+
+    running: Annotated[int, Field(ge=1, le=64)] = 2
+    """Jobs that one service process reads at once."""
+    max_open_per_tenant: Annotated[int, Field(ge=1)] = 100
+    """Queued and running; more are refused with 429."""
+    lease_s: Annotated[float, Field(ge=1, le=600)] = 15.0
+    """A job whose service has not been heard of for so long is taken over by another one, or by the same one started
+    again. Clocks of the services' machines must agree within a fraction of it."""
+    poll_s: Annotated[float, Field(gt=0, le=60)] = 2.0
+    """How often a service looks for jobs that others have taken in or left."""
+    keep_documents_s: Annotated[float, Field(ge=0)] = 0.0
+    """How long a document is kept after its job has ended."""
+    keep_results_s: Annotated[float, Field(ge=1)] = 7 * 86_400.0
+    """After so long a job that has ended is deleted with its results."""
+    max_age_s: Annotated[float, Field(ge=1)] = 7 * 86_400.0
+    """A job that has not ended by then fails."""
+
+
 class OcrSettings(Frozen):
+    """Documents in, text out: a service beside the router, and a client of it."""
+
+    enabled: bool = False
+    """Whether `serving up` starts it."""
+    host: str = "127.0.0.1"
+    """Address that it listens on and is known to routers by; `auto` takes the node's own."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """0 takes a free one, which routers learn by themselves."""
+    allow_unauthenticated: bool = False
+    """Must be said before a service listens on an address that others can reach while its router asks for no keys."""
+    num_replicas: Annotated[int, Field(ge=1, le=100)] = 1
+    cpus_per_replica: Annotated[float, Field(ge=0)] = 0.5
+    router_url: str | None = None
+    """`http(s)://host:port`; None is the stack's own."""
+    directory: Path = Field(default=Path("data/ocr"), validate_default=True)
+    """Documents while they are read, those of jobs too: services that share a database share this folder as well."""
+    secret: SecretStr | None = None
+    """What jobs' API keys are encrypted with; None makes a file `secret` in `directory`."""
+    playground: bool = True
+    """A page for people at `/`."""
+    max_document_bytes: Annotated[int, Field(ge=1024)] = 100 * 2**20
+    """Of an upload; inside JSON `router.limits.max_body_bytes` comes first."""
+    max_documents: Annotated[int, Field(ge=1)] = 32
+    """That one process takes in or reads at once, jobs apart; more are refused with 503."""
+    upload_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """For a whole upload; `router.limits.body_timeout_s` is the longest silence in it."""
+    pages_in_parallel: Annotated[int, Field(ge=1, le=256)] = 8
+    """Pages of one document that are with the router at once."""
+    max_figures: Annotated[int, Field(ge=0, le=1000)] = 32
+    """Per page that are cut out when a request asks for images."""
+    markdown_prompt: str = "<|grounding|>Convert the document to markdown."
+    """For the formats `markdown` and `layout`, when a request has no prompt of its own."""
+    text_prompt: str = "Free OCR."
+    remote_documents: RemoteImageSettings = RemoteImageSettings()
+    """Documents by URL: off, like the router's remote images, and with the same rules."""
     render: RenderSettings = RenderSettings()
     read: ReadSettings = ReadSettings()
+    jobs: JobSettings = JobSettings()
+
+    @field_validator("directory")
+    @classmethod
+    def _resolve(cls, directory: Path) -> Path:
+        """Replicas run elsewhere than the command that read the settings."""
+        return directory.expanduser().absolute()
+
+    @field_validator("router_url")
+    @classmethod
+    def _check_url(cls, url: str | None) -> str | None:
+        if url is not None and not url.startswith(("http://", "https://")):
+            raise ValueError("must begin with http:// or https://")
+        return url.rstrip("/").removesuffix("/v1") if url is not None else None

@@ -20,6 +20,7 @@ from pydantic import Field, SecretStr, ValidationError, model_validator
 from serving.billing_settings import BillingSettings, PriceSettings
 from serving.errors import SettingsError
 from serving.frozen import Amount, Frozen, Name, is_loopback
+from serving.ocr_settings import OcrSettings
 from serving.router_settings import RouterSettings
 from serving.sources import ENV_PREFIX, overlay, read_yaml
 from serving.telemetry_settings import LogSettings, TelemetrySettings
@@ -167,6 +168,7 @@ class Settings(Frozen):
     engine: EngineSettings = EngineSettings()
     router: RouterSettings = RouterSettings()
     billing: BillingSettings = BillingSettings()
+    ocr: OcrSettings = OcrSettings()
     ray: RaySettings = RaySettings()
     log: LogSettings = LogSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
@@ -184,6 +186,16 @@ class Settings(Frozen):
     def _check_mode(self) -> Settings:
         if self.router.mode == "inline" and len(self.models) > 1:
             raise ValueError("router.mode: inline serves one model only; use gateway for several")
+        return self
+
+    @model_validator(mode="after")
+    def _check_ocr(self) -> Settings:
+        is_open = self.router.keys_file is None and not self.ocr.allow_unauthenticated
+        if self.ocr.enabled and not is_loopback(self.ocr.host) and is_open:
+            raise ValueError(
+                f"ocr.host {self.ocr.host} can be reached by others and nobody is asked for a key; set "
+                "router.keys_file, or ocr.allow_unauthenticated: true if the network keeps them out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import SecretStr
 
+from serving.frozen import Frozen
 from serving.settings import ModelSettings, Settings
 
 # What replicas of an engine never look at: changing it leaves them alone.
@@ -26,10 +27,23 @@ def engine_version(name: str, settings: Settings, checkpoint: str) -> str:
     return _digest(parts)
 
 
+# Of the OCR section, what routers look at.
+_RELAYED = {"enabled", "max_document_bytes"}
+
+
 def router_version(settings: Settings) -> str:
     """Changes when a router would do something else."""
     models = dict.fromkeys(settings.models, _INNER)
-    return _digest(settings.model_dump(exclude={"models": models, "router": {"num_replicas"}}))
+    foreign = set(type(settings.ocr).model_fields) - _RELAYED
+    return _digest(settings.model_dump(exclude={"models": models, "router": {"num_replicas"}, "ocr": foreign}))
+
+
+def ocr_version(settings: Settings) -> str:
+    """Changes when an OCR service would do something else."""
+    ocr = settings.ocr.model_dump(exclude={"num_replicas"})
+    parts = (settings.router.limits, settings.billing, settings.log, settings.ray.namespace, settings.engine.drain_s)
+    where = (settings.router.mode, settings.router.host, settings.router.port)
+    return _digest([ocr, *(part.model_dump() if isinstance(part, Frozen) else part for part in parts), *where])
 
 
 def surge_percent(settings: Settings, num_replicas: int, gpus_per_replica: float = 0) -> int:

@@ -239,6 +239,8 @@ def _set_up_sqlite(connection: Any, _record: object) -> None:
     cursor.execute("PRAGMA journal_mode = WAL")
     # Committed must mean on the disk, since journals are deleted then.
     cursor.execute("PRAGMA synchronous = FULL")
+    # Deleted must mean gone: pages of a job's document leave no text in the file.
+    cursor.execute("PRAGMA secure_delete = ON")
     cursor.close()
 
 

@@ -1,4 +1,5 @@
-"""The ledger's tables, the same in SQLite and PostgreSQL. Migrations make them; a test holds the two together.
+"""The tables of the ledger and of OCR jobs, the same in SQLite and PostgreSQL. Migrations make them; a test holds the
+two together.
 
 Money is nanodollars, times are nanoseconds since the epoch (UTC), both in 64 bits.
 """
@@ -114,6 +115,53 @@ REPLICAS = Table(
     _count("nanodollars_per_hour"),
 )
 """The life of every engine replica, from when it was first seen until it was last."""
+
+JOBS = Table(
+    "ocr_jobs",
+    METADATA,
+    Column("job_id", Text, primary_key=True),
+    _text("owner"),
+    _text("status"),
+    _text("model"),
+    _text("options"),  # as they were asked for, JSON
+    _text("document"),  # format, number of pages, size: JSON
+    _text("pages"),  # numbers of those to be read, counted from 0: JSON
+    _text("sealed_key"),  # the API key, encrypted; empty when there is none, and when the job has ended
+    Column("idempotency_key", Text),
+    _text("digest"),  # of what was submitted
+    _text("error"),  # JSON, empty when there is none
+    _count("num_pages"),
+    _count("num_done"),
+    _count("num_failed"),
+    _count("prompt_tokens"),
+    _count("completion_tokens"),
+    _count("image_tokens"),
+    _count("cost_nanodollars"),
+    _count("created_ns"),
+    _count("started_ns"),
+    _count("finished_ns"),
+    _count("expires_ns"),
+    _text("lease_owner"),
+    _count("lease_until_ns"),
+    _count("num_takes"),
+    Index("ocr_jobs_by_owner", "owner", "created_ns"),
+    Index("ocr_jobs_by_status", "status", "lease_until_ns"),
+    Index("ocr_jobs_by_idempotency_key", "owner", "idempotency_key", unique=True),
+)
+"""Documents that are read for somebody who does not wait. The document itself is a file named by the job's id."""
+
+JOB_PAGES = Table(
+    "ocr_pages",
+    METADATA,
+    Column("job_id", Text, primary_key=True),
+    Column("page", BigInteger, primary_key=True, autoincrement=False),
+    _count("seq"),
+    _flag("is_failed"),
+    _text("result"),  # as the API shows it, JSON
+    _count("finished_ns"),
+    Index("ocr_pages_by_seq", "job_id", "seq", unique=True),
+)
+"""Pages of jobs that have been read, in the order (`seq`) in which they were."""
 
 
 def row_of(record: RequestRecord) -> tuple[object, ...]:

@@ -9,7 +9,7 @@ import time
 import ray
 from ray.actor import ActorHandle
 
-from serving.directory import Directory, ReplicaRecord, RouterReport, Snapshot
+from serving.directory import Directory, ReplicaRecord, RouterReport, ServiceRecord, Snapshot
 
 DIRECTORY_NAME = "replica-directory"
 _START_LEASE_S = 900.0
@@ -72,6 +72,19 @@ class ReplicaDirectory:
     async def reports(self) -> tuple[RouterReport, ...]:
         """Of all routers."""
         return self._directory.reports(time.monotonic())
+
+    async def announce(self, record: ServiceRecord) -> tuple[RouterReport, ...]:
+        """An OCR service's heartbeat in, all routers' reports out."""
+        self._directory.announce(record, time.monotonic())
+        return self._directory.reports(time.monotonic())
+
+    async def withdraw(self, service_id: str) -> None:
+        """An OCR service says goodbye."""
+        self._directory.withdraw(service_id)
+
+    async def services(self) -> tuple[ServiceRecord, ...]:
+        """OCR services that there are."""
+        return self._directory.services(time.monotonic())
 
     async def survey(self) -> tuple[Snapshot, tuple[RouterReport, ...]]:
         """Replicas and the work that routers have for them: what replicas are scaled by."""

@@ -8,9 +8,10 @@ paid for.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import random
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -63,7 +64,9 @@ class Question:
     mode: str | None = None
     """One of `MODES` or `auto`; None for the server's own."""
     max_tokens: int | None = None
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
+    request_id: str | None = None
+    """What the router knows the page's requests by; the number of the try is put after it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +125,8 @@ class _Try:
     """Whether another try may mend the failure."""
     wait_s: float | None = None
     """That the router asked for."""
+    is_refused: bool = False
+    """Whether nothing was tried, since the tenant or the stack has too much to do."""
 
     def fail(self, code: str, message: str, *, status: int | None = None, is_passing: bool) -> None:
         self.failure, self.is_passing = Failure(code, message, status), is_passing
@@ -134,13 +139,13 @@ class _Try:
 class PageReader:
     """Reads pages through one router. Use it inside one event loop, as an async context."""
 
-    def __init__(self, base_url: str, settings: ReadSettings, *, max_connections: int = 64) -> None:
+    def __init__(self, base_url: str | Callable[[], str], settings: ReadSettings, *, max_connections: int = 64) -> None:
         """Args:
-        base_url: of the router, without `/v1`.
+        base_url: of the router, without `/v1`; or what chooses one for a try.
         settings: tries and times.
         max_connections: requests at once; pages beyond it wait.
         """
-        self._url = base_url.rstrip("/") + "/v1/chat/completions"
+        self._choose_router = base_url if callable(base_url) else lambda: base_url
         self._settings = settings
         self._max_connections = max_connections
         self._session: aiohttp.ClientSession | None = None
@@ -163,13 +168,15 @@ class PageReader:
         url = f"data:{page.media_type};base64,{pybase64.b64encode(page.data).decode()}"
         spent = Usage()
         tried_modes: list[str] = []
-        for number in range(1, self._settings.max_tries + 1):
+        num_refusals = 0
+        for number in itertools.count(1):
             yield TryStarted(number, question.mode)
             attempt = _Try(mode=question.mode)
-            async for text in self._ask(_build_body(url, question), question.api_key, attempt, deadline_s):
+            async for text in self._ask(_build_body(url, question), question, number, attempt, deadline_s):
                 yield Delta(text)
             spent += attempt.usage
-            another = self._plan(attempt, question, tried_modes, number, deadline_s)
+            num_refusals += attempt.is_refused
+            another = self._plan(attempt, question, tried_modes, number - num_refusals, deadline_s)
             if another is None:
                 break
             pause_s, question = another
@@ -180,7 +187,10 @@ class PageReader:
     def _plan(
         self, attempt: _Try, question: Question, tried_modes: list[str], number: int, deadline_s: float
     ) -> tuple[float, Question] | None:
-        """The pause before the next try and what it asks; None when this one was the last."""
+        """The pause before the next try and what it asks; None when this one was the last.
+
+        `number` counts the tries that were no mere refusals: those cost nothing, and end with the page's time.
+        """
         if attempt.failure is None and attempt.has_looped:
             attempt.fail("repetition", "The model kept repeating itself on this page.", is_passing=True)
             if attempt.mode is not None:
@@ -193,22 +203,27 @@ class PageReader:
             return None
         else:
             # Pages that were refused together must not come back together.
-            own_s = _FIRST_PAUSE_S * 2 ** (number - 1) * random.uniform(0.5, 1.0)
+            own_s = _FIRST_PAUSE_S * 2 ** max(0, number - 1) * random.uniform(0.5, 1.0)
             pause_s = own_s if attempt.wait_s is None else attempt.wait_s + own_s
         left_s = deadline_s - asyncio.get_running_loop().time()
-        if number == self._settings.max_tries or (attempt.wait_s or 0) > self._settings.max_wait_s or pause_s >= left_s:
+        if number >= self._settings.max_tries or (attempt.wait_s or 0) > self._settings.max_wait_s or pause_s >= left_s:
             return None
         return pause_s, question
 
-    async def _ask(self, body: bytes, api_key: str | None, attempt: _Try, deadline_s: float) -> AsyncGenerator[str]:
+    async def _ask(
+        self, body: bytes, question: Question, number: int, attempt: _Try, deadline_s: float
+    ) -> AsyncGenerator[str]:
         """One request; what it brings goes into `attempt`, pieces of text are given on at once."""
         assert self._session is not None
         headers = {"content-type": "application/json"}
-        if api_key is not None:
-            headers["authorization"] = f"Bearer {api_key}"
+        if question.api_key is not None:
+            headers["authorization"] = f"Bearer {question.api_key}"
+        if question.request_id is not None:
+            headers["x-request-id"] = f"{question.request_id}-t{number}"
+        url = self._choose_router().rstrip("/") + "/v1/chat/completions"
         try:
             async with asyncio.timeout_at(deadline_s):
-                async with self._session.post(self._url, data=body, headers=headers, allow_redirects=False) as answer:
+                async with self._session.post(url, data=body, headers=headers, allow_redirects=False) as answer:
                     if answer.status != 200:
                         _note_refusal(
                             attempt, answer.status, answer.headers, await answer.content.read(_MAX_FRAME_BYTES)
@@ -268,6 +283,7 @@ def _note_refusal(attempt: _Try, status: int, headers: Mapping[str, str], body: 
     # An empty purse (429 as well) is not filled by waiting.
     attempt.fail(code, message, status=status, is_passing=status in _PASSING and code != "insufficient_quota")
     attempt.wait_s = read_retry_after(headers)
+    attempt.is_refused = attempt.is_passing and status in (429, 503) and attempt.wait_s is not None
 
 
 def read_retry_after(headers: Mapping[str, str]) -> float | None:

@@ -7,6 +7,7 @@ document is a file that is opened anew for each page: nothing of it stays, howev
     {"file": "/tmp/x", "format": "pdf"}                                             -> {"num_pages": 50}
     {"file": "/tmp/x", "format": "pdf", "page": 0, "dpi": 144, "max_pixels": 50000000}
         -> {"width": 1190, "height": 1684, "media_type": "image/png", "size_bytes": 81234}
+    the same with "part": [left, top, right, bottom], in pixels of the drawn page   -> only that part of it
     whatever cannot be done                                                         -> {"code": ..., "message": ...}
 """
 
@@ -104,11 +105,11 @@ def draw(order: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
             if name == "tiff":
                 opened.seek(order["page"])
             check_pixels(*opened.size, order["max_pixels"])
-            if name in _AS_THEY_ARE and is_plain(opened):
+            if name in _AS_THEY_ARE and is_plain(opened) and "part" not in order:
                 opened.load()  # a damaged one shall fail here, not in the engine
                 return file.read_bytes(), describe(opened, f"image/{name}")
             image = flatten(ImageOps.exif_transpose(opened))
-    return encode(image)
+    return encode(image.crop(order["part"]) if "part" in order else image)
 
 
 def draw_pdf_page(file: Path, page: int, dpi: int, max_pixels: int) -> Image.Image:

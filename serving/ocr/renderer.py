@@ -18,6 +18,7 @@ from typing import Any
 
 from serving.errors import RenderError
 from serving.ocr.documents import HEAD_BYTES, Format, find_format
+from serving.ocr.layout import Box
 from serving.ocr_settings import RenderSettings
 
 _LINE_BYTES = 2**20
@@ -64,18 +65,25 @@ class Renderer:
             raise RenderError("The document has no pages.", param="document")
         return Document(file, kind, told["num_pages"])
 
-    async def draw(self, document: Document, page: int, dpi: int | None = None) -> PageImage:
-        """Draw one page.
+    async def draw(self, document: Document, page: int, dpi: int | None = None, part: Box | None = None) -> PageImage:
+        """Draw one page, or a part of it.
 
         Args:
             document: as `open` gave it.
             page: counted from 0.
             dpi: pixels per inch of a PDF page; None for the settings'. Images have pixels of their own.
+            part: in pixels of the drawn page.
 
         Raises:
             RenderError: it cannot be drawn, took too long, or ended its worker.
         """
-        order = {"page": page, "dpi": dpi or self._settings.dpi, "max_pixels": self._settings.max_page_pixels}
+        order: dict[str, Any] = {
+            "page": page,
+            "dpi": dpi or self._settings.dpi,
+            "max_pixels": self._settings.max_page_pixels,
+        }
+        if part is not None:
+            order["part"] = (part.left, part.top, part.right, part.bottom)
         told, data = await self._ask({"file": str(document.file), "format": document.format.value, **order})
         return PageImage(data, told["media_type"], told["width"], told["height"])
 

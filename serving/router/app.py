@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import orjson
 from starlette.types import Receive, Scope, Send
 
-from serving.asgi.guards import ClientGoneError, read_request_id
+from serving.asgi.guards import ClientGoneError, discard_body, read_request_id
+from serving.asgi.reply import Reply
 from serving.billing.records import RequestRecord
-from serving.directory import EMPTY, RouterReport, Snapshot
+from serving.directory import EMPTY, RouterReport, ServiceRecord, Snapshot
 from serving.errors import (
     InternalError,
     MethodNotAllowedError,
@@ -26,6 +27,7 @@ from serving.frozen import is_loopback
 from serving.router.accounts import Accounts, build_ledger
 from serving.router.auth import Authenticator
 from serving.router.dispatch import Dispatcher
+from serving.router.documents import PLAYGROUND, DocumentRelay, is_for_ocr
 from serving.router.gateway import Backend, Gateway
 from serving.router.generation import Generation
 from serving.router.limits import TenantLimits
@@ -34,7 +36,6 @@ from serving.router.metering import Accountant, Call
 from serving.router.openapi import build_document
 from serving.router.relay import Relay
 from serving.router.remote import RemoteImages
-from serving.router.reply import Reply
 from serving.router.state import RouterState
 from serving.settings import Settings
 from serving.telemetry.logs import log_request
@@ -81,6 +82,8 @@ class RouterApp:
         self.router_id = uuid.uuid4().hex[:12]
         self.metrics_url = ""
         """Where this router's metrics are, if anywhere: told to the others, and by them to Prometheus."""
+        self.url = ""
+        """Where it answers, if that is known: told to OCR services."""
         self._others: tuple[RouterReport, ...] = ()
         self._read_snapshot = read_snapshot
         self._on_record = on_record
@@ -93,6 +96,7 @@ class RouterApp:
         ledger = build_ledger(settings, self.router_id) if keeps_books else None
         self._accounts = Accounts(settings, ledger, self._backend.fetch_usage)
         self._remote = RemoteImages(settings.router.remote_images)
+        self._documents = DocumentRelay(settings.router, settings.ocr)
         self._state = RouterState(self.router_id, read_snapshot, self._dispatcher, self._limits)
         self._lookups = Lookups(settings, read_snapshot, self._dispatcher, self._accounts, self._state)
         self._metrics = RouterMetrics(self._read_gauges)
@@ -115,12 +119,14 @@ class RouterApp:
         await self._accounts.start()
         await self._backend.start()
         await self._remote.start()
+        await self._documents.start()
 
     async def close(self) -> None:
         self._dispatcher.close()
         await self._accountant.close()
         await self._accounts.close()
         await self._remote.close()
+        await self._documents.close()
         await self._backend.close()
         if self._traces is not None:
             await asyncio.to_thread(self._traces.close)
@@ -148,11 +154,12 @@ class RouterApp:
             replica_work=tuple(self._dispatcher.replica_work().items()),
             tenants=self._limits.uses(),
             metrics_url=self.metrics_url,
+            url=self.url,
         )
 
     def list_targets(self) -> list[Group]:
         """What Prometheus is to scrape: engines and routers, as far as this one knows."""
-        return list_targets(self._read_snapshot(), (self.report(), *self._others))
+        return list_targets(self._read_snapshot(), (self.report(), *self._others), self._documents.services)
 
     def render_metrics(self) -> bytes:
         """Prometheus' text format. Served on a port of each router's own: the public one is shared."""
@@ -163,6 +170,10 @@ class RouterApp:
         self._others = reports
         self._dispatcher.absorb(reports)
         self._limits.absorb(reports)
+
+    def follow_services(self, services: tuple[ServiceRecord, ...]) -> None:
+        """The OCR services that there are now."""
+        self._documents.update(services)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One HTTP request; whatever goes wrong ends as an answer in OpenAI's shape."""
@@ -183,6 +194,9 @@ class RouterApp:
 
     async def _route(self, request_id: str, scope: Scope, receive: Receive, reply: Reply) -> None:
         path = _canonical_path(scope["path"])
+        if is_for_ocr(path):
+            await self._relay_documents(path, request_id, {**scope, "path": path or "/"}, receive, reply)
+            return
         allowed = "GET" if path.startswith(MODEL) else _METHODS.get(path)
         if allowed is None:
             raise RouteNotFoundError(f"There is no {scope['method']} {scope['path'][:200]} here.")
@@ -199,6 +213,17 @@ class RouterApp:
         else:
             identity = self._keys.identify(dict(scope["headers"]))
             await self._lookups.answer(path, identity, scope, receive, reply)
+
+    async def _relay_documents(self, path: str, request_id: str, scope: Scope, receive: Receive, reply: Reply) -> None:
+        """The page and its files are for everybody; a document is not even read without a key."""
+        self._documents.check_enabled()
+        if path and not path.startswith(PLAYGROUND):
+            try:
+                self._keys.identify(dict(scope["headers"]))
+            except ServingError:
+                await discard_body(receive, self.settings.router.limits)
+                raise
+        await self._documents.relay(request_id, scope, receive, reply)
 
     async def _answer_ready(self, reply: Reply) -> None:
         snapshot = self._read_snapshot()

@@ -55,6 +55,7 @@ class RouterReplica:
         self._metrics = MetricsServer(self._app.render_metrics, self._app.list_targets, host)
         await self._metrics.start()
         self._app.metrics_url = self._metrics.url
+        self._app.url = _reachable_url(settings.router.host, settings.router.port)
         file = settings.telemetry.targets_file
         self._targets_file = TargetsFile(file) if file is not None else None
         with contextlib.suppress(ray.exceptions.RayError):  # what replicas there are, before the first client asks
@@ -111,6 +112,7 @@ class RouterReplica:
 
     async def _report(self) -> None:
         self._app.absorb(await self._directory.exchange.remote(self._app.report()))
+        self._app.follow_services(await self._directory.services.remote())
         if self._targets_file is not None:
             try:
                 await asyncio.to_thread(self._targets_file.write, self._app.list_targets())
@@ -119,6 +121,12 @@ class RouterReplica:
 
     async def _tick(self) -> None:
         self._app.tick()
+
+
+def _reachable_url(host: str, port: int) -> str:
+    """Where this router is reached from other nodes too, if from anywhere."""
+    host = ray.util.get_node_ip_address() if host in ("0.0.0.0", "::") else host
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 async def _repeat(step: Callable[[], Awaitable[None]], pause_s: float) -> None:

@@ -8,12 +8,12 @@ from typing import Any, Protocol
 from starlette.types import Receive
 
 from serving.asgi.presence import ClientPresence
+from serving.asgi.reply import Reply
 from serving.directory import ReplicaRecord
 from serving.errors import EngineError, NoReplicaError, ReplicaConnectError, ServingError
 from serving.router.dispatch import Slot
 from serving.router.metering import Call
 from serving.router.relay import Relay
-from serving.router.reply import Reply
 
 logger = logging.getLogger(__name__)
 

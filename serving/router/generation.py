@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope
 
 from serving.asgi.guards import BodyBudget, ClientGoneError, HeldBody, discard_body, read_body
 from serving.asgi.presence import ClientPresence
+from serving.asgi.reply import Reply
 from serving.billing.records import Outcome
 from serving.errors import InvalidRequestError, ReplicaTimeoutError, ServingError
 from serving.router.accounts import Accounts
@@ -22,7 +23,6 @@ from serving.router.gateway import Backend
 from serving.router.limits import TenantLimits
 from serving.router.metering import CLIENT_CLOSED, Accountant, Call, Ending
 from serving.router.remote import RemoteImages
-from serving.router.reply import Reply
 from serving.router.requests import RoutedRequest, parse_request
 from serving.settings import Settings
 

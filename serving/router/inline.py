@@ -14,12 +14,12 @@ import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope
 
 from serving.asgi.guards import ClientGoneError
+from serving.asgi.reply import Reply
 from serving.directory import ReplicaRecord, ReplicaState, Snapshot
 from serving.errors import EngineError, InternalError, NoReplicaError, ServingError, from_engine
 from serving.router.app import RouterApp
 from serving.router.dispatch import Slot
 from serving.router.metering import Call
-from serving.router.reply import Reply
 from serving.router.requests import RoutedRequest, blame
 from serving.router.usage import StreamAnnotator, UsageNotes, annotate_answer
 from serving.settings import Settings

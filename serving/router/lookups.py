@@ -10,12 +10,12 @@ import orjson
 from starlette.types import Receive, Scope
 
 from serving.asgi.guards import decode_json, read_body
+from serving.asgi.reply import Reply
 from serving.directory import Snapshot
 from serving.errors import ModelNotFoundError, PermissionDeniedError
 from serving.router.accounts import Accounts
 from serving.router.auth import check_model_allowed
 from serving.router.dispatch import Dispatcher
-from serving.router.reply import Reply
 from serving.router.reporting import answer_costs, answer_openai_usage, answer_quote, answer_usage, parse_query
 from serving.router.requests import parse_request
 from serving.router.state import RouterState
@@ -24,7 +24,8 @@ from serving.settings import Settings
 from serving.tenants import Identity
 
 MODEL = "/v1/models/"
-GET_ROUTES = ("/v1/models", "/v1/usage", "/v1/organization/usage/completions", "/admin/state", "/admin/costs")
+TENANT = "/v1/tenant"
+GET_ROUTES = ("/v1/models", TENANT, "/v1/usage", "/v1/organization/usage/completions", "/admin/state", "/admin/costs")
 QUOTE = "/v1/quote"
 
 
@@ -59,6 +60,8 @@ class Lookups:
             found = await self._quote(identity, scope, receive)
         elif path == "/v1/models":
             found = {"object": "list", "data": self._model_cards(identity)}
+        elif path == TENANT:
+            found = {"object": "tenant", "id": identity.tenant_id, "key_id": identity.key_id or None}
         elif path.startswith(MODEL):
             found = self._find_card(path.removeprefix(MODEL), identity)
         elif path == "/v1/usage":

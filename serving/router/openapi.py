@@ -40,6 +40,7 @@ def build_document(settings: Settings) -> dict[str, Any]:
                 "get": _looking_up("One of them"),
                 "parameters": [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}],
             },
+            "/v1/tenant": {"get": _looking_up("Whose key it is")},
             "/v1/quote": {"post": _quoting(_chat_schema(names, limits.max_messages))},
             "/v1/usage": {"get": _reporting("Your requests, tokens, pages and costs; an admin's: everybody's", _USAGE)},
             "/v1/organization/usage/completions": {

@@ -8,9 +8,9 @@ from typing import Any
 
 import orjson
 
+from serving.asgi.reply import Reply
 from serving.directory import ReplicaRecord
 from serving.errors import InternalError, ReplicaUnreachableError, UpstreamError, from_engine
-from serving.router.reply import Reply
 from serving.router.requests import RoutedRequest, blame
 from serving.router.upstream import Answer, Upstream
 from serving.router.usage import StreamAnnotator, UsageNotes, annotate_answer

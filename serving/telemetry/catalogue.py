@@ -147,6 +147,53 @@ ENGINE = (
     Metric("serving_wasted_tokens_total", Kind.COUNTER, "Tokens generated for nothing", ("reason",)),
 )
 
+_RENDER_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 30.0)
+
+OCR_PAGES = Metric(
+    "serving_ocr_pages_total",
+    Kind.COUNTER,
+    "Pages of documents that are done with: completed, failed",
+    ("status",),
+)
+OCR_PAGE_RETRIES = Metric("serving_ocr_page_retries_total", Kind.COUNTER, "Tries to read a page after its first")
+OCR_DOCUMENTS = Metric(
+    "serving_ocr_documents_total",
+    Kind.COUNTER,
+    "Documents taken in, by how they came: request, stream, job",
+    ("format", "way"),
+)
+OCR_REFUSALS = Metric("serving_ocr_refusals_total", Kind.COUNTER, "Requests refused, by error code", ("reason",))
+OCR_OPEN = Metric("serving_ocr_open_documents", Kind.GAUGE, "Documents that clients wait for")
+OCR_RENDER = Metric(
+    "serving_ocr_render_seconds",
+    Kind.HISTOGRAM,
+    "From a page's turn to its picture, the wait for a worker included",
+    (),
+    _RENDER_S,
+)
+OCR_PAGE = Metric(
+    "serving_ocr_page_seconds",
+    Kind.HISTOGRAM,
+    "From a page's turn to its end, all tries and waits included",
+    (),
+    _WHOLE_REQUEST_S,
+)
+OCR_JOBS = Metric("serving_ocr_jobs", Kind.GAUGE, "Jobs in the database; every service tells the same", ("status",))
+OCR_JOB_LAG = Metric("serving_ocr_job_lag_seconds", Kind.GAUGE, "How long the oldest queued job has waited")
+
+OCR = (
+    OCR_PAGES,
+    OCR_PAGE_RETRIES,
+    OCR_DOCUMENTS,
+    OCR_REFUSALS,
+    OCR_OPEN,
+    OCR_RENDER,
+    OCR_PAGE,
+    OCR_JOBS,
+    OCR_JOB_LAG,
+    BUILD,
+)
+
 
 def render_table(metrics: tuple[Metric, ...] = ROUTER) -> str:
     """A part of the catalogue as a Markdown table."""
@@ -158,7 +205,8 @@ def render_table(metrics: tuple[Metric, ...] = ROUTER) -> str:
 
 def render_tables() -> str:
     """The whole catalogue, as the README shows it."""
-    return f"Routers export:\n\n{render_table(ROUTER)}\n\nEngine replicas export:\n\n{render_table(ENGINE)}"
+    parts = (("Routers", ROUTER), ("Engine replicas", ENGINE), ("OCR services", OCR))
+    return "\n\n".join(f"{who} export:\n\n{render_table(metrics)}" for who, metrics in parts)
 
 
 if __name__ == "__main__":

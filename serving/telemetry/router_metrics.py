@@ -48,7 +48,7 @@ class RouterMetrics:
         self._queue_wait = build_metric(catalogue.QUEUE_WAIT, self._registry)
         self._retries = build_metric(catalogue.RETRIES, self._registry)
         self._refusals = build_metric(catalogue.REFUSALS, self._registry)
-        self._state = _StateCollector(list(sources))
+        self._state = StateCollector(list(sources))
         self._registry.register(self._state)
 
     def add(self, source: ReadState) -> None:
@@ -99,7 +99,9 @@ class RouterMetrics:
             self._between_tokens.labels(record.model).observe(lasted_ns / num_gaps / _NANO)
 
 
-class _StateCollector(Collector):
+class StateCollector(Collector):
+    """Asks its sources when it is scraped, and tells the build."""
+
     def __init__(self, sources: list[ReadState]) -> None:
         self.sources = sources
         versions = tuple(importlib.metadata.version(name) for name in ("serving", "ray"))

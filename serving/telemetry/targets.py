@@ -14,14 +14,16 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from serving.directory import RouterReport, Snapshot
+from serving.directory import RouterReport, ServiceRecord, Snapshot
 
 Group = dict[str, list[str] | dict[str, str]]
 """`{"targets": ["host:port"], "labels": {...}}`"""
 
 
-def list_targets(snapshot: Snapshot, reports: Iterable[RouterReport]) -> list[Group]:
-    """Engines that listen, draining ones too, and routers; in an order that only changes when they do."""
+def list_targets(
+    snapshot: Snapshot, reports: Iterable[RouterReport], services: Iterable[ServiceRecord] = ()
+) -> list[Group]:
+    """Engines that listen, draining ones too, routers and OCR services; in an order that only changes when they do."""
     engines = [
         _group(record.base_url, {"job": "engine", "model": record.model, "replica": record.replica_id})
         for record in sorted(snapshot.records, key=lambda record: record.replica_id)
@@ -32,7 +34,12 @@ def list_targets(snapshot: Snapshot, reports: Iterable[RouterReport]) -> list[Gr
         for report in sorted(reports, key=lambda report: report.router_id)
         if report.metrics_url
     ]
-    return routers + engines
+    ocr = [
+        _group(record.metrics_url, {"job": "ocr", "service": record.service_id})
+        for record in sorted(services, key=lambda record: record.service_id)
+        if record.metrics_url
+    ]
+    return routers + engines + ocr
 
 
 def render_targets(groups: list[Group]) -> bytes:

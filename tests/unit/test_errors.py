@@ -24,6 +24,7 @@ TREE: dict[type[ServingError], tuple[int, str, str | None, bool]] = {
     errors.OverloadedError: (503, "service_unavailable_error", "overloaded", False),
     errors.RouteNotFoundError: (404, "invalid_request_error", "not_found", False),
     errors.ModelNotFoundError: (404, "invalid_request_error", "model_not_found", False),
+    errors.JobNotFoundError: (404, "invalid_request_error", "job_not_found", False),
     errors.MethodNotAllowedError: (405, "invalid_request_error", "method_not_allowed", False),
     errors.BodyTooLargeError: (413, "invalid_request_error", "request_too_large", False),
     errors.HeadersTooLargeError: (431, "invalid_request_error", "headers_too_large", False),

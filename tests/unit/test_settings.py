@@ -161,7 +161,7 @@ def test_models_need_a_name_that_a_request_can_use(write_settings: WriteSettings
 
 @pytest.mark.parametrize("text", ["", "[]", "nano", "3"])
 def test_a_file_without_a_mapping_is_refused(write_settings: WriteSettings, text: str) -> None:
-    sections = "models, engine, router, billing, ray, log, telemetry"
+    sections = "models, engine, router, billing, ocr, ray, log, telemetry"
     with pytest.raises(SettingsError, match=f"must hold a mapping with the keys {sections}"):
         load_settings(write_settings(text, is_whole=True))
 

@@ -8,6 +8,7 @@ import orjson
 import pytest
 from starlette.types import Message
 
+from serving.asgi.reply import Reply
 from serving.billing.prices import Price
 from serving.directory import ReplicaRecord
 from serving.errors import (
@@ -19,7 +20,6 @@ from serving.errors import (
     ServingError,
 )
 from serving.router.relay import Relay
-from serving.router.reply import Reply
 from serving.router.requests import RoutedRequest
 from serving.router.usage import UsageNotes
 from serving.router_settings import RouterSettings

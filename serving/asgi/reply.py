@@ -21,7 +21,7 @@ _STREAM_HEADERS = (
 class Reply:
     """Sends the answer and remembers how far it has come. `headers` go with it, whatever it is."""
 
-    __slots__ = ("_send", "first_byte_ns", "headers", "is_complete", "status")
+    __slots__ = ("_send", "first_byte_ns", "headers", "is_complete", "is_stream", "status")
 
     def __init__(self, send: Send, headers: list[tuple[bytes, bytes]] | None = None) -> None:
         self._send = send
@@ -30,6 +30,8 @@ class Reply:
         """0 until the answer has begun: only then may something else be tried."""
         self.first_byte_ns = 0
         self.is_complete = False
+        self.is_stream = False
+        """Whether it is one of server-sent events, so that an error can still be told."""
 
     @property
     def has_begun(self) -> bool:
@@ -37,6 +39,7 @@ class Reply:
 
     async def start_stream(self) -> None:
         """Begin a stream of server-sent events."""
+        self.is_stream = True
         await self._start(200, [*_STREAM_HEADERS, *self.headers])
 
     async def write(self, data: bytes) -> None:
@@ -61,6 +64,11 @@ class Reply:
         await self._start(status, [(_JSON[0], content_type), length, *self.headers, *more])
         await self.end(body)
 
+    async def send_empty(self, status: int) -> None:
+        """An answer without a body, such as 204."""
+        await self._start(status, self.headers)
+        await self.end()
+
     async def send_error(self, error: ServingError) -> None:
         """An error in OpenAI's shape."""
         await self.send_body(error.http_status, orjson.dumps(error.body()), error.headers)
@@ -68,6 +76,7 @@ class Reply:
     async def pass_on(self, message: Message) -> None:
         """A message that an app inside has made, as it is but for the headers."""
         if message["type"] == "http.response.start":
+            self.is_stream = any(value.startswith(b"text/event-stream") for _, value in message["headers"])
             await self._start(message["status"], [*message["headers"], *self.headers])
             return
         await self._send(message)

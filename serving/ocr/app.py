@@ -1,0 +1,103 @@
+"""The OCR service's ASGI app: its routes, and every failure as an answer in OpenAI's shape."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+import orjson
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import Receive, Scope, Send
+
+from serving.asgi.guards import ClientGoneError, read_request_id
+from serving.asgi.reply import Reply
+from serving.errors import InternalError, MethodNotAllowedError, RouteNotFoundError, ServingError
+from serving.ocr.documents_route import DocumentsRoute
+from serving.ocr.jobs_route import JobsRoute
+from serving.ocr.service import OcrService
+
+logger = logging.getLogger(__name__)
+
+Answer = Callable[[Request, Reply], Awaitable[None]]
+_PREFIX = "/v1/openai/"  # DeepInfra's
+
+
+class OcrApp:
+    """The app. Whoever runs it starts and closes the service behind it."""
+
+    def __init__(self, service: OcrService, pages: Sequence[BaseRoute] = ()) -> None:
+        """`pages` are routes for people, beside those for programs."""
+        documents, jobs = DocumentsRoute(service), JobsRoute(service)
+
+        def route(path: str, **answers: Answer) -> Route:
+            return Route(path, _Endpoint(answers, service))
+
+        routes: list[BaseRoute] = [
+            route("/v1/ocr", POST=documents.answer),
+            route("/v1/ocr/jobs", POST=jobs.submit, GET=jobs.list_jobs),
+            route("/v1/ocr/jobs/{job_id}", GET=jobs.show, DELETE=jobs.delete),
+            route("/v1/ocr/jobs/{job_id}/pages", GET=jobs.list_pages),
+            route("/v1/ocr/jobs/{job_id}/cancel", POST=jobs.cancel),
+            route("/health", GET=_answer_up),
+            route("/ready", GET=_answer_up),
+            *pages,
+        ]
+        self._app = Starlette(routes=routes, exception_handlers={HTTPException: _show_http_error})
+        self._app.router.redirect_slashes = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        path = scope["path"].rstrip("/") or "/"
+        if path.startswith(_PREFIX):
+            path = "/v1/" + path.removeprefix(_PREFIX)
+        if path.startswith("/v1/"):
+            scope = {**scope, "path": path}
+        await self._app(scope, receive, send)
+
+
+class _Endpoint:
+    """One path: its methods, and what goes wrong with them."""
+
+    def __init__(self, answers: Mapping[str, Answer], service: OcrService) -> None:
+        self._answers = answers
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request_id = read_request_id(dict(scope["headers"]))
+        reply = Reply(send, [(b"x-request-id", request_id.encode())])
+        try:
+            await self._find(scope["method"])(Request(scope, receive), reply)
+        except ServingError as error:
+            self._service.metrics.see_refusal(error.code or error.type)
+            await (reply.end_with_error(error) if reply.has_begun else reply.send_error(error))
+        except ClientGoneError:
+            return
+        except Exception:
+            logger.exception("the OCR service failed on %s %s (%s)", scope["method"], scope["path"], request_id)
+            failure = InternalError("The OCR service failed on this request; it has been logged.")
+            await (reply.end_with_error(failure) if reply.has_begun else reply.send_error(failure))
+
+    def _find(self, method: str) -> Answer:
+        found = self._answers.get("GET" if method == "HEAD" else method)
+        if found is None:
+            allowed = ", ".join(self._answers)
+            raise MethodNotAllowedError(f"{allowed} is answered here, not {method[:20]}.", allowed)
+        return found
+
+
+async def _answer_up(request: Request, reply: Reply) -> None:
+    await reply.send_body(200, b'{"status":"up","ready":true}')
+
+
+async def _show_http_error(request: Request, error: Exception) -> Response:
+    """What Starlette's own routing refuses."""
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    shown: ServingError = RouteNotFoundError(f"There is no {request.method} {request.url.path[:200]} here.")
+    if status == 405:
+        shown = MethodNotAllowedError("Another method answers here.", "GET")
+    return Response(orjson.dumps(shown.body()), shown.http_status, shown.headers, "application/json")

@@ -1,0 +1,102 @@
+"""The OCR service as a Ray Serve deployment: its host, and a task that tells the directory and learns of routers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+
+import ray
+from ray import serve
+from ray.actor import ActorHandle
+from ray.serve import Application
+from starlette.routing import BaseRoute
+
+from serving.ocr.host import OcrHost
+from serving.ocr.routers import Routers
+from serving.settings import Settings
+from serving.telemetry.logs import configure_logs
+from serving.versions import ocr_version, with_version
+
+logger = logging.getLogger(__name__)
+
+_NOTICE_S = 0.5
+_MANY = 100_000
+
+BuildPages = Callable[[], Sequence[BaseRoute]]
+"""Routes for people, made in the process that serves them."""
+
+
+class OcrReplica:
+    """The class behind the deployment. Several are known to routers by addresses of their own."""
+
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
+        self, settings: Settings, directory: ActorHandle, build_pages: BuildPages | None
+    ) -> None:
+        configure_logs(settings.log)
+        self._directory = directory
+        self._report_s = settings.router.report_s
+        ocr = settings.ocr
+        host = ray.util.get_node_ip_address() if ocr.host == "auto" else ocr.host
+        self._follows = ocr.router_url is None
+        self._routers = Routers(ocr.router_url or _own_router(settings))
+        self._host = OcrHost(settings, self._routers, host, build_pages() if build_pages is not None else ())
+        await self._host.start()
+        with contextlib.suppress(ray.exceptions.RayError):
+            await self._tell()
+        self._telling = asyncio.create_task(self._tell_forever())
+
+    async def check_health(self) -> None:
+        """Called by Ray Serve, which replaces a service that raises.
+
+        Raises:
+            RuntimeError: nothing listens any more, jobs are no longer read, or routers no longer told.
+        """
+        if not self._host.is_well or self._telling.done():
+            raise RuntimeError("a part of the OCR service has ended")
+
+    async def __del__(self) -> None:
+        """Called by Ray Serve before it ends the replica: routers go elsewhere, what runs is finished."""
+        self._telling.cancel()
+        with contextlib.suppress(ray.exceptions.RayError):
+            await self._directory.withdraw.remote(self._host.record.service_id)
+        await asyncio.sleep(self._report_s + _NOTICE_S)
+        await self._host.stop()
+
+    async def _tell_forever(self) -> None:
+        while True:
+            try:
+                await self._tell()
+            except ray.exceptions.RayError as error:
+                logger.warning("the directory cannot be reached, trying again: %s", error)
+            await asyncio.sleep(self._report_s)
+
+    async def _tell(self) -> None:
+        reports = await self._directory.announce.remote(self._host.record)
+        if self._follows:
+            self._routers.update([report.url for report in reports if report.url])
+
+
+def _own_router(settings: Settings) -> str:
+    """Where this node's routers are, should the directory not know any yet; HAProxy's address in `inline` mode."""
+    host = "127.0.0.1" if settings.router.host in ("0.0.0.0", "::") else settings.router.host
+    return f"http://{f'[{host}]' if ':' in host else host}:{settings.router.port}"
+
+
+def build_ocr_app(settings: Settings, directory: ActorHandle, build_pages: BuildPages | None = None) -> Application:
+    """The Serve application of the OCR services."""
+    ocr = settings.ocr
+    deployment = serve.deployment(
+        OcrReplica,
+        name="ocr",
+        num_replicas=ocr.num_replicas,
+        max_ongoing_requests=_MANY,
+        health_check_period_s=2.0,
+        graceful_shutdown_timeout_s=2 * settings.engine.drain_s + 30,
+        graceful_shutdown_wait_loop_s=0.1,
+        # A fixed port cannot be shared with the one that is replaced.
+        max_surge_percent=max(1, 100 // ocr.num_replicas) if ocr.port == 0 else 0,
+        ray_actor_options={"num_cpus": ocr.cpus_per_replica},
+    )
+    return with_version(deployment, ocr_version(settings)).bind(settings, directory, build_pages)

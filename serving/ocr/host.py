@@ -1,0 +1,58 @@
+"""One OCR service on a port of its own, wherever it runs: in a Serve replica or as a command."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from starlette.routing import BaseRoute
+
+from serving.asgi.draining import Drainable
+from serving.directory import ServiceRecord
+from serving.http_server import HttpServer
+from serving.ocr.app import OcrApp
+from serving.ocr.routers import Routers
+from serving.ocr.service import OcrService
+from serving.settings import Settings
+from serving.telemetry.exporter import MetricsServer
+
+
+class OcrHost:
+    """Starts everything, and stops it without losing what runs."""
+
+    def __init__(self, settings: Settings, routers: Routers, host: str, pages: Sequence[BaseRoute] = ()) -> None:
+        """Bind the address.
+
+        Raises:
+            OSError: the address is taken or not this machine's.
+            SettingsError: the secret that keys are sealed with cannot be had.
+        """
+        self._drain_s = settings.engine.drain_s
+        self._service = OcrService(settings, routers)
+        self._drainable = Drainable(OcrApp(self._service, pages))
+        limits = settings.router.limits
+        self._server = HttpServer(
+            self._drainable, host=host, port=settings.ocr.port, drain_s=self._drain_s, limits=limits
+        )
+        self._metrics = MetricsServer(self._service.metrics.render, list, host)
+        self.record = ServiceRecord(
+            self._service.service_id,
+            f"http://{f'[{host}]' if ':' in host else host}:{self._server.port}",
+            self._metrics.url,
+        )
+
+    async def start(self) -> None:
+        """Must run inside the event loop that serves."""
+        await self._service.start()
+        await self._metrics.start()
+        await self._server.start()
+
+    @property
+    def is_well(self) -> bool:
+        return self._server.is_serving and self._metrics.is_serving and self._service.runner.is_well
+
+    async def stop(self) -> None:
+        """Answers that have begun are finished; jobs go on elsewhere."""
+        await self._drainable.drain(self._drain_s)
+        await self._server.stop()
+        await self._service.close(self._drain_s)
+        await self._metrics.stop()

@@ -1,0 +1,227 @@
+"""Reads jobs, each under its lease, and removes what is no longer to be kept.
+
+What happens when a service dies with pages in flight: pages whose answers were stored stay, and are not asked for
+again. The requests of the others end with their connections: the router has the engines abort them and records them as
+aborted, with what they had used by then. Whoever takes the job over, after `lease_s` at most, asks for these pages
+again, under the same request ids.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+from serving.errors import OverloadedError, ServingError, SettingsError
+from serving.ocr.job_store import Job, JobStore, LeaseLostError
+from serving.ocr.orders import read_options
+from serving.ocr.pipeline import Order, PageEnded, Pipeline, is_for_all
+from serving.ocr.reader import Failure
+from serving.ocr.renderer import Renderer
+from serving.ocr.shown import as_failure
+from serving.ocr.vault import Vault
+from serving.ocr_settings import OcrSettings
+
+logger = logging.getLogger(__name__)
+
+_RETRY_S = 1.0
+_SWEEP_S = 30.0
+_YOUNG_S = 600.0
+"""A file may be there so long before its job is."""
+_MAX_TAKES = 20
+"""A job that has ended so many services without a page to show for it is not tried again."""
+
+
+class JobRunner:
+    """One per process. Use it inside one event loop."""
+
+    def __init__(
+        self, store: JobStore, pipeline: Pipeline, renderer: Renderer, vault: Vault, settings: OcrSettings
+    ) -> None:
+        self._store = store
+        self._pipeline = pipeline
+        self._renderer = renderer
+        self._vault = vault
+        self._settings = settings
+        self._documents = settings.directory / "documents"
+        self._stop = asyncio.Event()
+        self._wake = asyncio.Event()
+        self._reading: dict[str, asyncio.Task[None]] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self.counts: dict[str, int] = {}
+        """Jobs by status, as the database had them a moment ago."""
+        self.lag_s = 0.0
+        """How long the oldest queued job has waited."""
+
+    def start(self) -> None:
+        self._documents.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._tasks = [asyncio.create_task(self._take_forever()), asyncio.create_task(self._sweep_forever())]
+
+    async def close(self, drain_s: float) -> None:
+        """Take no more; pages under way have `drain_s`. Jobs that have not ended are left for others."""
+        self._stop.set()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._reading:
+            await asyncio.wait(self._reading.values(), timeout=drain_s)
+        for task in self._reading.values():
+            task.cancel()
+        await asyncio.gather(*self._reading.values(), return_exceptions=True)
+
+    @property
+    def is_well(self) -> bool:
+        return not any(task.done() for task in self._tasks)
+
+    def find_file(self, job_id: str) -> Path:
+        """Where a job's document is."""
+        return self._documents / job_id
+
+    def wake(self) -> None:
+        """There is a new job."""
+        self._wake.set()
+
+    def abandon(self, job_id: str) -> None:
+        """A job was cancelled or deleted: end what is under way for it here."""
+        task = self._reading.get(job_id)
+        if task is not None:
+            task.cancel()
+
+    async def remove_file(self, job_id: str) -> None:
+        await asyncio.to_thread(self.find_file(job_id).unlink, missing_ok=True)
+
+    async def _take_forever(self) -> None:
+        while True:
+            self._wake.clear()
+            try:
+                await self._store.prepare()
+                while len(self._reading) < self._settings.jobs.running:
+                    job = await self._store.take()
+                    if job is None:
+                        break
+                    task = asyncio.create_task(self._read_to_end(job))
+                    self._reading[job.job_id] = task
+                self.counts, self.lag_s = await self._store.count_states()
+            except ServingError as error:
+                logger.warning("jobs cannot be looked for: %s", error)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), self._settings.jobs.poll_s)
+
+    async def _read_to_end(self, job: Job) -> None:
+        """One job, until it has ended or is no longer ours."""
+        reading = asyncio.create_task(self._read(job))
+        try:
+            while not reading.done():
+                await asyncio.wait([reading], timeout=self._settings.jobs.lease_s / 3)
+                if not reading.done():
+                    await self._persist(self._store.renew, job.job_id)
+            failure = reading.result()
+            if self._stop.is_set() and failure is None and await self._count_left(job):
+                await self._store.leave(job.job_id)
+            else:
+                await self._persist(self._store.finish, job.job_id, failure)
+                if not self._settings.jobs.keep_documents_s:
+                    await self.remove_file(job.job_id)
+            logger.info("job read", extra={"job": job.job_id, "owner": job.owner, "error": failure and failure.code})
+        except LeaseLostError:
+            logger.info("job lost to another service, cancelled or deleted", extra={"job": job.job_id})
+        except asyncio.CancelledError:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+            with contextlib.suppress(ServingError):
+                await self._store.leave(job.job_id)
+            raise
+        except Exception:
+            logger.exception("job %s cannot be read; it is tried again after its lease", job.job_id)
+        finally:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+            self._reading.pop(job.job_id, None)
+            self._wake.set()
+
+    async def _count_left(self, job: Job) -> int:
+        return len(set(job.pages) - await self._store.read_done(job.job_id))
+
+    async def _read(self, job: Job) -> Failure | None:
+        """Read what is left of a job; gives the failure that ended all of it.
+
+        Raises:
+            LeaseLostError: it is no longer ours.
+        """
+        if job.num_takes > _MAX_TAKES + job.num_done:
+            return Failure("job_given_up", "Services that read this job have ended too often.")
+        try:
+            api_key = self._vault.open(job.sealed_key)
+            done = await self._store.read_done(job.job_id)
+            document = await self._renderer.open(self.find_file(job.job_id))
+        except FileNotFoundError:
+            return Failure("document_missing", "The job's document is no longer there.")
+        except SettingsError as error:
+            logger.error("job %s: %s", job.job_id, error)
+            return Failure("key_unreadable", "The service's secret has changed since this job was made.")
+        except OverloadedError:
+            raise
+        except ServingError as error:
+            return as_failure(error)
+        options = read_options(job.options)
+        left = [page for page in job.pages if page not in done]
+        question = options.question(self._settings, api_key)
+        return await self._read_pages(job, Order(document, left, options, question, job.job_id, self._stop))
+
+    async def _read_pages(self, job: Job, order: Order) -> Failure | None:
+        if not order.pages:
+            return None
+        async with contextlib.aclosing(self._pipeline.read(order)) as events:
+            async for event in events:
+                if not isinstance(event, PageEnded):
+                    continue
+                if is_for_all(event.result.failure):
+                    return event.result.failure
+                await self._persist(self._store.store_page, job.job_id, event.result)
+        return None
+
+    async def _persist(self, write: Callable[..., Awaitable[None]], *arguments: object) -> None:
+        """Write it, however long the database is away: what was read has been paid for."""
+        while True:
+            try:
+                await write(*arguments)
+                return
+            except OverloadedError as error:
+                logger.warning("a job's state cannot be written, trying again: %s", error)
+                await asyncio.sleep(_RETRY_S)
+
+    async def _sweep_forever(self) -> None:
+        while True:
+            try:
+                await self._store.prepare()
+                await self._sweep()
+            except (ServingError, OSError) as error:
+                logger.warning("old jobs cannot be removed, trying again: %s", error)
+            await asyncio.sleep(_SWEEP_S)
+
+    async def _sweep(self) -> None:
+        await self._store.end_old()
+        for job_id in await self._store.delete_expired():
+            await self.remove_file(job_id)
+        old = await asyncio.to_thread(_list_old, self._documents, time.time() - _YOUNG_S)
+        needed = await self._store.find_needed(old) if old else set()
+        for job_id in old:
+            if job_id not in needed:
+                await self.remove_file(job_id)
+        before_s = time.time() - self._settings.upload_timeout_s - _YOUNG_S
+        uploads = self._settings.directory / "uploads"
+        for name in await asyncio.to_thread(_list_old, uploads, before_s):
+            await asyncio.to_thread((uploads / name).unlink, missing_ok=True)
+
+
+def _list_old(folder: Path, before_s: float) -> Sequence[str]:
+    """Names of files that were written before a time."""
+    names = []
+    for file in folder.glob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            if file.stat().st_mtime < before_s:
+                names.append(file.name)
+    return names

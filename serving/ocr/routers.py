@@ -1,0 +1,129 @@
+"""The routers that pages are sent to, and whose key a request brings: both told by the routers themselves."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import aiohttp
+import orjson
+
+from serving.errors import AuthenticationError, NoReplicaError, ServingError, from_engine
+
+_KNOWN_S = 10.0
+"""How long an answer about a key stands; a page's request is checked by the router again, whatever stands here."""
+_MAX_KNOWN = 10_000
+_TIMEOUT = aiohttp.ClientTimeout(total=10, sock_connect=5)
+_MAX_ANSWER_BYTES = 64 * 1024
+_NO_SUCH_ROUTE = (404, 405)
+
+
+class Routers:
+    """One address, or as many as the directory knows of."""
+
+    def __init__(self, *urls: str) -> None:
+        self._urls: Sequence[str] = urls
+        self._turns = itertools.count()
+
+    def update(self, urls: Sequence[str]) -> None:
+        """Those that there are now. None leaves the last ones: a directory that was lost knows none for a second."""
+        self._urls = urls or self._urls
+
+    def choose(self) -> str:
+        """The next one's turn; an address of nobody while none is known, where tries fail and come again."""
+        return self._urls[next(self._turns) % len(self._urls)] if self._urls else "http://127.0.0.1:9"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks the service."""
+
+    owner: str
+    """Of jobs: the tenant's id, or a key's fingerprint where the router tells of no tenants."""
+    api_key: str | None
+
+
+class Callers:
+    """Asks a router whose key it is, so that no document of a stranger's is taken in. Use it as an async context."""
+
+    def __init__(self, routers: Routers) -> None:
+        self._routers = routers
+        self._known: OrderedDict[str, tuple[float, str]] = OrderedDict()
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Callers:
+        self._session = aiohttp.ClientSession(timeout=_TIMEOUT)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._session is not None
+        await self._session.close()
+
+    async def identify(self, authorization: str | None) -> Caller:
+        """Whose request this is.
+
+        Raises:
+            ServingError: the router's own refusal, or none of the routers answers.
+        """
+        api_key = _read_key(authorization)
+        print_ = _fingerprint(api_key)
+        known = self._known.get(print_)
+        if known is not None and time.monotonic() - known[0] < _KNOWN_S:
+            return Caller(known[1], api_key)
+        owner = await self._ask(api_key) or f"key-{print_}"
+        self._known[print_] = (time.monotonic(), owner)
+        self._known.move_to_end(print_)
+        if len(self._known) > _MAX_KNOWN:
+            self._known.popitem(last=False)
+        return Caller(owner, api_key)
+
+    async def _ask(self, api_key: str | None) -> str | None:
+        assert self._session is not None
+        headers = {"authorization": f"Bearer {api_key}"} if api_key is not None else {}
+        for _ in range(2):
+            try:
+                url = f"{self._routers.choose()}/v1/tenant"
+                async with self._session.get(url, headers=headers, allow_redirects=False) as answer:
+                    body = await answer.content.read(_MAX_ANSWER_BYTES)
+            except (aiohttp.ClientError, OSError):
+                continue
+            if answer.status in _NO_SUCH_ROUTE:
+                return None  # another OpenAI server: it checks the key with every page
+            found = _decode(body)
+            if answer.status != 200:
+                raise _refusal(answer.status, found)
+            return str(found.get("id")) or None
+        raise NoReplicaError("The router cannot be reached; try again shortly.", code="router_unreachable")
+
+
+def _read_key(authorization: str | None) -> str | None:
+    if authorization is None:
+        return None
+    scheme, _, key = authorization.partition(" ")
+    if scheme.lower() != "bearer" or not key.strip() or not key.isascii() or not key.strip().isprintable():
+        raise AuthenticationError("Provide the API key in an Authorization header: Bearer YOUR_KEY.")
+    return key.strip()
+
+
+def _fingerprint(api_key: str | None) -> str:
+    return hashlib.sha256((api_key or "").encode()).hexdigest()[:32]
+
+
+def _decode(body: bytes) -> dict[str, object]:
+    try:
+        found = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _refusal(status: int, answer: dict[str, object]) -> ServingError:
+    if status == 401:
+        error = answer.get("error")
+        told = error if isinstance(error, dict) else {}
+        return AuthenticationError(str(told.get("message") or "Incorrect API key provided."), code=told.get("code"))
+    return from_engine(status, answer)

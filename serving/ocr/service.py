@@ -1,0 +1,72 @@
+"""The parts of one OCR service process, put together, started and stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Iterator
+
+from serving.billing.database import Database
+from serving.ocr.intake import Intake
+from serving.ocr.job_runner import JobRunner
+from serving.ocr.job_store import JobStore
+from serving.ocr.pipeline import Pipeline
+from serving.ocr.reader import PageReader
+from serving.ocr.renderer import Renderer
+from serving.ocr.routers import Callers, Routers
+from serving.ocr.vault import Vault
+from serving.settings import Settings
+from serving.telemetry import catalogue
+from serving.telemetry.ocr_metrics import OcrMetrics
+from serving.telemetry.router_metrics import Reading
+
+_CONNECTIONS = 256
+
+
+class OcrService:
+    """Everything behind the routes."""
+
+    def __init__(self, settings: Settings, routers: Routers) -> None:
+        """Raises SettingsError when the secret that keys are sealed with cannot be had."""
+        self.settings = settings
+        ocr = settings.ocr
+        self.service_id = uuid.uuid4().hex[:12]
+        self.num_open = 0
+        """Documents that clients wait for."""
+        self.metrics = OcrMetrics(self._read_gauges)
+        self.renderer = Renderer(ocr.render)
+        self.callers = Callers(routers)
+        self.intake = Intake(ocr, settings.router.limits)
+        self._reader = PageReader(routers.choose, ocr.read, max_connections=_CONNECTIONS)
+        self.pipeline = Pipeline(self.renderer, self._reader, ocr, self.metrics)
+        self.vault = Vault(ocr.secret, ocr.directory)
+        self._database = Database(settings.billing)
+        migrates = settings.billing.migrate_on_start
+        self.store = JobStore(self._database, ocr.jobs, self.service_id, migrates=migrates)
+        self.runner = JobRunner(self.store, self.pipeline, self.renderer, self.vault, ocr)
+        self._running = contextlib.AsyncExitStack()
+
+    async def start(self) -> None:
+        """Must run inside the event loop that serves.
+
+        Raises:
+            OSError: a folder cannot be used.
+        """
+        self._running.push_async_callback(self._database.close)
+        await self.intake.start()
+        self._running.push_async_callback(self.intake.close)
+        self._running.push_async_callback(self.renderer.close)
+        await self._running.enter_async_context(self.callers)
+        await self._running.enter_async_context(self._reader)
+        self.runner.start()
+
+    async def close(self, drain_s: float) -> None:
+        """Pages of jobs that are under way have `drain_s`; what is left of the jobs is for others."""
+        await self.runner.close(drain_s)
+        await self._running.aclose()
+
+    def _read_gauges(self) -> Iterator[Reading]:
+        yield catalogue.OCR_OPEN, (), float(self.num_open)
+        for status, number in self.runner.counts.items():
+            yield catalogue.OCR_JOBS, (status,), float(number)
+        yield catalogue.OCR_JOB_LAG, (), self.runner.lag_s

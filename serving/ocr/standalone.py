@@ -1,0 +1,40 @@
+"""The OCR service as a command, against a router that runs elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable, Sequence
+
+from starlette.routing import BaseRoute
+
+from serving.errors import SettingsError
+from serving.ocr.host import OcrHost
+from serving.ocr.routers import Routers
+from serving.settings import Settings
+from serving.telemetry.logs import configure_logs
+
+
+def run_service(settings: Settings, pages: Sequence[BaseRoute], say: Callable[[str], None]) -> None:
+    """Serve until SIGINT or SIGTERM.
+
+    Raises:
+        SettingsError: `ocr.router_url` is missing, or the settings cannot be used otherwise.
+        OSError: the address is taken, or a folder cannot be used.
+    """
+    if settings.ocr.router_url is None:
+        raise SettingsError("ocr.router_url says which router pages are sent to; or use --router")
+    configure_logs(settings.log)
+    asyncio.run(_serve(settings, settings.ocr.router_url, pages, say))
+
+
+async def _serve(settings: Settings, router_url: str, pages: Sequence[BaseRoute], say: Callable[[str], None]) -> None:
+    over = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, over.set)
+    host = OcrHost(settings, Routers(router_url), settings.ocr.host, pages)
+    await host.start()
+    say(f"Ready on {host.record.url}/v1/ocr, pages go to {router_url} (metrics: {host.record.metrics_url})")
+    await over.wait()
+    say("stopping: documents that clients wait for are finished first ...")
+    await host.stop()
