@@ -27,9 +27,9 @@ from serving.ocr.intake import Submission
 from serving.ocr.pipeline import Order, PageDelta, PageEnded, PageStarted, PipelineEvent, is_for_all
 from serving.ocr.reader import Failure, Usage
 from serving.ocr.renderer import Document
-from serving.ocr.shown import PageResult, show_failure, show_usage
 from serving.ocr.routers import Caller
 from serving.ocr.service import OcrService
+from serving.ocr.shown import PageResult, show_failure, show_usage
 
 _RETRY_S = 2.0
 
