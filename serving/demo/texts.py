@@ -142,6 +142,11 @@ def _form_line(random: Random, split: Split, length: int) -> str:
     return f"{label}:{' ' * gap}{value}"[:length].rstrip()
 
 
+def sample_prose(random: Random, split: Split, num_lines: int, width: int) -> list[str]:
+    """Return `num_lines` lines of running words with some amounts, dates and codes between them, without long gaps."""
+    return [_fill_line(random, split, width, is_prose=True) for _ in range(num_lines)]
+
+
 def sample_lines(random: Random, split: Split, num_lines: int, width: int) -> list[str]:
     """Return `num_lines` lines of at most `width` characters: a paragraph, a list or a form, chosen at random.
 

@@ -152,7 +152,7 @@ class OcrDouble:
             yield {"type": "page.started", **index, "try": 1, "mode": None}
             if fields.get("include_page_images") == "true":
                 url, width, height = draw(data, number)
-                page["dimensions"] = {"width": width, "height": height, "dpi": 72}
+                page["dimensions"] = {"width": width, "height": height, "dpi": 144}
                 yield {"type": "page.image", **index, "image_url": url, "width": width, "height": height}
             if page["status"] == "completed":
                 for piece in PIECES if fields.get("format") == "layout" else ("# Page ", str(number)):
@@ -267,7 +267,7 @@ def find_pages(data: bytes, fields: dict[str, str]) -> list[int] | None:
 def draw(data: bytes, number: int) -> tuple[str, int, int]:
     if data.startswith(b"%PDF"):
         with contextlib.closing(pypdfium2.PdfDocument(data)) as document:
-            image = document[number - 1].render(scale=1).to_pil()
+            image = document[number - 1].render(scale=2).to_pil()
     else:
         image = Image.open(io.BytesIO(data))
     buffer = io.BytesIO()
