@@ -52,6 +52,7 @@ class OcrHost:
 
     async def stop(self) -> None:
         """Answers that have begun are finished; jobs go on elsewhere."""
+        self._service.runner.stop_taking()
         await self._drainable.drain(self._drain_s)
         await self._server.stop()
         await self._service.close(self._drain_s)

@@ -60,11 +60,15 @@ class JobRunner:
         self._documents.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._tasks = [asyncio.create_task(self._take_forever()), asyncio.create_task(self._sweep_forever())]
 
-    async def close(self, drain_s: float) -> None:
-        """Take no more; pages under way have `drain_s`. Jobs that have not ended are left for others."""
+    def stop_taking(self) -> None:
+        """No job and no page is begun any more."""
         self._stop.set()
         for task in self._tasks:
             task.cancel()
+
+    async def close(self, drain_s: float) -> None:
+        """Take no more; pages under way have `drain_s`. Jobs that have not ended are left for others."""
+        self.stop_taking()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._reading:
             await asyncio.wait(self._reading.values(), timeout=drain_s)
@@ -97,7 +101,6 @@ class JobRunner:
         while True:
             self._wake.clear()
             try:
-                await self._store.prepare()
                 while len(self._reading) < self._settings.jobs.running:
                     job = await self._store.take()
                     if job is None:
@@ -196,7 +199,6 @@ class JobRunner:
     async def _sweep_forever(self) -> None:
         while True:
             try:
-                await self._store.prepare()
                 await self._sweep()
             except (ServingError, OSError) as error:
                 logger.warning("old jobs cannot be removed, trying again: %s", error)

@@ -103,19 +103,13 @@ class JobStore:
         database: need not be there yet.
         settings: leases and how long things are kept.
         service_id: names this life of the service in leases.
-        migrates: whether `prepare` brings the database to this version's schema.
+        migrates: whether it brings the database to this version's schema, as soon as it can.
         """
         self._database = database
         self._settings = settings
         self._service_id = service_id
         self._is_prepared = not migrates
-
-    async def prepare(self) -> None:
-        """Make the tables, if that is this service's to do and has not been done."""
-        if not self._is_prepared:
-            async with self._usable():
-                await self._database.migrate()
-            self._is_prepared = True
+        self._preparing = asyncio.Lock()
 
     async def add(self, job_id: str, new: NewJob) -> Job:
         """A new job; the one that is there already when the owner has used the idempotency key before.
@@ -376,13 +370,23 @@ class JobStore:
 
     @contextlib.asynccontextmanager
     async def _writing(self) -> AsyncIterator[AsyncConnection]:
-        async with self._usable(), self._database.engine.begin() as connection:
-            yield connection
+        async with self._usable():
+            await self._prepare()
+            async with self._database.engine.begin() as connection:
+                yield connection
 
     @contextlib.asynccontextmanager
     async def _reading(self) -> AsyncIterator[AsyncConnection]:
-        async with self._usable(), self._database.engine.connect() as connection:
-            yield connection
+        async with self._usable():
+            await self._prepare()
+            async with self._database.engine.connect() as connection:
+                yield connection
+
+    async def _prepare(self) -> None:
+        async with self._preparing:
+            if not self._is_prepared:
+                await self._database.migrate()
+                self._is_prepared = True
 
 
 _ZEROS = (
