@@ -22,6 +22,7 @@ import orjson
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from serving.errors import HeadersTooLargeError, InvalidRequestError, RequestTimeoutError, ServingError
+from serving.http_writes import JoiningTransport, WriteRound
 from serving.router_settings import LimitSettings
 
 _CHUNK_OVERHEAD = 8
@@ -30,8 +31,18 @@ _LINGER_S = 2.0
 """How long what a refused client still sends is taken and thrown away."""
 
 
-class GuardedProtocol(HttpToolsProtocol):
-    """One connection. Made into a class with its limits by `build_protocol`, since uvicorn makes the instances."""
+class JoiningProtocol(HttpToolsProtocol):
+    """One connection, whose writes are joined. Made into a class of one server by `build_protocol`, since uvicorn makes
+    the instances."""
+
+    writes: ClassVar[WriteRound]
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(JoiningTransport(transport, self.writes))
+
+
+class GuardedProtocol(JoiningProtocol):
+    """One connection from outside, within limits."""
 
     limits: ClassVar[LimitSettings]
 
@@ -245,9 +256,11 @@ class GuardedProtocol(HttpToolsProtocol):
         return self.transport.get_write_buffer_size() + int.from_bytes(queued, sys.byteorder)
 
 
-def build_protocol(limits: LimitSettings) -> type[asyncio.Protocol]:
-    """What `uvicorn.Config(http=...)` takes."""
-    return type("LimitedProtocol", (GuardedProtocol,), {"limits": limits})
+def build_protocol(limits: LimitSettings | None) -> type[asyncio.Protocol]:
+    """What `uvicorn.Config(http=...)` takes, for one server; without limits, for one that only the stack talks to."""
+    if limits is None:
+        return type("ServerProtocol", (JoiningProtocol,), {"writes": WriteRound()})
+    return type("LimitedProtocol", (GuardedProtocol,), {"writes": WriteRound(), "limits": limits})
 
 
 def _render(error: ServingError) -> bytes:

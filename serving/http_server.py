@@ -66,7 +66,7 @@ class HttpServer:
             raise
         config = uvicorn.Config(
             app,
-            http="httptools" if limits is None else build_protocol(limits),
+            http=build_protocol(limits),
             loop="none",
             lifespan="on" if has_lifespan else "off",
             ws="none",

@@ -97,7 +97,9 @@ async def _run_vllm(
     arguments = _parse(private, flags)
     say("starting the engine process and loading weights")
     private.end_streams_with_usage()
+    private.write_text_chunks()
     async with private.run_engine(arguments) as (client, app):
+        private.remember_environment()
         usage = EngineUsage()
         private.watch_sequences(client, _Watcher(usage, private.sequence_counts))
         config = client.vllm_config

@@ -11,7 +11,12 @@ import functools
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, Protocol
 
+import orjson
+
 VLLM_VERSION = "0.32.0"
+_CHUNK_FIELDS = {"id", "object", "created", "model"}
+_NOTHING_ELSE = {"logprobs": None, "finish_reason": None, "token_ids": None}
+"""Fields of a streamed choice that are set and empty while there is nothing but text."""
 
 
 def encoder_layers() -> tuple[Any, Any, Any]:
@@ -219,3 +224,112 @@ def end_streams_with_usage() -> None:
         if not hasattr(module, "should_include_usage"):
             raise AttributeError(f"{module.__name__} decides on usage frames in another way now")
         module.should_include_usage = should_include_usage
+
+
+def remember_environment() -> None:
+    """Have vLLM's front end read its environment once, as its engine process does, and not anew for every step."""
+    from vllm.envs import enable_envs_cache
+
+    enable_envs_cache()
+
+
+def write_text_chunks() -> None:
+    """Have vLLM's server write the chunks of a stream that hold text and nothing else without models of pydantic's.
+
+    Those are nearly all of them. The same bytes, for a tenth of the CPU time.
+
+    Raises:
+        AttributeError: vLLM makes its chunks in another way now.
+    """
+    from vllm.entrypoints.openai.chat_completion import serving as chat
+
+    if not isinstance(chat.DeltaMessage, type):
+        return  # done before
+    delta_type, choice_type, chunk_type = (
+        chat.DeltaMessage,
+        chat.ChatCompletionResponseStreamChoice,
+        chat.ChatCompletionStreamResponse,
+    )
+
+    def make_delta(**fields: Any) -> Any:
+        is_text = len(fields) == 1 and type(fields.get("content")) is str
+        return _TextDelta(fields["content"]) if is_text else delta_type(**fields)
+
+    def make_choice(**fields: Any) -> Any:
+        delta = fields["delta"]
+        if type(delta) is not _TextDelta:
+            return choice_type(**fields)
+        if fields == {"index": fields["index"], "delta": delta, **_NOTHING_ELSE}:
+            return _TextChoice(fields["index"], delta.content)
+        return choice_type(**{**fields, "delta": delta_type(content=delta.content)})
+
+    def make_chunk(**fields: Any) -> Any:
+        choices = fields["choices"]
+        is_text = len(choices) == 1 and type(choices[0]) is _TextChoice
+        return _TextChunk(make_whole, **fields) if is_text else chunk_type(**fields)
+
+    def make_whole(choice: _TextChoice, **fields: Any) -> Any:
+        whole = choice_type(index=choice.index, delta=delta_type(content=choice.content), **_NOTHING_ELSE)
+        return chunk_type(**fields, choices=[whole])
+
+    choice = make_choice(index=0, delta=make_delta(content="é"), **_NOTHING_ELSE)
+    chunk = make_chunk(id="i", object="chat.completion.chunk", created=1, model="m", choices=[choice])
+    if chunk.model_dump_json(exclude_unset=True) != chunk.whole().model_dump_json(exclude_unset=True):
+        raise AttributeError(f"{chat.__name__} writes its chunks in another way now")
+    chat.DeltaMessage, chat.ChatCompletionResponseStreamChoice = make_delta, make_choice
+    chat.ChatCompletionStreamResponse = make_chunk
+
+
+class _TextDelta:
+    __slots__ = ("content",)
+    reasoning = None
+    tool_calls = ()
+
+    def __init__(self, content: str) -> None:
+        self.content = content
+
+
+class _TextChoice:
+    __slots__ = ("content", "index")
+    finish_reason = None
+    tool_calls = ()
+
+    def __init__(self, index: int, content: str) -> None:
+        self.index = index
+        self.content = content
+
+
+class _TextChunk:
+    """What vLLM's server does with a chunk of a stream, for one choice of text."""
+
+    __slots__ = ("_choice", "_fields", "_make_whole", "usage")
+
+    def __init__(self, make_whole: Callable[..., Any], choices: list[_TextChoice], **fields: Any) -> None:
+        self._make_whole = make_whole
+        self._choice = choices[0]
+        self._fields = fields
+        self.usage: Any = None
+
+    def whole(self) -> Any:
+        """The same as vLLM's own model."""
+        chunk = self._make_whole(self._choice, **self._fields)
+        if self.usage is not None:
+            chunk.usage = self.usage
+        return chunk
+
+    def model_dump_json(self, *, exclude_unset: bool) -> str:
+        fields, choice = self._fields, self._choice
+        if self.usage is not None or fields.keys() != _CHUNK_FIELDS or not exclude_unset:
+            dumped: str = self.whole().model_dump_json(exclude_unset=exclude_unset)
+            return dumped
+        return (
+            f'{{"id":{_quote(fields["id"])},"object":{_quote(fields["object"])},"created":{fields["created"]},'
+            f'"model":{_quote(fields["model"])},"choices":[{{"index":{choice.index},'
+            f'"delta":{{"content":{orjson.dumps(choice.content).decode()}}},'
+            f'"logprobs":null,"finish_reason":null,"token_ids":null}}]}}'
+        )
+
+
+@functools.lru_cache(maxsize=4096)
+def _quote(text: str) -> str:
+    return orjson.dumps(text).decode()

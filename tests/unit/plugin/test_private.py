@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import vllm
+from hypothesis import given
+from hypothesis import strategies as st
 from vllm.model_executor.models.interfaces import SupportsMultiModal
 
 from serving.plugin import private
@@ -121,3 +125,79 @@ def test_only_two_limits_end_a_request_as_too_long() -> None:
     assert inspect.getsource(utils).count("LENGTH_CAPPED") == 1
     assert "num_tokens >= max_model_len" in inspect.getsource(utils)
     assert "request.num_output_tokens >= request.max_tokens" in inspect.getsource(utils)
+
+
+@pytest.fixture(scope="module")
+def text_chunks() -> Iterator[tuple[Any, Any, Any, Any]]:
+    """vLLM's chat module with our chunks in it, and its own three classes."""
+    from vllm.entrypoints.openai.chat_completion import serving as chat
+
+    names = ("DeltaMessage", "ChatCompletionResponseStreamChoice", "ChatCompletionStreamResponse")
+    classes = {name: getattr(chat, name) for name in names}
+    private.writetext_chunks()
+    private.writetext_chunks()
+    yield chat, *classes.values()
+    vars(chat).update(classes)
+
+
+HEAD = {"object": "chat.completion.chunk", "created": 1_763_000_000}
+NOTHING = {"logprobs": None, "finish_reason": None, "token_ids": None}
+
+
+@given(
+    text=st.text(st.characters(exclude_categories=["Cs"])),
+    name=st.text(st.characters(exclude_categories=["Cs"])),
+    index=st.integers(0, 9),
+    changes=st.sampled_from([{}, {"finish_reason": "stop"}, {"finish_reason": "length", "stop_reason": "repetition"}]),
+    has_usage=st.booleans(),
+    has_all=st.booleans(),
+)
+def test_chunks_of_text_are_the_bytes_of_vllms_own_models(
+    text_chunks: tuple[Any, Any, Any, Any],
+    text: str,
+    name: str,
+    index: int,
+    changes: dict[str, str],
+    has_usage: bool,
+    has_all: bool,
+) -> None:
+    from vllm.entrypoints.serve.engine.protocol import UsageInfo
+
+    chat, *own = text_chunks
+    dumped = []
+    for delta, choice, chunk in (own, [vars(chat)[each.__name__] for each in own]):
+        more = {**(NOTHING if has_all else {}), **changes}
+        made = chunk(id=name, model=name, choices=[choice(index=index, delta=delta(content=text), **more)], **HEAD)
+        if has_usage:
+            made.usage = UsageInfo(prompt_tokens=1, completion_tokens=2, total_tokens=3)
+        dumped.append(made.model_dump_json(exclude_unset=True))
+    assert dumped[0] == dumped[1]
+
+
+def test_chunks_of_anything_else_are_vllms_own(text_chunks: tuple[Any, Any, Any, Any]) -> None:
+    chat, delta, choice, chunk = text_chunks
+    first = chat.ChatCompletionResponseStreamChoice(index=0, delta=chat.DeltaMessage(role="assistant", content=""))
+    assert type(chat.DeltaMessage()) is type(chat.DeltaMessage(content=None)) is delta
+    assert type(first) is choice
+    assert type(chat.ChatCompletionStreamResponse(id="i", model="m", choices=[first])) is chunk
+    assert type(chat.ChatCompletionStreamResponse(id="i", model="m", choices=[])) is chunk
+
+
+def test_calls_of_tools_are_looked_for_in_chunks_of_text_too(text_chunks: tuple[Any, Any, Any, Any]) -> None:
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.serve.utils.tool_calls_utils import maybe_filter_parallel_tool_calls
+
+    chat = text_chunks[0]
+    text = chat.ChatCompletionResponseStreamChoice(index=0, delta=chat.DeltaMessage(content="x"), **NOTHING)
+    request = ChatCompletionRequest(messages=[], parallel_tool_calls=False)
+    assert maybe_filter_parallel_tool_calls(text, request) is text
+
+
+def test_the_environment_is_read_once_when_it_shall_be() -> None:
+    from vllm import envs
+
+    private.remember_environment()
+    try:
+        assert envs._is_envs_cache_enabled()
+    finally:
+        envs.disable_envs_cache()
