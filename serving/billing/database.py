@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 _MIGRATIONS = Path(__file__).with_name("migrations")
 _MIGRATION_KEY = 0x5E_4B_17  # of PostgreSQL's advisory lock
 _MAX_ROWS = 512  # PostgreSQL takes 32,767 parameters at most, a row has 29
+_MONTH_KEY = ("month", "tenant_id", "router_id")
 _DATA_FAULTS = ("22", "23")  # SQLSTATE classes: the data's own fault, which no later try mends
 
 
@@ -57,6 +58,7 @@ class Database:
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         self._timeout_s = settings.write_timeout_s
         self.engine = self._build_engine()
+        self._add_to_months = self._build_sum()
 
     async def close(self) -> None:
         await self.engine.dispose()
@@ -156,19 +158,22 @@ class Database:
             key = month_of(record.arrived_ns), record.tenant_id, record.router_id
             counts[key] += 1
             costs[key] += record.cost_nanodollars
+        # In order, so that two writers never wait for each other in a ring.
+        sums = [
+            {**dict(zip(_MONTH_KEY, key, strict=True)), "num_requests": counts[key], "cost_nanodollars": costs[key]}
+            for key in sorted(counts)
+        ]
+        if sums:
+            await connection.execute(self._add_to_months, sums)
+
+    def _build_sum(self) -> sqlite.Insert | postgresql.Insert:
+        """Adds to the sums of a month. Made once: to put it together costs as much as to carry it out."""
         insert = self._insert(MONTHS)
         added = {
             "num_requests": MONTHS.c.num_requests + insert.excluded.num_requests,
             "cost_nanodollars": MONTHS.c.cost_nanodollars + insert.excluded.cost_nanodollars,
         }
-        names = ("month", "tenant_id", "router_id")
-        # In order, so that two writers never wait for each other in a ring.
-        sums = [
-            {**dict(zip(names, key, strict=True)), "num_requests": counts[key], "cost_nanodollars": costs[key]}
-            for key in sorted(counts)
-        ]
-        if sums:
-            await connection.execute(insert.on_conflict_do_update(index_elements=names, set_=added), sums)
+        return insert.on_conflict_do_update(index_elements=_MONTH_KEY, set_=added)
 
     def _insert(self, table: Table) -> sqlite.Insert | postgresql.Insert:
         return sqlite.insert(table) if self.is_sqlite else postgresql.insert(table)
