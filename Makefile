@@ -8,7 +8,7 @@ ARRIVALS ?= poisson
 WORKERS ?= 1
 BIN    := .venv/bin
 
-.PHONY: help install serve lint format test test-slow load bench bench-full bench-check soak checkpoint clean
+.PHONY: help install serve demo-metrics lint format test test-slow load bench bench-full bench-check soak checkpoint clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,6 +21,9 @@ checkpoint: install ## write the nano checkpoint to checkpoints/nano
 
 serve: install ## start the stack in the foreground, on PORT if given (Ctrl-C stops everything)
 	@$(if $(PORT),SERVING__ROUTER__PORT=$(PORT)) exec $(BIN)/serving up --config $(CONFIG)
+
+demo-metrics: install ## the stack with a Prometheus beside it, whose address is printed (Ctrl-C stops both)
+	@$(if $(PORT),SERVING__ROUTER__PORT=$(PORT)) exec $(BIN)/python -m k8s.monitoring.demo --config $(CONFIG)
 
 lint: install ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .

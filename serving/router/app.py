@@ -98,7 +98,9 @@ class RouterApp:
         self._remote = RemoteImages(settings.router.remote_images)
         self._documents = DocumentRelay(settings.router, settings.ocr)
         self._state = RouterState(self.router_id, read_snapshot, self._dispatcher, self._limits)
-        self._lookups = Lookups(settings, read_snapshot, self._dispatcher, self._accounts, self._state)
+        self._lookups = Lookups(
+            settings, read_snapshot, self._dispatcher, self._accounts, self._state, self.list_targets
+        )
         self._metrics = RouterMetrics(self._read_gauges)
         self._traces = _build_traces(settings, self.router_id)
         self._document = orjson.dumps(build_document(settings))

@@ -21,11 +21,21 @@ from serving.router.requests import parse_request
 from serving.router.state import RouterState
 from serving.router.work import read_images
 from serving.settings import Settings
+from serving.telemetry.targets import Group, render_targets
 from serving.tenants import Identity
 
 MODEL = "/v1/models/"
 TENANT = "/v1/tenant"
-GET_ROUTES = ("/v1/models", TENANT, "/v1/usage", "/v1/organization/usage/completions", "/admin/state", "/admin/costs")
+TARGETS = "/metrics/targets"
+GET_ROUTES = (
+    "/v1/models",
+    TENANT,
+    "/v1/usage",
+    "/v1/organization/usage/completions",
+    "/admin/state",
+    "/admin/costs",
+    TARGETS,
+)
 QUOTE = "/v1/quote"
 
 
@@ -39,12 +49,14 @@ class Lookups:
         dispatcher: Dispatcher,
         accounts: Accounts,
         state: RouterState,
+        list_targets: Callable[[], list[Group]] = list,
     ) -> None:
         self._settings = settings
         self._read_snapshot = read_snapshot
         self._dispatcher = dispatcher
         self._accounts = accounts
         self._state = state
+        self._list_targets = list_targets
         self._started_s = int(time.time())
 
     async def answer(self, path: str, identity: Identity, scope: Scope, receive: Receive, reply: Reply) -> None:
@@ -68,7 +80,9 @@ class Lookups:
             found, content_type = await answer_usage(self._accounts.ledger, identity, query)
         else:
             _check_admin(identity)
-            if path == "/admin/state":
+            if path == TARGETS:
+                found = render_targets(self._list_targets())
+            elif path == "/admin/state":
                 found = self._state.describe()
             elif path == "/admin/costs":
                 found = await answer_costs(self._accounts.ledger, query)

@@ -49,6 +49,7 @@ def build_document(settings: Settings) -> dict[str, Any]:
             "/admin/costs": {"get": _reporting("What the stack itself costs; needs an admin key", _WINDOW)},
             "/health": {"get": _looking_up("The router is up", ("405", "431"))},
             "/ready": {"get": _looking_up("At least one replica can serve", ("405", "431", "503"))},
+            "/metrics/targets": {"get": _listing("What Prometheus is to scrape; needs an admin key")},
             "/admin/state": {"get": _looking_up("Replicas, queues and tenants; needs an admin key")},
         },
         "components": {
@@ -106,6 +107,11 @@ def _generating(summary: str, schema: dict[str, Any]) -> dict[str, Any]:
 def _looking_up(summary: str, statuses: tuple[str, ...] = _LOOK_UPS) -> dict[str, Any]:
     found = {"description": summary, "content": {"application/json": {"schema": {"type": "object"}}}}
     return {"summary": summary, "responses": {"200": found, **_errors(statuses)}}
+
+
+def _listing(summary: str) -> dict[str, Any]:
+    found = {"description": summary, "content": {"application/json": {"schema": {"type": "array"}}}}
+    return {"summary": summary, "responses": {"200": found, **_errors(_LOOK_UPS)}}
 
 
 def _quoting(schema: dict[str, Any]) -> dict[str, Any]:

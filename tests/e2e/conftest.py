@@ -106,6 +106,7 @@ def stack(start_stack: Callable[..., Stack], collector: Collector) -> Stack:
     """The stack that most tests share, with small limits where a test would otherwise need large requests."""
     return start_stack(
         SERVING__TELEMETRY__OTLP_ENDPOINT=collector.url,
+        SERVING__BILLING__REPLICA_HOUR_DOLLARS__NANO="0.5",
         SERVING__ROUTER__LIMITS__MAX_IMAGE_PIXELS="4000000",
         SERVING__ROUTER__LIMITS__MAX_BODY_BYTES="8000000",
     )

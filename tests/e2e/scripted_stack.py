@@ -19,7 +19,7 @@ import yaml
 from e2e.conftest import ROOT, free_port
 
 SERVING = ROOT / ".venv/bin/serving"
-_READY_WITHIN_S = 90
+_READY_WITHIN_S = 240
 _STOPPED_WITHIN_S = 90
 
 
