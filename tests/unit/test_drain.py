@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from serving import drain
+from serving.drain import Node
+
+COMMAND = ["/x/raylet", "--node_id=abc", "--gcs-address=10.0.0.1:6379", "--head", "--labels=", "--a=b=c"]
+
+
+def test_a_raylet_tells_its_node_and_cluster() -> None:
+    assert drain.parse_raylet(7, COMMAND) == Node(7, "abc", "10.0.0.1:6379")
+    with pytest.raises(ValueError, match="without --gcs-address"):
+        drain.parse_raylet(7, COMMAND[:2])
+
+
+def test_replicas_are_those_of_the_nodes_own_raylet() -> None:
+    child = subprocess.Popen(
+        ["ray::ServeReplica:router:router", "-c", "print(1, flush=True); input()"],
+        executable=sys.executable,
+        env={**os.environ, "RAY_RAYLET_PID": "4242"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert child.stdout is not None
+    try:
+        child.stdout.readline()
+        assert drain.count_replicas(Node(4242, "", "")) == 1
+        assert drain.count_replicas(Node(4243, "", "")) == 0
+    finally:
+        child.communicate(b"\n")
+
+
+def test_it_waits_until_no_replica_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = iter([2, 1, 0])
+    asked: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> SimpleNamespace:
+        asked.append(command)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(drain, "_POLL_S", 0.0)
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(drain, "count_replicas", lambda node: next(counts))
+    assert drain.drain(Node(1, "abc", "h:1"), 60.0)
+    assert asked[0][-2:] == ["--deadline-remaining-seconds", "60"]
+    assert "abc" in asked[0]
+    monkeypatch.setattr(drain, "count_replicas", lambda node: 1)
+    assert not drain.drain(Node(1, "abc", "h:1"), 0.01)
+
+
+def test_a_refusal_of_rays_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stderr="no such node", stdout="")
+    )
+    with pytest.raises(ValueError, match="no such node"):
+        drain.drain(Node(1, "abc", "h:1"), 1.0)
