@@ -181,7 +181,10 @@ def test_the_mounted_settings_pass_the_check(texts: dict[str, str], tmp_path: Pa
     for file in files:
         file.write_text(read_manifests(file.stem, texts[file.stem]).settings_text)
     # `serving check-config` for each, in one process: vLLM, which is asked about its arguments, takes long to import.
-    script = "import sys; from serving.cli import app; [app(['check-config', f], standalone_mode=False) for f in sys.argv[1:]]"
+    script = (
+        "import sys; from serving.cli import app\n"
+        "for file in sys.argv[1:]: app(['check-config', file], standalone_mode=False)"
+    )
     checked = subprocess.run(
         [sys.executable, "-c", script, *files],
         capture_output=True,
