@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, SecretStr, field_validator
 
-from serving.frozen import Frozen
+from serving.frozen import Amount, Frozen, Name
 from serving.router_settings import RemoteImageSettings
 
 
@@ -76,6 +76,8 @@ class OcrSettings(Frozen):
     """Must be said before a service listens on an address that others can reach while its router asks for no keys."""
     num_replicas: Annotated[int, Field(ge=1, le=100)] = 1
     cpus_per_replica: Annotated[float, Field(ge=0)] = 0.5
+    resources_per_replica: dict[Name, Amount] = Field(default_factory=dict)
+    """Ray's custom resources: with them only nodes that were given some take a service."""
     router_url: str | None = None
     """`http(s)://host:port`; None is the stack's own."""
     directory: Path = Field(default=Path("data/ocr"), validate_default=True)

@@ -97,6 +97,6 @@ def build_ocr_app(settings: Settings, directory: ActorHandle, build_pages: Build
         graceful_shutdown_wait_loop_s=0.1,
         # A fixed port cannot be shared with the one that is replaced.
         max_surge_percent=max(1, 100 // ocr.num_replicas) if ocr.port == 0 else 0,
-        ray_actor_options={"num_cpus": ocr.cpus_per_replica},
+        ray_actor_options={"num_cpus": ocr.cpus_per_replica, "resources": dict(ocr.resources_per_replica)},
     )
     return with_version(deployment, ocr_version(settings)).bind(settings, directory, build_pages)

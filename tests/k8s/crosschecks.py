@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -135,6 +136,9 @@ def check_settings(made: Manifests) -> Iterator[str]:
     if (config["http_options"]["host"], config["http_options"]["port"]) != (router["host"], router["port"]):
         yield "serveConfigV2: http_options are not the router's host and port"
     built = {app["args"]["model"] for app in config["applications"] if app["import_path"].endswith(":engine")}
+    has_documents = any(app["import_path"].endswith(":documents") for app in config["applications"])
+    if has_documents != settings.get("ocr", {}).get("enabled", False):
+        yield "serveConfigV2: the OCR service is in the settings or in the applications only"
     if built != set(settings["models"]):
         yield f"serveConfigV2: engines of {sorted(built)}, settings of {sorted(settings['models'])}"
     for pod in list(made.pods())[: 1 + len(made.groups)]:
@@ -156,7 +160,12 @@ def check_settings(made: Manifests) -> Iterator[str]:
 def _check_room(made: Manifests, settings: dict[str, Any]) -> Iterator[str]:
     """Replicas find nodes: Ray's custom resources, CPUs and GPUs of the groups."""
     wants = [(name, model, _bounds(model)) for name, model in settings["models"].items()]
-    wants.append(("router", settings["router"], (settings["router"]["num_replicas"],) * 2))
+    wants += [
+        (name, settings[name], (settings[name]["num_replicas"],) * 2)
+        for name in ("router", "ocr")
+        if settings.get(name, {}).get("enabled", name == "router")
+    ]
+    taken: Counter[str] = Counter()
     for name, wanted, (fewest, most) in wants:
         resources = wanted["resources_per_replica"]
         fit = [group for group in made.groups.values() if set(resources) <= set(_ray_resources(group))]
@@ -170,6 +179,9 @@ def _check_room(made: Manifests, settings: dict[str, Any]) -> Iterator[str]:
             per_node = min(per_node, int(params.get("num-gpus", "0")) / gpus)
         if fewest > math.floor(per_node) * group["minReplicas"] or most > math.floor(per_node) * group["maxReplicas"]:
             yield f"{name}: {fewest} to {most} replicas do not fit {group['groupName']}, {per_node:g} on a node"
+        taken[group["groupName"]] += most * wanted["cpus_per_replica"]
+        if taken[group["groupName"]] > int(params["num-cpus"]) * group["maxReplicas"]:
+            yield f"{name}: leaves no CPU of {group['groupName']} to others, or they none to it"
         container = group["template"]["spec"]["containers"][0]
         limits = container["resources"]["limits"]
         if int(params["num-cpus"]) > float(limits["cpu"]) or params.get("num-gpus", "0") != limits.get(

@@ -30,6 +30,7 @@ with warnings.catch_warnings():
 CUSTOM = {"RayService", "PodMonitor", "ScrapeConfig", "PrometheusRule"}
 SECRETS = {
     "SERVING__ENGINE__API_KEY": "a-key",
+    "SERVING__OCR__SECRET": "a-secret",
     "SERVING__BILLING__DATABASE_URL": "postgresql://serving:word@serving-database/serving",
 }
 
@@ -138,6 +139,7 @@ def test_everything_that_is_named_is_there(made: Manifests) -> None:
             "num_replicas: 3\n        cpus_per_replica: 1",
             "nano: 3 to 3 replicas do not fit engines",
         ),
+        ("gpu-prod", ":documents", ":document", "the OCR service is in the settings or"),
         ("gpu-prod", 'num-gpus: "1"', 'num-gpus: "2"', "told of other CPUs or GPUs"),
         ("gpu-prod", "request_timeout_s: 600", "request_timeout_s: 1200", "engine.drain_s is shorter"),
         ("gpu-prod", '- "900"', '- "500"', "request 600 s < drain 500.0 s"),
@@ -172,7 +174,7 @@ def test_the_applications_are_imported_and_built(
         builder = import_attr(application.import_path)
         built[application.name] = call_user_app_builder_with_args_if_necessary(builder, application.args)
     settings = load_settings(file)
-    assert list(built) == [*applications.build_all(settings)]
+    assert set(built) == set(applications.build_all(settings))
     assert built["router"]._bound_deployment.func_or_class.__name__ == "ServedRouterReplica"
 
 
@@ -194,7 +196,7 @@ def test_the_mounted_settings_pass_the_check(texts: dict[str, str], tmp_path: Pa
         check=False,
     )
     assert checked.returncode == 0, checked.stderr
-    assert checked.stdout.count("resources_per_replica:") == 2 * len(files)
+    assert checked.stdout.count("resources_per_replica:") == 3 * len(files)
     assert "word@" not in checked.stdout
 
 
