@@ -42,6 +42,7 @@ class OcrApp:
             route("/v1/ocr/jobs/{job_id}", GET=jobs.show, DELETE=jobs.delete),
             route("/v1/ocr/jobs/{job_id}/pages", GET=jobs.list_pages),
             route("/v1/ocr/jobs/{job_id}/cancel", POST=jobs.cancel),
+            route("/v1/models", GET=_ModelsRoute(service).answer),
             route("/health", GET=_answer_up),
             route("/ready", GET=_answer_up),
             *pages,
@@ -88,6 +89,16 @@ class _Endpoint:
             allowed = ", ".join(self._answers)
             raise MethodNotAllowedError(f"{allowed} is answered here, not {method[:20]}.", allowed)
         return found
+
+
+class _ModelsRoute:
+    """What the router says, for clients that know this address only."""
+
+    def __init__(self, service: OcrService) -> None:
+        self._service = service
+
+    async def answer(self, request: Request, reply: Reply) -> None:
+        await reply.send_body(200, await self._service.callers.fetch_models(request.headers.get("authorization")))
 
 
 async def _answer_up(request: Request, reply: Reply) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
+import pybase64
 from starlette.requests import Request
 
 from serving.asgi.presence import ClientPresence
@@ -24,7 +25,7 @@ from serving.errors import (
 )
 from serving.ocr.documents import select_pages
 from serving.ocr.intake import Submission
-from serving.ocr.pipeline import Order, PageDelta, PageEnded, PageStarted, PipelineEvent, is_for_all
+from serving.ocr.pipeline import Order, PageDelta, PageDrawn, PageEnded, PageStarted, PipelineEvent, is_for_all
 from serving.ocr.reader import Failure, Usage
 from serving.ocr.renderer import Document
 from serving.ocr.routers import Caller
@@ -153,7 +154,7 @@ async def _delay_starts(events: AsyncIterator[PipelineEvent]) -> AsyncIterator[P
     async for event in events:
         if is_open:
             yield event
-        elif isinstance(event, PageStarted):
+        elif isinstance(event, PageStarted | PageDrawn):
             held.append(event)
         else:
             # A page that failed goes first: it may be the end of all.
@@ -171,6 +172,11 @@ def _show_event(event: PipelineEvent) -> dict[str, Any]:
     if isinstance(event, PageStarted):
         shown = {"type": "page.started", "index": event.index, "try": event.number, "mode": event.mode}
         return {**shown, "dimensions": event.dimensions.shown()}
+    if isinstance(event, PageDrawn):
+        image = event.image
+        url = f"data:{image.media_type};base64,{pybase64.b64encode(image.data).decode()}"
+        shown = {"type": "page.image", "index": event.index, "image_url": url}
+        return {**shown, "width": image.width, "height": image.height}
     if isinstance(event, PageDelta):
         return {"type": "page.delta", "index": event.index, "text": event.text}
     kind = "page.failed" if event.result.is_failed else "page.completed"

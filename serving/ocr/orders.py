@@ -17,6 +17,7 @@ _MAX_PROMPT_CHARS = 4096
 _MAX_NAME_CHARS = 255
 _KNOWN = frozenset(
     {"model", "document", "pages", "mode", "format", "prompt", "dpi", "stream", "max_tokens", "include_images"}
+    | {"include_page_images"}
 )
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -34,6 +35,8 @@ class Options:
     max_tokens: int | None = None
     include_images: bool = False
     stream: bool = False
+    include_page_images: bool = False
+    """In a stream: the pages as they were drawn, too."""
 
     def question(self, settings: OcrSettings, api_key: str | None) -> Question:
         """How each of the pages is to be read."""
@@ -43,7 +46,7 @@ class Options:
     def shown(self) -> dict[str, Any]:
         """As the API shows them with a job; `read_options` takes it back."""
         found = asdict(self)
-        del found["stream"]
+        del found["stream"], found["include_page_images"]
         return found
 
 
@@ -67,6 +70,7 @@ def read_options(given: Mapping[str, Any]) -> Options:
         max_tokens=_read_count(given, "max_tokens", 1, 2**31 - 1),
         include_images=_read_flag(given, "include_images"),
         stream=_read_flag(given, "stream"),
+        include_page_images=_read_flag(given, "include_page_images"),
     )
 
 
@@ -80,7 +84,7 @@ def read_form_options(fields: Mapping[str, str]) -> Options:
     for name in ("dpi", "max_tokens"):
         if name in given and re.fullmatch(r"[0-9]{1,9}", given[name]):
             given[name] = int(given[name])
-    for name in ("include_images", "stream"):
+    for name in ("include_images", "include_page_images", "stream"):
         if name in given:
             given[name] = {"true": True, "1": True, "false": False, "0": False}.get(given[name].lower(), given[name])
     if "document" in given:
@@ -96,7 +100,7 @@ def without_stream(options: Options) -> Options:
     """
     if options.stream:
         _refuse("stream", "false for a job; GET its pages as they come")
-    return replace(options, stream=False)
+    return replace(options, stream=False, include_page_images=False)
 
 
 def _read_text(given: Mapping[str, Any], name: str, max_chars: int, *, is_line: bool = True) -> str | None:

@@ -25,6 +25,9 @@ from serving.ocr.shown import Dimensions, PageResult, as_failure, find_figures, 
 from serving.ocr_settings import OcrSettings
 
 _QUEUED_EVENTS = 256
+_MAX_PICTURES = 20
+"""That a stream shows of one document; nobody looks at more, and they are large."""
+_MAX_PICTURE_BYTES = 4 * 2**20
 _FOR_ALL = frozenset({401, 403, 404})
 """Statuses of the router that every other page of the document would get as well."""
 _QUOTA = "insufficient_quota"
@@ -41,6 +44,14 @@ class PageStarted:
 
 
 @dataclass(frozen=True, slots=True)
+class PageDrawn:
+    """The page's picture, for streams that show it."""
+
+    index: int
+    image: PageImage
+
+
+@dataclass(frozen=True, slots=True)
 class PageDelta:
     index: int
     text: str
@@ -51,7 +62,7 @@ class PageEnded:
     result: PageResult
 
 
-PipelineEvent = PageStarted | PageDelta | PageEnded
+PipelineEvent = PageStarted | PageDrawn | PageDelta | PageEnded
 
 
 class Observer(Protocol):
@@ -79,6 +90,12 @@ class Order:
 def is_for_all(failure: Failure | None) -> bool:
     """Whether a failure is the document's, so that asking for its other pages is of no use."""
     return failure is not None and (failure.status in _FOR_ALL or failure.code == _QUOTA)
+
+
+def shows_picture(order: Order, index: int, image: PageImage) -> bool:
+    """Whether a stream shows this page as it was drawn."""
+    is_wanted = order.options.stream and order.options.include_page_images
+    return is_wanted and index in order.pages[:_MAX_PICTURES] and len(image.data) <= _MAX_PICTURE_BYTES
 
 
 class Pipeline:
@@ -145,6 +162,8 @@ class Pipeline:
             async for event in read:
                 if isinstance(event, TryStarted):
                     await events.put(PageStarted(index, event.number, event.mode, dimensions))
+                    if event.number == 1 and shows_picture(order, index, image):
+                        await events.put(PageDrawn(index, image))
                 elif isinstance(event, Delta):
                     await events.put(PageDelta(index, event.text))
                 else:

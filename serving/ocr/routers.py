@@ -81,22 +81,41 @@ class Callers:
             self._known.popitem(last=False)
         return Caller(owner, api_key)
 
+    async def fetch_models(self, authorization: str | None) -> bytes:
+        """The router's list of models, as JSON: people choose from it.
+
+        Raises:
+            ServingError: the router's own refusal, or none of the routers answers.
+        """
+        status, body = await self._fetch("/v1/models", _read_key(authorization))
+        if status != 200:
+            raise _refusal(status, _decode(body))
+        return body
+
     async def _ask(self, api_key: str | None) -> str | None:
+        status, body = await self._fetch("/v1/tenant", api_key)
+        if status in _NO_SUCH_ROUTE:
+            return None  # another OpenAI server: it checks the key with every page
+        found = _decode(body)
+        if status != 200:
+            raise _refusal(status, found)
+        return str(found.get("id")) or None
+
+    async def _fetch(self, path: str, api_key: str | None) -> tuple[int, bytes]:
+        """Status and body of one router's answer.
+
+        Raises:
+            NoReplicaError: none of them answers.
+        """
         assert self._session is not None
         headers = {"authorization": f"Bearer {api_key}"} if api_key is not None else {}
         for _ in range(2):
+            url = f"{self._routers.choose()}{path}"
             try:
-                url = f"{self._routers.choose()}/v1/tenant"
                 async with self._session.get(url, headers=headers, allow_redirects=False) as answer:
-                    body = await answer.content.read(_MAX_ANSWER_BYTES)
+                    return answer.status, await answer.content.read(_MAX_ANSWER_BYTES)
             except (aiohttp.ClientError, OSError):
                 continue
-            if answer.status in _NO_SUCH_ROUTE:
-                return None  # another OpenAI server: it checks the key with every page
-            found = _decode(body)
-            if answer.status != 200:
-                raise _refusal(answer.status, found)
-            return str(found.get("id")) or None
         raise NoReplicaError("The router cannot be reached; try again shortly.", code="router_unreachable")
 
 

@@ -88,3 +88,27 @@ async def test_a_job_is_read_while_nobody_waits(tmp_path: Path) -> None:
         rest = (await service.client.get(f"/v1/ocr/jobs/{job['id']}/pages?after=2")).json()
         assert sorted(page["number"] for page in [*found["data"], *rest["data"]]) == [2, 3, 4]
         assert not rest["has_more"]
+
+
+async def test_a_stream_shows_the_pages_as_they_were_drawn(tmp_path: Path) -> None:
+    pdf = write_pdf(tmp_path / "x.pdf", 22).read_bytes()
+    async with run_service(tmp_path) as service:
+        answer = await service.upload(pdf, stream="true", include_page_images="true", dpi="18")
+        whole = await service.upload(pdf, include_page_images="true", dpi="18", pages="1")
+    assert whole.status_code == 200  # nothing to show in an answer that comes at the end
+    events = read_events(answer.text)
+    drawn = [event for event in events[:-1] if event["type"] == "page.image"]
+    assert sorted(event["index"] for event in drawn) == list(range(20))
+    assert all((event["width"], event["height"]) == (149, 211) for event in drawn)
+    assert base64.b64decode(drawn[0]["image_url"].removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
+    mine = [event["type"] for event in events[1:-2] if event["index"] == 0]
+    assert mine[:3] == ["page.started", "page.image", "page.delta"]
+
+
+async def test_models_are_the_routers(tmp_path: Path) -> None:
+    async with run_service(tmp_path) as service:
+        answer = await service.client.get("/v1/models")
+        assert answer.status_code == 200
+        assert "nano" in {model["id"] for model in answer.json()["data"]}
+        refused = await service.client.get("/v1/models", headers={"authorization": "Basic x"})
+        assert refused.status_code == 401

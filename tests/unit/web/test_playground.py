@@ -83,7 +83,7 @@ def test_the_keyboard_is_enough(tab: Visit, book: Path) -> None:
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "file"
     with page.expect_file_chooser() as chooser:
-        page.keyboard.press("Enter")
+        page.keyboard.press("Space")
     chooser.value.set_files(book)
     tab.expect_status("book.pdf is chosen")
     for name in ("sample", "model", "mode", "format"):
