@@ -43,6 +43,11 @@ def test_the_python_client_streams_the_sample_page(stack: Stack, tmp_path: Path)
     assert re.search(r"\n\d+ tokens, \$0\.0000\d+\n$", out)
 
 
+def test_the_ocr_client_reads_the_sample_page_twice(stack: Stack) -> None:
+    out = run([sys.executable, "-c", find_block("python", "OcrClient")], stack)
+    assert re.fullmatch(re.escape(find_block("text", "")) + r"1 tiny [\d.e-]+\n", out)
+
+
 def test_the_settings_command_prints_what_is_in_effect() -> None:
     out = run(["bash", "-c", find_block("sh", "check-config")])
     assert re.search(r"^  port: 9000$", out, re.MULTILINE)
