@@ -6,10 +6,11 @@
 ARG BASE=docker.io/library/python:3.11.13-slim-bookworm
 
 FROM ${BASE} AS build
-# Debian's mirrors keep no old versions, so the release is what is pinned.
+# Debian's mirrors keep no old versions, so the release is what is pinned. libnuma is for the set-up's last step, which
+# imports vLLM.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && apt-get install -y --no-install-recommends gcc libc6-dev libgomp1 libnuma1 \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 # What changes seldom first: a change of the code installs no package again.

@@ -16,8 +16,17 @@ from .manifests import K8S, ROOT
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 # Where this machine's pip and uv find packages and whom they trust, for the build alone.
-_HOSTS = ("/etc/pip.conf", "/etc/xdg/pip", "/etc/uv", "/etc/ssl/certs", "/opt/wheels", "/opt/pypi", "/opt/pypi-more")
-_PASSED = ("PIP_", "UV_", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "NO_PROXY", "no_proxy")
+_HOSTS = (
+    "/etc/pip.conf",
+    "/etc/xdg/pip",
+    "/etc/uv",
+    "/etc/ssl/certs",
+    "/root/.config/pip",
+    "/opt/wheels",
+    "/opt/pypi",
+    "/opt/pypi-more",
+)
+_PASSED = ("SSL_CERT_", "PIP_", "UV_", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "NO_PROXY", "no_proxy")
 _DEBIAN = ("python3.11", "python3.11-venv", "ca-certificates", "libpython3.11-stdlib")
 
 
@@ -31,7 +40,8 @@ class Buildah:
     def run(self, *words: str, timeout_s: float = 120) -> str:
         command = ["buildah", *self._storage, *words]
         made = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
-        assert made.returncode == 0, (made.stdout[-3000:], made.stderr[-3000:])
+        if made.returncode != 0:
+            pytest.fail(f"buildah {' '.join(words)}\n{made.stdout[-3000:]}\n{made.stderr[-3000:]}", pytrace=False)
         return made.stdout.strip()
 
 
