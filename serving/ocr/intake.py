@@ -105,40 +105,28 @@ class Intake:
 
     async def _receive_form(self, request: Request, boundary: bytes, sink: _Sink) -> Options:
         form = _Form(sink)
+        body = _Body(request, self._limits, self._settings.max_document_bytes)
         try:
             parser = MultipartParser(boundary, form.callbacks())  # type: ignore[arg-type]  # its stubs want protocols
             async with asyncio.timeout(self._settings.upload_timeout_s):
-                async for part in self._pieces(request):
+                async for part in body.pieces():
                     parser.write(part)
                     await form.write_out()
             parser.finalize()
         except TimeoutError as error:
             raise RequestTimeoutError("The document did not come in time.") from error
         except MultipartParseError as error:
+            if not body.is_whole:
+                await discard_body(request.receive, self._limits)
             raise InvalidRequestError("The body is not a valid form.", code="invalid_body") from error
         except ServingError:
             # A client that is still sending would see a reset instead of the answer.
-            await discard_body(request.receive, self._limits)
+            if not body.is_whole:
+                await discard_body(request.receive, self._limits)
             raise
         if not form.is_whole:
             raise InvalidRequestError("The form ends before it should.", code="invalid_body")
         return read_form_options(form.decoded())
-
-    async def _pieces(self, request: Request) -> AsyncGenerator[bytes]:
-        """The body, bounded in silence and size."""
-        num_left = self._settings.max_document_bytes + _MAX_FORM_OVERHEAD
-        while True:
-            async with asyncio.timeout(self._limits.body_timeout_s):
-                message = await request.receive()
-            if message["type"] == "http.disconnect":
-                raise ClientGoneError
-            part = message.get("body", b"")
-            num_left -= len(part)
-            if num_left < 0:
-                raise _too_large(self._settings.max_document_bytes)
-            yield part
-            if not message.get("more_body", False):
-                return
 
     async def _receive_json(self, request: Request, sink: _Sink) -> Options:
         with self._budget.open() as held:
@@ -191,6 +179,30 @@ class Intake:
             raise InvalidRequestError(
                 "The document could not be fetched from its URL.", param=param, code="document_fetch_failed"
             ) from None
+
+
+class _Body:
+    """A request's body, bounded in silence and size."""
+
+    def __init__(self, request: Request, limits: LimitSettings, max_document_bytes: int) -> None:
+        self._receive = request.receive
+        self._silence_s = limits.body_timeout_s
+        self._max_bytes = max_document_bytes
+        self.is_whole = False
+
+    async def pieces(self) -> AsyncGenerator[bytes]:
+        num_left = self._max_bytes + _MAX_FORM_OVERHEAD
+        while not self.is_whole:
+            async with asyncio.timeout(self._silence_s):
+                message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGoneError
+            part = message.get("body", b"")
+            self.is_whole = not message.get("more_body", False)
+            num_left -= len(part)
+            if num_left < 0:
+                raise _too_large(self._max_bytes)
+            yield part
 
 
 class _Sink:

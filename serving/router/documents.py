@@ -99,11 +99,8 @@ class DocumentRelay:
         """
         if self._session is None:
             raise InternalError("The router has not started.")
-        headers = [
-            (name.decode("latin-1"), value.decode("latin-1"))
-            for name, value in scope["headers"]
-            if name not in _DROPPED
-        ]
+        given = ((name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"])
+        headers = [(name, value) for name, value in given if name not in _DROPPED]
         headers.append(("x-request-id", request_id))
         body = _Body(receive, self._router.limits.body_timeout_s, self._find_limit())
         has_body = scope["method"] in _METHODS_WITH_BODY

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from typing import Any
 
+from serving.router.openapi_documents import describe_documents
 from serving.settings import Settings
 
 _STATUSES = {
@@ -40,6 +41,7 @@ def build_document(settings: Settings) -> dict[str, Any]:
                 "get": _looking_up("One of them"),
                 "parameters": [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}],
             },
+            **(describe_documents(names) if settings.ocr.enabled and settings.router.mode == "gateway" else {}),
             "/v1/tenant": {"get": _looking_up("Whose key it is")},
             "/v1/quote": {"post": _quoting(_chat_schema(names, limits.max_messages))},
             "/v1/usage": {"get": _reporting("Your requests, tokens, pages and costs; an admin's: everybody's", _USAGE)},
