@@ -61,5 +61,9 @@ soak: install ## kills and overload under load, about a quarter of an hour; ROUN
 	$(BIN)/python -m benchmarks.faults --rounds $(ROUNDS)
 	$(BIN)/python -m benchmarks.overload --seconds 60
 
+.PHONY: rehearsal
+rehearsal: install ## the Kubernetes overlay cpu-dev on a Ray cluster in network namespaces, nodes killed under load (root)
+	$(BIN)/python -m benchmarks.rehearsal
+
 clean: ## remove everything that was made here
 	rm -rf .venv checkpoints .pytest_cache .mypy_cache .ruff_cache

@@ -38,6 +38,8 @@ class Load:
     num_whole: int = 32
     tokens: int = 60
     headers: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    """More fields of the body."""
     streams: Counter[Seen] = field(default_factory=Counter)
     whole: Counter[Seen] = field(default_factory=Counter)
     lost: int = 0
@@ -78,7 +80,7 @@ class Load:
 
     def _body(self, *, is_stream: bool) -> dict[str, Any]:
         messages = [{"role": "user", "content": "Read this."}]
-        return {"model": self.model, "messages": messages, "max_tokens": self.tokens, "stream": is_stream}
+        return {"model": self.model, "messages": messages, "max_tokens": self.tokens, "stream": is_stream, **self.extra}
 
     async def _stream(self, session: aiohttp.ClientSession) -> Seen:
         tail = b""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
+import urllib.request
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -37,3 +41,67 @@ def figures(
     Console().print(table)
     if json_file is not None:
         json_file.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2) + "\n")
+
+
+@app.command()
+def calibrate(
+    url: Annotated[str, typer.Option(help="A router with one engine replica behind it.")],
+    model: Annotated[str, typer.Option(help="Its model.")],
+    max_seqs: Annotated[int, typer.Option(help="Sequences that the engine runs at once (max_num_seqs).")],
+    kv_tokens: Annotated[int, typer.Option(help="What its KV cache holds; GET /admin/state has it.")],
+    mode: Annotated[str | None, typer.Option(help="Resolution mode; the server's own by default.")] = None,
+    concurrency: Annotated[str, typer.Option(help="Clients at once, several between commas.")] = "1,8,32,96",
+    lengths: Annotated[str, typer.Option(help="Tokens of an answer, several between commas.")] = "16,256",
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    key: Annotated[str | None, typer.Option(envvar="SERVING_API_KEY", help="For the router.")] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Measure how long an engine's work takes, for `serving plan --curve`. The engine must have nothing else to do."""
+    from benchmarks.planning.check import Calibration
+    from benchmarks.planning.clients import Reader, a4_images
+
+    reader = Reader(url.rstrip("/"), model, a4_images(), mode, key)
+    grid = [(int(number), int(length)) for number in concurrency.split(",") for length in lengths.split(",")]
+    calibration = Calibration()
+    for _ in track(range(rounds), description="calibrating"):
+        asyncio.run(calibration.run(reader, grid))
+    fit = calibration.fit(max_seqs, kv_tokens)
+    Console().print(f"{fit.curve}\nmisses the measured times by {fit.worst_error:.1%} at most")
+    if json_file is not None:
+        source = f"measured at {url}, model {model}, {datetime.now(UTC):%Y-%m-%d}; fits to {fit.worst_error:.0%}"
+        points = [dataclasses.asdict(point) for point in calibration.points()]
+        told = {"curve": dataclasses.asdict(fit.curve), "source": source, "points": points}
+        json_file.write_text(json.dumps(told, indent=2) + "\n")
+
+
+@app.command()
+def check(
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of calibration and loads.")] = 5,
+    seconds: Annotated[float, typer.Option(help="Of arrivals at random in each.")] = 20.0,
+    json_file: JsonOption = None,
+) -> None:
+    """Calibrate the nano stack, predict other loads with the simulation, apply them, and compare; exit 1 beyond 15%."""
+    from benchmarks.planning import check as checking
+    from benchmarks.planning.clients import Reader, nano_images
+    from benchmarks.router.stack import run_stack
+
+    with run_stack() as stack:
+        with urllib.request.urlopen(f"{stack.url}/admin/state", timeout=10) as answer:
+            kv_tokens = json.load(answer)["replicas"][0]["capacity_tokens"]
+        reader = Reader(stack.url, "nano", nano_images())
+        console = Console()
+        one = checking.Check(reader, checking.MAX_SEQS, kv_tokens, seconds, console.print)
+        asyncio.run(one.run(rounds))
+    fit, rows = one.compare()
+    table = Table(
+        "load", "figure", "predicted", "measured", "unit", "error", title="The simulation beside the nano stack"
+    )
+    for row in rows:
+        numbers = (f"{row.predicted:.3g}", f"{row.measured:.3g}", row.unit, f"{row.error:+.1%}")
+        table.add_row(row.load, row.figure, *numbers)
+    console.print(table)
+    console.print(f"{fit.curve}\nmisses the calibration's times by {fit.worst_error:.1%} at most")
+    if json_file is not None:
+        result = checking.to_json(fit, rows, one.calibration.points())
+        json_file.write_text(json.dumps(result, indent=2) + "\n")
+    raise typer.Exit(0 if all(abs(row.error) <= checking.TOLERANCE for row in rows) else 1)

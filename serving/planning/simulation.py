@@ -162,6 +162,10 @@ class _Fleet:
         self._loads[job.replica].add(-job.work, -1)
         self._give_out()
 
+    def busy(self, now_s: float) -> float:
+        """Part of the time so far in which an engine had something to do."""
+        return sum(engine.busy_s for engine in self.engines) / now_s / len(self.engines) if now_s else 0.0
+
     def _give_out(self) -> None:
         while self._queue:
             load = choose(self._loads, Need(self._queue[0].work), (), self._rng)
@@ -193,6 +197,24 @@ class Outcome:
     """Part of the time in which an engine had something to do."""
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A load from its first question to its last answer."""
+
+    jobs: Sequence[Job]
+    """In the order in which they came."""
+    overhead_s: float
+    """That is not in their times."""
+    took_s: float
+    busy: float
+    """Part of the time in which an engine had something to do."""
+
+    @property
+    def times_s(self) -> list[float]:
+        """How long each took, as its client sees it."""
+        return [job.ended_s - job.arrived_s + self.overhead_s for job in self.jobs]
+
+
 def simulate_open(
     curve: ServiceCurve, pages: Pages, *, num_replicas: int, pages_per_s: float, num_pages: int, seed: int = 1
 ) -> Outcome:
@@ -202,12 +224,12 @@ def simulate_open(
     """
     rng = Random(seed)
     trace = [(rng.expovariate(1.0) / pages_per_s, pages.draw(rng)) for _ in range(num_pages)]
-    return simulate_trace(curve, pages, trace, num_replicas=num_replicas, seed=seed)
+    return _measure(run_trace(curve, pages, trace, num_replicas=num_replicas, seed=seed))
 
 
-def simulate_trace(
+def run_trace(
     curve: ServiceCurve, pages: Pages, trace: Iterable[tuple[float, int]], *, num_replicas: int, seed: int = 1
-) -> Outcome:
+) -> Run:
     """Pages come with these gaps, in seconds since the one before, and have answers of these lengths."""
     env = simpy.Environment()
     fleet, jobs = _Fleet(env, curve, num_replicas, Random(seed)), list[Job]()
@@ -221,26 +243,35 @@ def simulate_trace(
 
     env.process(come())
     env.run()
-    return _measure(jobs, fleet, curve.overhead_s, env.now)
+    return Run(jobs, curve.overhead_s, env.now + curve.overhead_s, fleet.busy(env.now))
 
 
 def simulate_closed(
     curve: ServiceCurve, pages: Pages, *, num_replicas: int, num_clients: int, num_pages: int, seed: int = 1
 ) -> Outcome:
     """So many clients, each of whom asks again as soon as it has its answer."""
+    rng = Random(seed)
+    lengths = [pages.draw(rng) for _ in range(num_pages)]
+    return _measure(run_closed(curve, pages, lengths, num_replicas=num_replicas, num_clients=num_clients, seed=seed))
+
+
+def run_closed(
+    curve: ServiceCurve, pages: Pages, lengths: Iterable[int], *, num_replicas: int, num_clients: int, seed: int = 1
+) -> Run:
+    """The same with answers of these lengths."""
     env = simpy.Environment()
-    fleet = _Fleet(env, curve, num_replicas, Random(seed))
-    rng, jobs = Random(seed + 1), list[Job]()
+    fleet, jobs = _Fleet(env, curve, num_replicas, Random(seed)), list[Job]()
+    left = iter(lengths)
 
     def ask_on() -> Process:
-        while len(jobs) < num_pages:
+        for num_output in left:
             answered = env.event()
 
             def end(job: Job, answered: simpy.Event = answered) -> None:
                 fleet.leave(job)
                 answered.succeed()
 
-            job = Job(pages.prompt_tokens, pages.draw(rng), pages.expected_work, env.now, end)
+            job = Job(pages.prompt_tokens, num_output, pages.expected_work, env.now, end)
             jobs.append(job)
             yield env.timeout(curve.overhead_s)
             fleet.arrive(job)
@@ -249,17 +280,17 @@ def simulate_closed(
     for _ in range(num_clients):
         env.process(ask_on())
     env.run()
-    return _measure(jobs, fleet, 0.0, env.now)
+    return Run(jobs, 0.0, env.now, fleet.busy(env.now))
 
 
-def _measure(jobs: Sequence[Job], fleet: _Fleet, overhead_s: float, ended_s: float) -> Outcome:
-    begin, end = int(len(jobs) * _WARM_UP), max(int(len(jobs) * _WARM_UP) + 1, int(len(jobs) * _COOL_DOWN))
-    counted = jobs[begin:end]
-    times = sorted(job.ended_s - job.arrived_s + overhead_s for job in counted)
-    firsts = sorted(job.first_s - job.arrived_s + overhead_s for job in counted)
-    by_end = sorted(jobs, key=lambda job: job.ended_s)[begin:end]
+def _measure(run: Run) -> Outcome:
+    """What the pages in the middle of a run saw."""
+    num_jobs = len(run.jobs)
+    begin, end = int(num_jobs * _WARM_UP), max(int(num_jobs * _WARM_UP) + 1, int(num_jobs * _COOL_DOWN))
+    times = sorted(run.times_s[begin:end])
+    firsts = sorted(job.first_s - job.arrived_s + run.overhead_s for job in run.jobs[begin:end])
+    by_end = sorted(run.jobs, key=lambda job: job.ended_s)[begin:end]
     took_s = by_end[-1].ended_s - by_end[0].ended_s
-    busy_s = sum(engine.busy_s for engine in fleet.engines)
     return Outcome(
         p50_s=percentile(times, 0.50),
         p95_s=percentile(times, 0.95),
@@ -268,7 +299,7 @@ def _measure(jobs: Sequence[Job], fleet: _Fleet, overhead_s: float, ended_s: flo
         first_p95_s=percentile(firsts, 0.95),
         pages_per_s=(len(by_end) - 1) / took_s if took_s else 0.0,
         tokens_per_s=sum(job.num_output for job in by_end[1:]) / took_s if took_s else 0.0,
-        busy=busy_s / ended_s / len(fleet.engines) if ended_s else 0.0,
+        busy=run.busy,
     )
 
 
