@@ -48,6 +48,13 @@ class Rehearsal:
     started_s: float = field(default_factory=time.monotonic)
     events: list[dict[str, Any]] = field(default_factory=list)
     groups: dict[str, Group] = field(default_factory=dict)
+    endpoints: Path | None = None
+
+    def tell_endpoints(self) -> None:
+        """The addresses of all workers, as the Service's selector finds them."""
+        if self.endpoints is not None:
+            nodes = (self.network.nodes[name] for name in self.groups)
+            self.endpoints.write_text("\n".join(node.ip for node in nodes if node.process is not None))
 
     def say(self, text: str) -> None:
         at_s = time.monotonic() - self.started_s
@@ -71,11 +78,25 @@ class Rehearsal:
         self.groups[name] = group
         flags = [f"--address={self.network.nodes[_HEAD].ip}:6379", f"--node-ip-address={node.ip}", _OBJECT_STORE]
         node.start([str(_BIN / "ray"), "start", "--block", *flags, *group.ray_flags])
+        self.tell_endpoints()
 
     def start_workers(self) -> None:
         for group in self.overlay.groups:
-            for number in range(group.replicas):
-                self.start_worker(f"{group.name}-{number}", group)
+            for _ in range(group.replicas):
+                self.add_worker(group)
+
+    def add_worker(self, group: Group) -> str:
+        """A node with a name and an address of its own, as a new pod has them; a node that died never comes back."""
+        name = f"{group.name}-{sum(one == group for one in self.groups.values())}"
+        self.start_worker(name, group)
+        return name
+
+    def restart_ended(self) -> None:
+        """What ends by itself is started again, as Kubernetes does with a container."""
+        for name, node in self.network.nodes.items():
+            if name in self.groups and node.process is not None and node.process.poll() is not None:
+                self.say(f"{name} ended by itself and is started again: {node.tail(300)}")
+                self.start_worker(name, self.groups[name])
 
     def deploy(self, folder: Path) -> None:
         """The Serve config, as KubeRay does it: to the head's dashboard."""
@@ -127,6 +148,7 @@ class Rehearsal:
                 status = json.dumps(self.serve_status(), indent=1)[:6000]
                 tails = "\n".join(f"== {node.name}\n{node.tail()}" for node in self.network.nodes.values())
                 raise RuntimeError(f"not within {within_s:.0f} s: {what}\n{status}\n{tails}")
+            self.restart_ended()
             time.sleep(1.0)
         return time.monotonic() - begin_s
 
@@ -176,9 +198,12 @@ class Kill:
 
     @property
     def is_clean(self) -> bool:
-        """Nothing lost, and nobody left in silence. Streams of a node that died may be broken if they are told so;
-        connections that ended in its own HAProxy are lost with it, and their clients ask again."""
-        excused = {"complete", "refused"} | ({"reset"} if self.victim.startswith("cpu") else set())
+        """Nothing lost, and nobody left in silence.
+
+        Streams that an engine of a dead node answered may be broken if they are told so. Connections to its HAProxy, which
+        every worker has, are lost with it, and their clients ask again. The head has neither.
+        """
+        excused = {"complete", "refused"} | ({"reset"} if self.victim != _HEAD else set())
         streams = set(_nonzero(self.seen["streams"])) - {"told"}
         whole = set(_nonzero(self.seen["whole"]))
         told_is_fine = self.victim != _HEAD or not self.seen["streams"].get("told")
@@ -196,11 +221,12 @@ def kill_and_heal(rehearsal: Rehearsal, clients: Clients, victim: str, away_s: f
     rehearsal.network.nodes[victim].kill()
     time.sleep(away_s)
     complete = clients.num_complete() - before["streams"].get("complete", 0) - before["whole"].get("complete", 0)
-    rehearsal.say(f"{complete} requests were completed in the {away_s:.0f} s without {victim}; it starts again")
+    rehearsal.say(f"{complete} requests were completed in the {away_s:.0f} s after the kill")
     if victim == _HEAD:
+        rehearsal.say("the head starts again on its address")
         rehearsal.start_head()
     else:
-        rehearsal.start_worker(victim, rehearsal.groups[victim])
+        rehearsal.say(f"{rehearsal.add_worker(rehearsal.groups[victim])} starts in its place")
     healed_s = away_s + rehearsal.wait(rehearsal.is_whole, within_s, f"whole again after {victim}")
     rehearsal.say(f"whole again {healed_s:.0f} s after the kill")
     time.sleep(_STEADY_S)
@@ -211,9 +237,11 @@ def kill_and_heal(rehearsal: Rehearsal, clients: Clients, victim: str, away_s: f
 @contextmanager
 def run_clients(rehearsal: Rehearsal, key: Path, streams: int, whole: int, tokens: int) -> Iterator[Clients]:
     node = rehearsal.network.add(_CLIENT, {})
-    ips = [one.ip for name, one in rehearsal.network.nodes.items() if name in rehearsal.groups]
+    endpoints = node.folder / "endpoints.txt"
+    rehearsal.endpoints = endpoints
+    rehearsal.tell_endpoints()
     clients = Clients(node, node.folder / "counts.jsonl")
-    command = [sys.executable, "-m", "benchmarks.rehearsal.client", "--nodes", ",".join(ips)]
+    command = [sys.executable, "-m", "benchmarks.rehearsal.client", "--endpoints", str(endpoints)]
     command += ["--counts", str(clients.counts), "--key-file", str(key), "--tokens", str(tokens)]
     command += ["--streams", str(streams), "--whole", str(whole)]
     with node.log.open("ab") as out:

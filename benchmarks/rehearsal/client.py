@@ -11,7 +11,6 @@ import contextlib
 import json
 import signal
 import time
-from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from typing import Annotated, TextIO
@@ -28,8 +27,8 @@ _PROBE_S = 1.0
 class Service:
     """TCP from 127.0.0.1 to one of the ready nodes."""
 
-    def __init__(self, ips: Sequence[str]) -> None:
-        self._ips = ips
+    def __init__(self, endpoints: Path) -> None:
+        self._endpoints = endpoints
         self.ready: list[str] = []
         self._turn = count()
 
@@ -37,8 +36,9 @@ class Service:
         timeout = aiohttp.ClientTimeout(4)
         async with aiohttp.ClientSession(timeout=timeout) as session:
             while True:
-                answers = await asyncio.gather(*(self._is_ready(session, ip) for ip in self._ips))
-                self.ready = [ip for ip, is_ready in zip(self._ips, answers, strict=True) if is_ready]
+                ips = self._endpoints.read_text().split()
+                answers = await asyncio.gather(*(self._is_ready(session, ip) for ip in ips))
+                self.ready = [ip for ip, is_ready in zip(ips, answers, strict=True) if is_ready]
                 await asyncio.sleep(_PROBE_S)
 
     async def _is_ready(self, session: aiohttp.ClientSession, ip: str) -> bool:
@@ -71,11 +71,11 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
         writer.transport.abort()
 
 
-async def run(nodes: Sequence[str], load: Load, counts: Path) -> None:
+async def run(endpoints: Path, load: Load, counts: Path) -> None:
     """Apply the load until SIGTERM, telling the counts every second."""
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    service = Service(nodes)
+    service = Service(endpoints)
     probing = asyncio.create_task(service.probe_forever())
     server = await asyncio.start_server(service.connect, "127.0.0.1", _PORT)
     running: asyncio.Task[None] | None = None
@@ -106,7 +106,7 @@ def _tell(out: TextIO, load: Load, service: Service) -> None:
 
 
 def main(
-    nodes: Annotated[str, typer.Option(help="Addresses of the worker nodes, between commas.")],
+    endpoints: Annotated[Path, typer.Option(help="File with the worker nodes' addresses, a line each; read anew.")],
     counts: Annotated[Path, typer.Option(help="File for the counts.")],
     key_file: Annotated[Path, typer.Option(help="File with the key of the router's.")],
     streams: Annotated[int, typer.Option()] = 4,
@@ -123,7 +123,7 @@ def main(
         headers={"authorization": f"Bearer {key_file.read_text().strip()}"},
         extra={"ignore_eos": True},
     )
-    asyncio.run(run(nodes.split(","), load, counts))
+    asyncio.run(run(endpoints, load, counts))
 
 
 if __name__ == "__main__":

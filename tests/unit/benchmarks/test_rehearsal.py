@@ -23,11 +23,12 @@ def test_the_overlay_is_taken_to_the_letter() -> None:
     ("victim", "streams", "lost", "is_clean"),
     [
         ("engines-0", {"complete": 9, "told": 2}, 0, True),
-        ("engines-0", {"complete": 9, "reset": 1}, 0, False),
+        ("engines-0", {"complete": 9, "silent": 1}, 0, False),
         ("cpu-0", {"complete": 9, "reset": 1}, 0, True),
         ("cpu-0", {"complete": 9, "silent": 1}, 0, False),
         ("head", {"complete": 9}, 0, True),
         ("head", {"complete": 9, "told": 1}, 0, False),
+        ("head", {"complete": 9, "reset": 1}, 0, False),
         ("head", {"complete": 9}, 1, False),
     ],
 )
