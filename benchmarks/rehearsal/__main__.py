@@ -200,8 +200,8 @@ class Kill:
     def is_clean(self) -> bool:
         """Nothing lost, and nobody left in silence.
 
-        Streams that an engine of a dead node answered may be broken if they are told so. Connections to its HAProxy, which
-        every worker has, are lost with it, and their clients ask again. The head has neither.
+        Streams that an engine of a dead node answered may be broken if they are told so. Connections to its HAProxy are
+        lost with it (all workers have one), and their clients ask again. The head has neither.
         """
         excused = {"complete", "refused"} | ({"reset"} if self.victim != _HEAD else set())
         streams = set(_nonzero(self.seen["streams"])) - {"told"}
