@@ -27,6 +27,7 @@ _BIN = Path(sys.executable).parent
 _HEAD, _REDIS, _CLIENT = "head", "redis", "client"
 _OBJECT_STORE = "--object-store-memory=80000000"
 _STEADY_S = 10.0
+_JOINED = "This command will now block"
 _PASSWORD = secrets.token_hex(16)
 
 app = typer.Typer(add_completion=False)
@@ -80,10 +81,12 @@ class Rehearsal:
         node.start([str(_BIN / "ray"), "start", "--block", *flags, *group.ray_flags])
         self.tell_endpoints()
 
-    def start_workers(self) -> None:
+    def start_workers(self, within_s: float) -> None:
+        """One after the other: `ray start` gives up after 30 s, too little for some at once on a busy machine."""
         for group in self.overlay.groups:
             for _ in range(group.replicas):
-                self.add_worker(group)
+                node = self.network.nodes[self.add_worker(group)]
+                self.wait(lambda node=node: _JOINED in node.tail(), within_s, f"{node.name} has joined")  # type: ignore[misc]
 
     def add_worker(self, group: Group) -> str:
         """A node with a name and an address of its own, as a new pod has them; a node that died never comes back."""
@@ -333,8 +336,8 @@ def main(
         rehearsal.say("Redis runs; starting the head")
         rehearsal.start_head()
         rehearsal.wait(lambda: bool(rehearsal.serve_status()), within, "the head's dashboard answers")
-        rehearsal.start_workers()
-        rehearsal.say(f"workers {', '.join(rehearsal.groups)} start; deploying serveConfigV2 of {OVERLAY}")
+        rehearsal.start_workers(within)
+        rehearsal.say(f"{', '.join(rehearsal.groups)} have joined; deploying serveConfigV2 of {OVERLAY}")
         rehearsal.deploy(network.folder)
         rehearsal.wait(rehearsal.is_whole, 2 * within, "two engines and two routers run")
         rehearsal.say(f"two engines ({engines}) and two routers run")
