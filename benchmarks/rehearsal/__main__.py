@@ -96,9 +96,13 @@ class Rehearsal:
 
     def restart_ended(self) -> None:
         """What ends by itself is started again, as Kubernetes does with a container."""
-        for name, node in self.network.nodes.items():
-            if name in self.groups and node.process is not None and node.process.poll() is not None:
-                self.say(f"{name} ended by itself and is started again: {node.tail(300)}")
+        for name, node in list(self.network.nodes.items()):
+            if node.process is None or node.process.poll() is None:
+                continue
+            self.say(f"{name} ended by itself and is started again: {node.tail(200).splitlines()[-1:]}")
+            if name == _HEAD:
+                self.start_head()
+            elif name in self.groups:
                 self.start_worker(name, self.groups[name])
 
     def deploy(self, folder: Path) -> None:
