@@ -14,6 +14,7 @@ from e2e.pages import build_page, encode
 from k8s.monitoring.dashboards import DASHBOARDS, RATE
 from k8s.monitoring.demo import build_config, free_port, run_prometheus
 
+pytestmark = pytest.mark.timeout(600)
 NAMES = [expression for panels in DASHBOARDS.values() for panel in panels for expression, _ in panel.queries]
 
 
@@ -28,15 +29,23 @@ def send(client: openai.OpenAI) -> None:
     """A page, and a stream."""
     content = [{"type": "image_url", "image_url": {"url": encode(build_page())}}, {"type": "text", "text": "Free OCR."}]
     client.chat.completions.create(model="nano", messages=[{"role": "user", "content": content}], max_tokens=5)  # type: ignore[list-item, misc]
-    text = [{"role": "user", "content": "Hello"}]
-    for _ in client.chat.completions.create(model="nano", messages=text, max_tokens=5, stream=True):  # type: ignore[call-overload]
+    for _ in client.chat.completions.create(
+        model="nano",
+        messages=[{"role": "user", "content": "Hello"}],
+        max_tokens=5,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    ):
         pass
 
 
 @needs_prometheus
 def test_no_panel_is_empty(stack: Stack, client: openai.OpenAI, prometheus: Prometheus) -> None:
-    prometheus.wait_for(lambda: len(prometheus.healthy_targets()) == 2, 60, "router and engine are scraped")
-    deadline_s = time.monotonic() + 120
+    def is_scraped() -> bool:
+        return {job for job, _ in prometheus.healthy_targets()} >= {"router", "engine"}
+
+    prometheus.wait_for(is_scraped, 60, "router and engine are scraped")
+    deadline_s = time.monotonic() + 240
     empty = NAMES
     while empty:  # rates need counters that have grown between two scrapes
         assert time.monotonic() < deadline_s, empty

@@ -22,6 +22,7 @@ from .prometheus import Prometheus, needs_prometheus
 
 SCRIPT = {"tokens_per_s": 500, "output_tokens": 10}
 TOKENS = 7
+JOBS = ("router", "engine")
 ALL = "sum(max_over_time({}[10m]))"
 
 
@@ -56,7 +57,9 @@ def kill_one(stack: ScriptedStack, name: str) -> None:
 def targets(stack: ScriptedStack) -> set[tuple[str, str]]:
     """As the file tells them."""
     groups: list[dict[str, Any]] = json.loads((stack.folder / "targets.json").read_text())
-    return {(group["labels"]["job"], address) for group in groups for address in group["targets"]}
+    return {
+        (job, address) for group in groups for address in group["targets"] if (job := group["labels"]["job"]) in JOBS
+    }
 
 
 @needs_prometheus
@@ -89,7 +92,8 @@ def follow(stack: ScriptedStack, pair: list[Prometheus], number: int, before: se
     for prometheus in pair:
         prometheus.wait_for(
             lambda prometheus=prometheus: (  # type: ignore[misc]
-                len(targets(stack)) == number and prometheus.healthy_targets() == targets(stack)
+                len(targets(stack)) == number
+                and {target for target in prometheus.healthy_targets() if target[0] in JOBS} == targets(stack)
             ),
             90,
             "every process is scraped, and no other",
