@@ -121,9 +121,9 @@ def test_a_document_is_read_on_the_page(stack: Stack, book: Path) -> None:
 @pytest.mark.slow
 def test_a_client_reads_a_document_through_the_stack(stack: Stack, book: Path) -> None:
     with OcrClient(stack.url) as client:
-        result = client.read(book, Options("nano", pages="2,5", format="layout"))
+        result = client.read(book, Options("nano", pages="2,4", format="layout"))
         events = list(client.stream(book, Options("nano", pages="2", include_page_images=True)))
-    assert [page.number for page in result.pages] == [2, 5]
-    assert [page.content for page in result.pages] == [SHEETS[1].text, SHEETS[4].text]
+    assert [page.number for page in result.pages] == [2, 4]
+    assert [page.content for page in result.pages] == [SHEETS[1].text, SHEETS[3].text]
     assert result.usage.estimated_cost > 0
     assert json.loads(events[-1].model_dump_json())["usage"]["pages_processed"] == 1
