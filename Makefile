@@ -1,14 +1,14 @@
 # Every verb sets itself up: a fresh clone needs Python 3.11, git, make and a C compiler, nothing else.
 PYTHON ?= python3.11
 CONFIG ?= configs/local.yaml
-ROUNDS ?= 30
+MINUTES ?= 15
 SECONDS ?= 60
 RATE ?= 1
 ARRIVALS ?= poisson
 WORKERS ?= 1
 BIN    := .venv/bin
 
-.PHONY: help install serve demo-metrics lint format test test-k8s test-slow load bench bench-full bench-check soak checkpoint clean
+.PHONY: help install serve demo-metrics lint format test test-k8s test-slow load bench bench-full bench-check bench-gpu soak checkpoint clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,9 +57,11 @@ bench-full: install ## the same with every round of each: over an hour
 bench-check: install ## compare the results' ratios with the committed baseline
 	@$(BIN)/python -m benchmarks.check
 
-soak: install ## kills and overload under load, about a quarter of an hour; ROUNDS kills of each part
-	$(BIN)/python -m benchmarks.faults --rounds $(ROUNDS)
-	$(BIN)/python -m benchmarks.overload --seconds 60
+bench-gpu: install ## the harness against the published checkpoint on this machine's GPUs; ARGS=--dry-run says how
+	@$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+soak: install ## load, departures and kills for MINUTES, with a verdict
+	@$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
 
 .PHONY: rehearsal
 rehearsal: install ## the Kubernetes overlay cpu-dev on a Ray cluster in network namespaces, nodes killed under load (root)

@@ -42,9 +42,13 @@ class Crowd:
     """What this process lets in and counts; in a master, what all of them did."""
 
     def __init__(self) -> None:
+        self.num_workers = 1
+        self.reset()
+
+    def reset(self) -> None:
+        """For another run: a web page may start one after the other. How many workers there are was told before."""
         self.tally = Tally()
         self.visits = Pool()
-        self.num_workers = 1
         self.running: dict[str, int] = {}
         """Visits under way, as each worker told last; -1 before its schedule was over."""
         self.began_s = 0.0
@@ -56,6 +60,10 @@ class Crowd:
 
 
 crowd = Crowd()
+if "--master" not in sys.argv:
+    # Rendered before this process is heard of, and before it is forked: a worker that renders sends no heartbeats.
+    for page in range(NUM_PAGES):
+        build_page(page)
 
 
 @events.init_command_line_parser.add_listener
@@ -76,9 +84,6 @@ def prepare(environment: Environment, **_: Any) -> None:
     """Workers are told how many they are before they are told to start."""
     if isinstance(environment.runner, WorkerRunner):
         environment.runner.register_message("crowd", _join_crowd)
-    if not isinstance(environment.runner, MasterRunner):
-        for number in range(NUM_PAGES):  # rendered before anybody comes
-            build_page(number)
 
 
 def _join_crowd(environment: Environment, msg: Any, **_: Any) -> None:
@@ -87,7 +92,7 @@ def _join_crowd(environment: Environment, msg: Any, **_: Any) -> None:
 
 @events.test_start.add_listener
 def begin(environment: Environment, **_: Any) -> None:
-    crowd.__init__()  # type: ignore[misc] - a web page may start one run after another
+    crowd.reset()
     crowd.began_s = time.perf_counter()
     if isinstance(environment.runner, MasterRunner):
         crowd.num_workers = environment.runner.worker_count
@@ -169,7 +174,8 @@ class OpenLoop(LoadTestShape):
             running = crowd.running.values() if isinstance(self.runner, MasterRunner) else [crowd.count()]
             if all(number == 0 for number in running):
                 return None
-        return crowd.num_workers, crowd.num_workers
+        sources = max(1, self.runner.worker_count) if isinstance(self.runner, MasterRunner) else 1
+        return sources, sources
 
 
 @events.quitting.add_listener

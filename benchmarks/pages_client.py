@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import time
@@ -95,6 +96,8 @@ async def read_pages(url: str, bodies: Sequence[bytes], concurrency: int) -> See
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=None, sock_read=600)
     headers = {"content-type": "application/json"}
+    if key := os.environ.get("SERVING_API_KEY"):
+        headers["authorization"] = f"Bearer {key}"
     async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers) as session:
 
         async def work() -> None:

@@ -82,28 +82,33 @@ async def kill_under_load(stack: RunningStack, victim: str, num_replicas: int, n
     result = Round(victim)
     running = asyncio.create_task(load.run())
     await asyncio.sleep(_STEADY_S)
-    if victim == "engine":
-        killed_pid = await asyncio.to_thread(stack.end_an_engine)
-    else:
-        killed_pid = (await asyncio.to_thread(stack.find, victim))[0].pid
-        os.kill(killed_pid, signal.SIGKILL)
-    killed_s = time.monotonic()
+    killed_pid, killed_s = await kill(stack, victim), time.monotonic()
     wanted = {"replica": num_replicas, "router": num_routers, "directory": 1}
-    result.healed_s = await _wait_until_whole(stack, killed_pid, wanted, killed_s)
+    result.healed_s = await wait_until_whole(stack, killed_pid, wanted, killed_s)
     await asyncio.sleep(_STEADY_S)
     load.stop()
     await running
     result.streams = {str(seen): count for seen, count in load.streams.items()}
     result.whole = {str(seen): count for seen, count in load.whole.items()}
     result.lost = load.lost
-    result.work_left = await asyncio.to_thread(_work_left, stack)
+    result.work_left = await asyncio.to_thread(work_left, stack)
     routers = await asyncio.to_thread(stack.find, "router")
     result.router_files = sum(process.num_fds() for process in routers)
     result.router_mib = sum(process.memory_info().rss for process in routers) / _MIB
     return result
 
 
-async def _wait_until_whole(stack: RunningStack, killed_pid: int, wanted: dict[str, int], since_s: float) -> float:
+async def kill(stack: RunningStack, victim: str) -> int:
+    """SIGKILL to the oldest process of a part, or the end of an engine inside one; gives the pid to be replaced."""
+    if victim == "engine":
+        return await asyncio.to_thread(stack.end_an_engine)
+    pid = (await asyncio.to_thread(stack.find, victim))[0].pid
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+async def wait_until_whole(stack: RunningStack, killed_pid: int, wanted: dict[str, int], since_s: float) -> float:
+    """Seconds since the kill until everything is there again; the longest wait when it is not in time."""
     while time.monotonic() - since_s < _HEALED_WITHIN_S:
         await asyncio.sleep(0.2)
         alive = {part: await asyncio.to_thread(stack.find, part) for part in wanted}
@@ -114,8 +119,8 @@ async def _wait_until_whole(stack: RunningStack, killed_pid: int, wanted: dict[s
     return _HEALED_WITHIN_S
 
 
-def _work_left(stack: RunningStack) -> int:
-    """Asked several times, since each answer comes from one of the routers."""
+def work_left(stack: RunningStack) -> int:
+    """Tokens of work that the routers still count. Asked several times, since each answer comes from one of them."""
     return max(sum(replica["work_tokens"] for replica in stack.get("/admin/state")["replicas"]) for _ in range(8))
 
 

@@ -28,6 +28,15 @@ class Seen(StrEnum):
     FAILED = "failed with another status"
 
 
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a whole answer says of itself, for the books to be compared with."""
+
+    request_id: str
+    num_tokens: int
+    nanodollars: int
+
+
 @dataclass
 class Load:
     """Workers that keep requests going until told to stop."""
@@ -36,6 +45,8 @@ class Load:
     model: str
     num_streams: int = 32
     num_whole: int = 32
+    num_leaving: int = 0
+    """Clients that close their stream in the middle."""
     tokens: int = 60
     headers: dict[str, str] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
@@ -44,6 +55,9 @@ class Load:
     whole: Counter[Seen] = field(default_factory=Counter)
     lost: int = 0
     """Whole requests that failed although their client did what the official clients do: try again, twice."""
+    told: list[Told] = field(default_factory=list)
+    """Of every answer that came whole, stream or not."""
+    num_left: int = 0
     _must_stop: bool = False
 
     async def run(self) -> None:
@@ -56,6 +70,8 @@ class Load:
                 group.create_task(self._repeat_streams(session))
             for _ in range(self.num_whole):
                 group.create_task(self._repeat_whole(session))
+            for number in range(self.num_leaving):
+                group.create_task(self._repeat_leaving(session, 2 + 3 * number))
 
     def stop(self) -> None:
         self._must_stop = True
@@ -78,9 +94,31 @@ class Load:
             else:
                 self.lost += 1
 
+    async def _repeat_leaving(self, session: aiohttp.ClientSession, num_chunks: int) -> None:
+        while not self._must_stop:
+            with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
+                async with session.post(f"{self.url}/v1/chat/completions", json=self._body(is_stream=True)) as answer:
+                    for _ in range(num_chunks):
+                        await answer.content.readany()
+                    answer.close()
+                    self.num_left += 1
+            await asyncio.sleep(_PAUSE_S / 5)
+
     def _body(self, *, is_stream: bool) -> dict[str, Any]:
         messages = [{"role": "user", "content": "Read this."}]
-        return {"model": self.model, "messages": messages, "max_tokens": self.tokens, "stream": is_stream, **self.extra}
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": messages,
+            "max_tokens": self.tokens,
+            "stream": is_stream,
+        }
+        if is_stream:
+            body["stream_options"] = {"include_usage": True}
+        return {**body, **self.extra}
+
+    def _take(self, answer: aiohttp.ClientResponse, usage: dict[str, Any]) -> None:
+        cost = round(usage.get("estimated_cost", 0.0) * 1e9)
+        self.told.append(Told(answer.headers.get("x-request-id", ""), usage["completion_tokens"], cost))
 
     async def _stream(self, session: aiohttp.ClientSession) -> Seen:
         tail = b""
@@ -92,8 +130,9 @@ class Load:
                     tail = (tail + chunk)[-4096:]
         except (aiohttp.ClientError, OSError, TimeoutError):
             return Seen.RESET
-        last = tail.rstrip().rpartition(b"data: ")[2]
+        rest, _, last = tail.rstrip().rpartition(b"data: ")
         if last == b"[DONE]":
+            self._take(answer, orjson.loads(rest.rstrip().rpartition(b"data: ")[2])["usage"])
             return Seen.COMPLETE
         with contextlib.suppress(orjson.JSONDecodeError):
             if "error" in orjson.loads(last):
@@ -108,5 +147,7 @@ class Load:
             return Seen.RESET
         if answer.status != 200:
             return Seen.REFUSED if answer.status in (429, 503) else Seen.FAILED
-        num_tokens = orjson.loads(body)["usage"]["completion_tokens"]
+        usage = orjson.loads(body)["usage"]
+        self._take(answer, usage)
+        num_tokens = usage["completion_tokens"]
         return Seen.COMPLETE if num_tokens == self.tokens else Seen.SILENT

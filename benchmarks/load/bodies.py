@@ -11,7 +11,7 @@ from benchmarks.fastpath.reading import encode
 from benchmarks.load.people import Manner, Step
 from serving.demo.pages import CORE, WIDE, sample_page, with_chars
 
-NUM_PAGES = 64
+NUM_PAGES = 32
 """Rendered once each: pages differ enough that nothing could be kept from one to the next, and cost no CPU while
 users come."""
 _SEED = 300

@@ -72,7 +72,12 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def run_server(
-    command: list[str], port: int, *, environment: Mapping[str, str] | None = None, ready_path: str = "/v1/models"
+    command: list[str],
+    port: int,
+    *,
+    environment: Mapping[str, str] | None = None,
+    ready_path: str = "/v1/models",
+    ready_within_s: float = _READY_WITHIN_S,
 ) -> Iterator[Server]:
     """A server in processes of its own, ready (this path is answered 200) when this yields.
 
@@ -84,7 +89,7 @@ def run_server(
         server = Server(f"http://127.0.0.1:{port}", psutil.Process(process.pid))
         family: list[psutil.Process] = [server.process]
         try:
-            deadline_s = time.monotonic() + _READY_WITHIN_S
+            deadline_s = time.monotonic() + ready_within_s
             while not _is_ready(server.url + ready_path):
                 if process.poll() is not None or time.monotonic() > deadline_s:
                     log.seek(0)
@@ -98,6 +103,7 @@ def run_server(
             for member in psutil.wait_procs(family, timeout=20)[1]:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     member.kill()
+            process.wait()
 
 
 def _is_ready(url: str) -> bool:

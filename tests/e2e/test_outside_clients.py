@@ -1,0 +1,113 @@
+"""Clients that others wrote, unchanged, against the real stack: vLLM's own benchmark, openai, LiteLLM, LangChain.
+
+LiteLLM and LangChain live in an environment of their own, with the versions of `outside_requirements.txt`.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from benchmarks.load.arrivals import Shape, schedule
+from e2e.conftest import ROOT, Stack
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+PAGE = ROOT / "serving/demo/sample.png"
+REQUIREMENTS = Path(__file__).with_name("outside_requirements.txt")
+SCRIPT = Path(__file__).with_name("outside_clients.py")
+UV = [sys.executable, "-m", "uv"]
+
+
+def run(command: list[str], timeout_s: float = 300) -> str:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def their_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An interpreter that has the clients and nothing of ours."""
+    folder = tmp_path_factory.mktemp("outside") / "venv"
+    run([*UV, "venv", "--quiet", "--python", sys.executable, str(folder)])
+    python = folder / "bin" / "python"
+    run([*UV, "pip", "install", "--quiet", "--python", str(python), "-r", str(REQUIREMENTS)])
+    return python
+
+
+@pytest.fixture(scope="module")
+def truth(stack: Stack) -> str:
+    """What the official client gets for the README's page."""
+    page = base64.b64encode(PAGE.read_bytes()).decode()
+    content: list[Any] = [
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{page}"}},
+        {"type": "text", "text": "Free OCR."},
+    ]
+    with openai.OpenAI(base_url=f"{stack.url}/v1", api_key="unused", timeout=120) as client:
+        messages: list[Any] = [{"role": "user", "content": content}]
+        whole = client.chat.completions.create(model="nano", messages=messages, temperature=0)
+        pieces = client.chat.completions.create(model="nano", messages=messages, temperature=0, stream=True)
+        text = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
+        assert text == whole.choices[0].message.content
+        assert next(model.id for model in client.models.list()) == "nano"
+    assert text == (ROOT / "serving/demo/sample.txt").read_text().rstrip("\n")
+    return text
+
+
+@pytest.mark.parametrize("name", ["litellm", "langchain"])
+def test_a_client_reads_a_page_whole_and_as_a_stream(name: str, their_python: Path, stack: Stack, truth: str) -> None:
+    seen = json.loads(run([str(their_python), str(SCRIPT), name, f"{stack.url}/v1", str(PAGE)]).splitlines()[-1])
+    assert seen["whole"] == seen["stream"] == truth
+    assert seen["num_pieces"] > 10, "it came piece by piece"
+    assert seen["tokens"] > 10
+    assert seen["error"] == "not found"
+    assert seen.get("batch", [truth]) == [truth] * len(seen.get("batch", [truth]))
+
+
+@pytest.mark.parametrize(
+    ("backend", "endpoint", "dataset"),
+    [
+        ("openai-chat", "/v1/chat/completions", "random-mm"),
+        ("openai-chat", "/v1/chat/completions", "random"),
+        ("openai", "/v1/completions", "random"),
+    ],
+)
+def test_vllm_bench_serve_completes_every_request(
+    backend: str, endpoint: str, dataset: str, stack: Stack, tmp_path: Path
+) -> None:
+    num_prompts, num_tokens = 12, 32
+    arguments = ["--backend", backend, "--endpoint", endpoint, "--base-url", stack.url, "--dataset-name", dataset]
+    arguments += ["--model", "nano", "--tokenizer", str(ROOT / "checkpoints/nano"), "--num-prompts", str(num_prompts)]
+    arguments += ["--random-input-len", "32", "--random-output-len", str(num_tokens), "--max-concurrency", "4"]
+    arguments += ["--ignore-eos", "--save-result", "--result-dir", str(tmp_path), "--disable-tqdm"]
+    if dataset == "random-mm":
+        arguments += ["--random-mm-base-items-per-request", "1", "--random-mm-limit-mm-per-prompt", '{"image": 1}']
+        arguments += ["--random-mm-bucket-config", "{(512, 512, 1): 1.0}"]
+    run([sys.executable, "-m", "benchmarks.vllm_bench", *arguments])
+    (file,) = tmp_path.glob("*.json")
+    result = json.loads(file.read_text())
+    assert result["completed"] == num_prompts, result.get("errors")
+    assert result["total_output_tokens"] == num_prompts * num_tokens
+    assert result["mean_ttft_ms"] > 0
+    assert result["mean_itl_ms"] > 0
+
+
+def test_locust_reads_pages_from_two_processes(stack: Stack, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.load", "--url", stack.url, "--seconds", "8", "--rate", "2"]
+    run([*command, "--workers", "2", "--arrivals", "burst", "--out", str(tmp_path)])
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["processes"] == 2
+    whole = list(schedule(Shape.BURST, 2, 8, seed=1))
+    assert summary["visits"] == len(whole), "the processes share one schedule"
+    assert summary["errors"] == {}
+    assert summary["pages"] > 3
+    assert summary["dollars"] > 0
+    assert summary["first_s"]["p50"] < summary["whole_s"]["p99"]
+    assert "<html" in (tmp_path / "report.html").read_text().lower()
