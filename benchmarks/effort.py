@@ -1,4 +1,4 @@
-"""How much a measurement repeats itself: BENCHMARK_EFFORT is `full`, or `quick` for a third of the rounds."""
+"""How much a measurement repeats itself: BENCHMARK_EFFORT is `full`, or `quick` for a quarter of the rounds."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Effort(StrEnum):
 VARIABLE = "BENCHMARK_EFFORT"
 
 
-def rounds(full: int) -> int:
-    """So many in a full run, a third of it in a quick one, and two at least: the first often pays for both."""
+def rounds(full: int, least: int = 2) -> int:
+    """So many in a full run; in a quick one a quarter, two at least, where the first may pay for what comes once."""
     if os.environ.get(VARIABLE, Effort.FULL) == Effort.FULL:
         return full
-    return min(full, max(2, round(full / 3)))
+    return min(full, max(least, round(full / 4)))

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from benchmarks.effort import rounds as rounds_of
 from benchmarks.fastpath.rows import Row, cpu_seconds
 from benchmarks.stock import NAME, import_stock
 from serving.plugin.decoding import decode
@@ -144,7 +145,9 @@ def measure_pool(data: bytes, stock_ms: float) -> Iterator[Row]:
     try:
         for count, pool in pools.items():
             _warm_up(pool, data, count)
-        rounds = [{count: _run_pool(pool, data) for count, pool in pools.items()} for _ in range(POOL_ROUNDS)]
+        rounds = [
+            {count: _run_pool(pool, data) for count, pool in pools.items()} for _ in range(rounds_of(POOL_ROUNDS))
+        ]
     finally:
         for pool in pools.values():
             pool.close()

@@ -69,7 +69,7 @@ def compare(
         for num_tokens in tokens_out:
             rounds = [
                 [apply_load(server, pages, num_tokens, extra) for server, extra in sides]
-                for _ in range(rounds_of(num_rounds))
+                for _ in range(rounds_of(num_rounds, least=1))
             ]
             best = [max(load.pages_per_s for load in loads) for loads in zip(*rounds, strict=True)]
             cheapest = [min(load.cpu_s_per_page for load in loads) for loads in zip(*rounds, strict=True)]
