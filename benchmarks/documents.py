@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fastpath.rows import Row
+from benchmarks.registry import BENCHMARKS
 
+NAMES = frozenset({*(each.name for each in BENCHMARKS), "soak", "gpu"})
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -40,9 +42,9 @@ def read_document(file: Path) -> Document:
 
 
 def read_documents(folder: Path = RESULTS) -> dict[str, Document]:
-    """All of a folder, by the benchmark's name."""
-    documents = (read_document(file) for file in sorted(folder.glob("*.json")))
-    return {document.name: document for document in documents}
+    """All of a folder, by the benchmark's name. Files that are called otherwise are somebody else's."""
+    files = (file for file in sorted(folder.glob("*.json")) if file.stem in NAMES)
+    return {document.name: document for document in map(read_document, files)}
 
 
 def write_document(document: Document, folder: Path = RESULTS) -> Path:

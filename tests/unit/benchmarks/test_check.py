@@ -74,6 +74,8 @@ def test_the_committed_baseline_is_of_benchmarks_that_there_are() -> None:
 
 
 def test_a_file_that_is_no_result_is_named(tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"x\.json"):
+    (tmp_path / "somebody_elses.json").write_text("[]")
+    assert read_documents(tmp_path) == {}
+    (tmp_path / "ledger.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"ledger\.json"):
         read_documents(tmp_path)
