@@ -7,13 +7,18 @@ mixed lengths, another concurrency, and arrivals at random that don't wait for a
 
 from __future__ import annotations
 
+import contextlib
+import json
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from random import Random
 from typing import Any
 
-from benchmarks.planning.clients import Reader, Reading, draw_trace, read_closed, read_trace
+from benchmarks.planning.clients import Reader, Reading, draw_trace, nano_images, read_closed, read_trace
+from benchmarks.router.servers import run_engine, run_gateway
+from benchmarks.router.stack import run_stack
 from serving.planning.curve import CurvePoint, Fit, fit_curve
 from serving.planning.simulation import Pages, Run, percentile, run_closed, run_trace
 
@@ -27,8 +32,27 @@ CLOSED_CLIENTS = 8
 TOLERANCE = 0.15
 MAX_SEQS = 64
 """Of configs/local.yaml."""
+SCRIPTED_SEQS = 12
 
 Say = Callable[[str], None]
+
+
+@contextlib.contextmanager
+def run_nano() -> Iterator[tuple[Reader, int, int]]:
+    """`serving up` with configs/local.yaml; a reader, and the engine's places and room."""
+    with run_stack() as stack:
+        with urllib.request.urlopen(f"{stack.url}/admin/state", timeout=60) as answer:
+            kv_tokens = int(json.load(answer)["replicas"][0]["capacity_tokens"])
+        yield Reader(stack.url, "nano", nano_images()), MAX_SEQS, kv_tokens
+
+
+@contextlib.contextmanager
+def run_scripted() -> Iterator[tuple[Reader, int, int]]:
+    """One router process and a scripted engine with few places. Its prompts take no time: those of vLLM hold up what
+    runs, those of the script would not."""
+    flags = ["--tokens-per-s", "60", "--output-tokens", "256"]
+    with run_engine(*flags, "--max-num-seqs", str(SCRIPTED_SEQS)) as engine, run_gateway(engine) as router:
+        yield Reader(router.url, "nano", nano_images()), SCRIPTED_SEQS, 1 << 30
 
 
 @dataclass(slots=True)

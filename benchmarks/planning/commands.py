@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-import urllib.request
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -23,6 +22,7 @@ def main() -> None:
     """Measure what `serving plan` counts with, and whether its simulation comes true."""
 
 
+CheckedEngine = Literal["nano", "scripted"]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Where to write the result.")]
 
 
@@ -76,25 +76,24 @@ def calibrate(
 
 @app.command()
 def check(
+    engine: Annotated[CheckedEngine, typer.Option(help="What runs: the nano stack, or a scripted engine.")] = "nano",
     rounds: Annotated[int, typer.Option(min=1, help="Turns of calibration and loads.")] = 5,
     seconds: Annotated[float, typer.Option(help="Of arrivals at random in each.")] = 20.0,
     json_file: JsonOption = None,
 ) -> None:
-    """Calibrate the nano stack, predict other loads with the simulation, apply them, and compare; exit 1 beyond 15%."""
-    from benchmarks.planning import check as checking
-    from benchmarks.planning.clients import Reader, nano_images
-    from benchmarks.router.stack import run_stack
+    """Calibrate a stack, predict other loads with the simulation, apply them, and compare; exit 1 beyond 15%.
 
-    with run_stack() as stack:
-        with urllib.request.urlopen(f"{stack.url}/admin/state", timeout=10) as answer:
-            kv_tokens = json.load(answer)["replicas"][0]["capacity_tokens"]
-        reader = Reader(stack.url, "nano", nano_images())
-        console = Console()
-        one = checking.Check(reader, checking.MAX_SEQS, kv_tokens, seconds, console.print)
+    The scripted engine's times are clockwork: with it only waiting and the router are put to the test.
+    """
+    from benchmarks.planning import check as checking
+
+    console = Console()
+    with checking.run_nano() if engine == "nano" else checking.run_scripted() as (reader, max_seqs, kv_tokens):
+        one = checking.Check(reader, max_seqs, kv_tokens, seconds, console.print)
         asyncio.run(one.run(rounds))
     fit, rows = one.compare()
     table = Table(
-        "load", "figure", "predicted", "measured", "unit", "error", title="The simulation beside the nano stack"
+        "load", "figure", "predicted", "measured", "unit", "error", title=f"The simulation beside the {engine} stack"
     )
     for row in rows:
         numbers = (f"{row.predicted:.3g}", f"{row.measured:.3g}", row.unit, f"{row.error:+.1%}")
