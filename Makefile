@@ -23,7 +23,7 @@ serve: install ## start the stack in the foreground, on PORT if given (Ctrl-C st
 	@$(if $(PORT),SERVING__ROUTER__PORT=$(PORT)) exec $(BIN)/serving up --config $(CONFIG)
 
 demo-metrics: install ## the stack with a Prometheus beside it, whose address is printed (Ctrl-C stops both)
-	@$(if $(PORT),SERVING__ROUTER__PORT=$(PORT)) exec $(BIN)/python -m k8s.monitoring.demo --config $(CONFIG)
+	@$(if $(PORT),SERVING__ROUTER__PORT=$(PORT)) exec $(BIN)/python -m serving.telemetry.demo --config $(CONFIG)
 
 lint: install ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .

@@ -8,8 +8,8 @@ import promql_parser
 import pytest
 import yaml
 
-from k8s.monitoring.dashboards import DASHBOARDS, FOLDER, RATE, Panel, render_dashboards
 from serving.telemetry import catalogue
+from serving.telemetry.dashboards import DASHBOARDS, FOLDER, RATE, Panel, render_dashboards
 
 from .test_rules import RULES
 
@@ -29,7 +29,7 @@ def test_the_files_are_those_that_the_module_makes() -> None:
     rendered = render_dashboards()
     assert set(FOLDER.glob("*.json")) == set(rendered)
     for file, text in rendered.items():
-        assert file.read_text() == text, "python -m k8s.monitoring.dashboards"
+        assert file.read_text() == text, "python -m serving.telemetry.dashboards"
 
 
 @pytest.mark.parametrize(("name", "panel"), PANELS, ids=lambda part: part.title if isinstance(part, Panel) else part)

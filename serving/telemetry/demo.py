@@ -22,7 +22,7 @@ import yaml
 from serving.errors import SettingsError
 from serving.settings import load_settings
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[2] / "k8s/monitoring"
 _READY_S = 30.0
 _STOP_S = 120.0
 
