@@ -24,6 +24,10 @@ _DEVICE_BIAS_BYTES = 512 * 2**20
 """Bounds on SAM's relative position bias, the largest intermediate, when views are encoded together. A CPU gains
 nothing from larger batches and loses its caches to them (5% slower at 96 MiB, measured at the nano sizes)."""
 
+_WIDEST_CONVOLUTION = 256
+"""Up to this width a CPU embeds patches faster by a convolution over the picture as it is: 8 ms of 62 less for six tiles
+of 640 pixels through a whole encoder of width 64. At the published 768 it is slower."""
+
 
 @dataclass(frozen=True, slots=True)
 class VisionSizes:
@@ -103,6 +107,10 @@ class SamEncoder(ImageEncoderViT):  # type: ignore[misc, valid-type]  # Any to m
         halve = partial(Conv2dLayer, kernel_size=3, stride=2, padding=1, bias=False)
         self.net_2 = halve(sizes.sam_neck_channels, first)
         self.net_3 = halve(first, second)
+        if sizes.sam_width <= _WIDEST_CONVOLUTION:
+            # On a CPU vLLM unfolds the patches into a copy of the picture and multiplies that.
+            self.patch_embed.proj.enable_linear = False
+            self.patch_embed.register_forward_hook(_lay_out)
         self._positions: dict[tuple[int, int, int], torch.Tensor] = {}
 
     def get_abs_pos(self, abs_pos: torch.Tensor, tgt_size: int) -> torch.Tensor:
@@ -117,6 +125,11 @@ class SamEncoder(ImageEncoderViT):  # type: ignore[misc, valid-type]  # Any to m
             self._positions = {old: value for old, value in self._positions.items() if old[1:] == key[1:]}
             self._positions[key] = positions
         return positions
+
+
+def _lay_out(module: nn.Module, given: tuple[torch.Tensor, ...], patches: torch.Tensor) -> torch.Tensor:
+    """A convolution's channels lie apart; every layer that follows wants those of a patch side by side."""
+    return patches.contiguous()
 
 
 def build_clip(sizes: VisionSizes, quant_config: Any, prefix: str) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -96,3 +97,19 @@ def test_the_position_table_is_resampled_once_per_size_and_again_when_it_changes
     assert (small.shape[1], large.shape[1]) == (20, 64)
     encoder.pos_embed.mul_(2)
     torch.testing.assert_close(encoder.get_abs_pos(encoder.pos_embed, 20), 2 * small)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("width", "is_linear"), [(96, False), (768, True)])
+def test_patches_are_embedded_the_same_either_way(width: int, is_linear: bool) -> None:
+    sizes = dataclasses.replace(read(build_model_config()["vision_config"]), sam_width=width)
+    embed = SamEncoder(sizes).patch_embed
+    assert embed.proj.enable_linear is is_linear
+    for parameter in embed.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    views = torch.randn(2, 3, 64, 48)
+    found = embed(views)
+    assert found.shape == (2, 4, 3, width)
+    assert found.is_contiguous()
+    embed.proj.enable_linear = not is_linear
+    torch.testing.assert_close(embed(views), found, atol=1e-5, rtol=0)
