@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -28,7 +29,11 @@ app = typer.Typer(add_completion=False)
 VICTIMS = ("replica", "engine", "router", "directory")
 _STEADY_S = 1.5
 _HEALED_WITHIN_S = 60.0
+_VLLM_HEALED_WITHIN_S = 300.0
+"""A replica with vLLM imports it and loads weights before it is ready: half a minute on two cores of its own."""
 _MIB = 2**20
+_SCRIPT = {"tokens_per_s": 60, "output_tokens": 60, "max_num_seqs": 128, "kv_tokens": 200_000}
+_VLLM_CONFIG = Path(__file__).parents[2] / "configs" / "local.yaml"
 
 
 @dataclass
@@ -38,6 +43,7 @@ class Round:
     victim: str
     healed_s: float = 0.0
     """From the kill until every replica and router was there again; the longest wait when they were not in time."""
+    is_healed: bool = False
     streams: dict[str, int] = field(default_factory=dict)
     whole: dict[str, int] = field(default_factory=dict)
     lost: int = 0
@@ -58,16 +64,20 @@ class Round:
         excused = {"router": {Seen.RESET}, "replica": {Seen.TOLD}, "engine": {Seen.TOLD}}.get(self.victim, set())
         streams_good = set(self.streams) <= {Seen.COMPLETE, *excused}
         whole_good = set(self.whole) <= {Seen.COMPLETE, *(excused - {Seen.TOLD})}
-        return streams_good and whole_good and not self.lost and not self.work_left and self.healed_s < _HEALED_WITHIN_S
+        return streams_good and whole_good and not self.lost and not self.work_left and self.is_healed
 
 
-def build_settings(num_replicas: int, num_routers: int) -> dict[str, Any]:
-    """Scripted engines: what is under test is everything around them."""
+def build_settings(num_replicas: int, num_routers: int, *, has_vllm: bool = False) -> dict[str, Any]:
+    """Scripted engines, unless vLLM is asked for: what is under test is everything around them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    script = {"tokens_per_s": 60, "output_tokens": 60, "max_num_seqs": 128, "kv_tokens": 200_000}
-    model = {"checkpoint": "scripted", "num_replicas": num_replicas, "cpus_per_replica": 0.1, "script": script}
+    model: dict[str, Any]
+    if has_vllm:
+        model = yaml.safe_load(_VLLM_CONFIG.read_text())["models"]["nano"]
+        model |= {"num_replicas": num_replicas, "cpus_per_replica": 0.1}
+    else:
+        model = {"checkpoint": "scripted", "num_replicas": num_replicas, "cpus_per_replica": 0.1, "script": _SCRIPT}
     return {
         "models": {"nano": model},
         "router": {"host": "127.0.0.1", "port": port, "num_replicas": num_routers, "cpus_per_replica": 0.1},
@@ -76,7 +86,13 @@ def build_settings(num_replicas: int, num_routers: int) -> dict[str, Any]:
     }
 
 
-async def kill_under_load(stack: RunningStack, victim: str, num_replicas: int, num_routers: int) -> Round:
+async def kill_under_load(
+    stack: RunningStack,
+    victim: str,
+    num_replicas: int,
+    num_routers: int,
+    healed_within_s: float = _HEALED_WITHIN_S,
+) -> Round:
     """One round: load, SIGKILL to the oldest process of a part, heal, let all requests end, look for leaks."""
     load = Load(stack.url, "nano")
     result = Round(victim)
@@ -84,7 +100,8 @@ async def kill_under_load(stack: RunningStack, victim: str, num_replicas: int, n
     await asyncio.sleep(_STEADY_S)
     killed_pid, killed_s = await kill(stack, victim), time.monotonic()
     wanted = {"replica": num_replicas, "router": num_routers, "directory": 1}
-    result.healed_s = await wait_until_whole(stack, killed_pid, wanted, killed_s)
+    result.healed_s = await wait_until_whole(stack, killed_pid, wanted, killed_s, healed_within_s)
+    result.is_healed = result.healed_s < healed_within_s
     await asyncio.sleep(_STEADY_S)
     load.stop()
     await running
@@ -107,16 +124,22 @@ async def kill(stack: RunningStack, victim: str) -> int:
     return pid
 
 
-async def wait_until_whole(stack: RunningStack, killed_pid: int, wanted: dict[str, int], since_s: float) -> float:
+async def wait_until_whole(
+    stack: RunningStack,
+    killed_pid: int,
+    wanted: dict[str, int],
+    since_s: float,
+    within_s: float = _HEALED_WITHIN_S,
+) -> float:
     """Seconds since the kill until everything is there again; the longest wait when it is not in time."""
-    while time.monotonic() - since_s < _HEALED_WITHIN_S:
+    while time.monotonic() - since_s < within_s:
         await asyncio.sleep(0.2)
         alive = {part: await asyncio.to_thread(stack.find, part) for part in wanted}
         is_whole = all(len(alive[part]) >= number for part, number in wanted.items())
         is_gone = all(process.pid != killed_pid for found in alive.values() for process in found)
         if is_whole and is_gone and await asyncio.to_thread(stack.num_ready) >= wanted["replica"]:
             return time.monotonic() - since_s
-    return _HEALED_WITHIN_S
+    return within_s
 
 
 def work_left(stack: RunningStack) -> int:
@@ -181,6 +204,7 @@ def main(
     victims: Annotated[str, typer.Option(help="Parts to kill, by comma.")] = ",".join(VICTIMS),
     replicas: Annotated[int, typer.Option(min=2)] = 2,
     routers: Annotated[int, typer.Option(min=2)] = 2,
+    vllm: Annotated[bool, typer.Option("--vllm", help="Real vLLM engines with nano instead of scripted ones.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write every round.")] = None,
 ) -> None:
     """Kill replicas, routers and the directory of a real stack under load; exit 1 when anything was lost or leaked."""
@@ -188,10 +212,12 @@ def main(
     if unknown := set(chosen) - set(VICTIMS):
         raise typer.BadParameter(f"no part {', '.join(sorted(unknown))}; there are {', '.join(VICTIMS)}")
     results: list[Round] = []
-    with tempfile.TemporaryDirectory() as folder, run_stack(build_settings(replicas, routers), Path(folder)) as stack:
+    settings = build_settings(replicas, routers, has_vllm=vllm)
+    within_s = _VLLM_HEALED_WITHIN_S if vllm else _HEALED_WITHIN_S
+    with tempfile.TemporaryDirectory() as folder, run_stack(settings, Path(folder)) as stack:
         plan = [victim for victim in chosen for _ in range(rounds)]
         for victim in track(plan, description="killing"):
-            results.append(asyncio.run(kill_under_load(stack, victim, replicas, routers)))
+            results.append(asyncio.run(kill_under_load(stack, victim, replicas, routers, within_s)))
     Console(width=180).print(build_table(results))
     if json_file is not None:
         summary = summarize(results)

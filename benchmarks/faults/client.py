@@ -110,6 +110,7 @@ class Load:
             "model": self.model,
             "messages": messages,
             "max_tokens": self.tokens,
+            "ignore_eos": True,
             "stream": is_stream,
         }
         if is_stream:

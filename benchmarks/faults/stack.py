@@ -18,14 +18,15 @@ import orjson
 import psutil
 import yaml
 
-_READY_WITHIN_S = 180.0
+_READY_WITHIN_S = 400.0
 _STOPPED_WITHIN_S = 90.0
 _TITLES = {
     "replica": "ray::ServeReplica:engine-",
     "router": "ray::ServeReplica:router",
     "directory": "ray::ReplicaDirectory",
+    "core": "VLLM::EngineCore",
 }
-"""How Ray names the processes of its actors, by our name for them."""
+"""How Ray names the processes of its actors, and vLLM the one that its replica's engine runs in, by our names."""
 
 
 @dataclass
@@ -35,7 +36,7 @@ class RunningStack:
     log: Path
 
     def find(self, part: str) -> list[psutil.Process]:
-        """The processes of one part (`replica`, `router`, `directory`), oldest first."""
+        """The processes of one part (`replica`, `router`, `directory`, `core`), oldest first."""
         found = []
         for process in psutil.Process(self.process.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):
@@ -50,8 +51,15 @@ class RunningStack:
             return orjson.loads(answer.read())
 
     def end_an_engine(self) -> int:
-        """Have the engine of one replica die as vLLM's engine process does: what runs on it fails with it, and the
-        replica's own process, which holds the HTTP server, lives on. Gives the process that is to be replaced."""
+        """Kill vLLM's engine process of one replica; a scripted engine dies in the same way.
+
+        What runs on it fails with it; the replica's own process, which holds the HTTP server, lives on. Gives the id of
+        that process: it is to be replaced.
+        """
+        if cores := self.find("core"):
+            replica_pid: int = cores[0].ppid()
+            cores[0].kill()
+            return replica_pid
         replica = next(entry for entry in self.get("/admin/state")["replicas"] if entry["state"] == "ready")
         body = orjson.dumps({"failures": ["dead:after_tokens=5:times=1"]})
         with urllib.request.urlopen(f"{replica['base_url']}/script", data=body, timeout=5) as answer:
