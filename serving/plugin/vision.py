@@ -25,8 +25,8 @@ _DEVICE_BIAS_BYTES = 512 * 2**20
 nothing from larger batches and loses its caches to them (5% slower at 96 MiB, measured at the nano sizes)."""
 
 _WIDEST_CONVOLUTION = 256
-"""Up to this width a CPU embeds patches faster by a convolution over the picture as it is: 8 ms of 62 less for six tiles
-of 640 pixels through a whole encoder of width 64. At the published 768 it is slower."""
+"""Up to this width a CPU embeds patches faster by a convolution over the picture as it is: 8 ms of 62 less for six
+tiles of 640 pixels through a whole encoder of width 64. At the published 768 it is slower."""
 
 
 @dataclass(frozen=True, slots=True)
