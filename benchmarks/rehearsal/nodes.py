@@ -87,6 +87,9 @@ class Network:
     def bridge(self) -> str:
         return f"rh{self.tag}br"
 
+    def _link(self, number: int) -> str:
+        return f"rh{self.tag}v{number}"
+
     def _ip(self, number: int) -> str:
         return f"10.{213 + os.getpid() % 32}.{os.getpid() // 32 % 256}.{number}"
 
@@ -97,7 +100,7 @@ class Network:
     def add(self, name: str, environment: Mapping[str, str]) -> Node:
         """A node that reaches the others and nobody else."""
         number = len(self.nodes) + 2
-        namespace, link = f"rh{self.tag}-{name}", f"rh{self.tag}v{number}"
+        namespace, link = f"rh{self.tag}-{name}", self._link(number)
         folder = self.folder / name
         folder.mkdir()
         node = Node(name, namespace, self._ip(number), folder, environment)
@@ -111,8 +114,10 @@ class Network:
         return node
 
     def close(self) -> None:
-        for node in self.nodes.values():
+        for number, node in enumerate(self.nodes.values(), start=2):
             node.kill()
+            # A namespace goes in its own time; its link goes now.
+            subprocess.run(["ip", "link", "del", self._link(number)], check=False, capture_output=True)
             subprocess.run(["ip", "netns", "del", node.namespace], check=False, capture_output=True)
         subprocess.run(["ip", "link", "del", self.bridge], check=False, capture_output=True)
 
