@@ -134,8 +134,8 @@ def text_chunks() -> Iterator[tuple[Any, Any, Any, Any]]:
 
     names = ("DeltaMessage", "ChatCompletionResponseStreamChoice", "ChatCompletionStreamResponse")
     classes = {name: getattr(chat, name) for name in names}
-    private.writetext_chunks()
-    private.writetext_chunks()
+    private.write_text_chunks()
+    private.write_text_chunks()
     yield chat, *classes.values()
     vars(chat).update(classes)
 
