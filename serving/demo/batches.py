@@ -61,6 +61,8 @@ class Batch:
     """int64 [b, g, 2]: whether text follows below the even and the odd line that a row of vision tokens shows."""
     is_near_end: Tensor
     """bool [b, g, 2]: whether that line is the page's last or the one before, where it is easiest to be wrong."""
+    has_text: bool = True
+    """Whether the decoder learns from the batch."""
     is_part: bool = False
     """Whether `pages` and `patch_chars` are parts of a view; all else is then without meaning."""
 

@@ -61,10 +61,21 @@ class SamAttention(nn.Module):
             bias = (rel_h[..., :, None] + rel_w[..., None, :]).flatten(3)
             scores = torch.matmul(q * head_size**-0.5, k.transpose(-1, -2)) + bias
             out = torch.matmul(scores.softmax(-1).to(v.dtype), v)
+        elif side * side > _TRAINED_TOKENS:
+            with torch.no_grad():
+                out = self._attend_page_by_page(q, k, v, rel_h, rel_w)
         else:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and side * side <= _TRAINED_TOKENS):
-                out = self._attend_without_bias_matrix(q, k, v, rel_h, rel_w)
+            out = self._attend_without_bias_matrix(q, k, v, rel_h, rel_w)
         return self.proj(out.transpose(1, 2).reshape(b, side, side, width))
+
+    @staticmethod
+    def _attend_page_by_page(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
+        """Attend with a matrix of biases, page by page: twice as quick as without one, where no gradient flows."""
+        pages = []
+        for query, key, value, by_row, by_column in zip(q, k, v, rel_h.to(q.dtype), rel_w.to(q.dtype), strict=True):
+            bias = (by_row[..., :, None] + by_column[..., None, :]).flatten(2)
+            pages.append(F.scaled_dot_product_attention(query[None], key[None], value[None], bias[None]))
+        return torch.cat(pages)
 
     @staticmethod
     def _attend_without_bias_matrix(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:

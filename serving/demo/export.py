@@ -18,12 +18,19 @@ def sample() -> Page:
     return sample_page(with_chars(CORE, 150, 300), "test", SAMPLE_SEED, SAMPLE_INDEX)
 
 
-def export_weights(run: Path, out: Path) -> str:
-    """Write the run's weights to `out` in float16 under their published names and return the file's SHA-256."""
+def export_weights(run: Path, out: Path, other: Path | None = None, share: float = 1.0) -> str:
+    """Write the run's weights to `out` in float16 under their published names and return the file's SHA-256.
+
+    With `other`, weights that the run started from, the mean of both is written, in which the run has `share`:
+    a short run's own mistakes, and those of what it started from, mostly cancel.
+    """
     import torch
-    from safetensors.torch import save
+    from safetensors.torch import load_file, save
 
     state = torch.load(run / "training.pt", weights_only=True)["model"]
+    if other is not None:
+        start = load_file(other)
+        state = {name: torch.lerp(start[name].float(), weight, share) for name, weight in state.items()}
     data = save({name: state[name].half().contiguous() for name in sorted(state)})
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(data)
@@ -39,9 +46,13 @@ def export_sample(folder: Path) -> None:
     (folder / "sample.txt").write_text(page.text + "\n")
 
 
-def main(run: Annotated[Path, typer.Option(help="Directory of the training run.")]) -> None:
+def main(
+    run: Annotated[Path, typer.Option(help="Directory of the training run.")],
+    other: Annotated[Path | None, typer.Option(help="Weights to take the mean with, those it started from.")] = None,
+    share: Annotated[float, typer.Option(help="The run's share in that mean.", min=0.0, max=1.0)] = 0.5,
+) -> None:
     """Write the shipped weights and the sample page into the package."""
-    typer.echo(export_weights(run, HERE / "weights" / "nano.safetensors"))
+    typer.echo(export_weights(run, HERE / "weights" / "nano.safetensors", other, share))
     export_sample(HERE)
 
 

@@ -18,10 +18,6 @@ from serving.demo.tokenizer import EOS_ID, FIRST_COLUMN_ID, FIRST_LINE_ID
 
 _NUM_BYTES = 128
 _SLOT_WIDTH = 48
-_END_WEIGHT = 8.0
-"""The end of the page comes once a page, and a reader that misses it goes on for ever."""
-_TURN_WEIGHTS = {"line": 4.0, "end": 10.0}
-"""Newlines and the end are few among letters and alone decide whether a line is lost or a page read twice."""
 _GUIDED_ROWS = 48
 """Text places per page on which attention is guided; a sample is enough and much cheaper."""
 
@@ -37,6 +33,12 @@ class LossWeights:
     places: float = 0.15
     attention: float = 0.3
     balance: float = 0.01
+    line_turn: float = 4.0
+    end_turn: float = 10.0
+    """How often newlines and the end count: they are few among letters and alone decide whether a line is lost or a
+    page read twice. Once all else is learnt this makes the reader take wide gaps for them."""
+    end_label: float = 8.0
+    """How often the page's end counts among what vision tokens say."""
 
 
 class TrainingHeads(nn.Module):
@@ -58,12 +60,12 @@ class TrainingHeads(nn.Module):
         return self.slot_char(slots.reshape(b, 4 * side, 4 * side, _SLOT_WIDTH))
 
 
-def _char_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _char_loss(logits: Tensor, labels: Tensor, end_label: float) -> tuple[Tensor, Tensor]:
     """Return the loss over labelled patches, with paper counting for less, and the accuracy on all but paper."""
     flat, wanted = logits.float().flatten(0, -2), labels.flatten()
     losses = F.cross_entropy(flat, wanted, ignore_index=IGNORED, reduction="none")
     is_print, is_paper = wanted > 0, wanted == 0
-    shares = is_print + (_END_WEIGHT - 1) * (wanted == PAGE_END)
+    shares = is_print + (end_label - 1) * (wanted == PAGE_END)
     loss = (losses * shares).sum() / is_print.sum().clamp(min=1)
     loss = loss + 0.2 * (losses * is_paper).sum() / is_paper.sum().clamp(min=1)
     with torch.no_grad():
@@ -78,10 +80,10 @@ def encoder_losses(
 
     A part has those of its patches alone.
     """
-    patches, seen = _char_loss(heads.patch_char(encoded.patches), batch.patch_chars)
+    patches, seen = _char_loss(heads.patch_char(encoded.patches), batch.patch_chars, weights.end_label)
     if batch.is_part:
         return {"patches": weights.patches * patches, "seen": seen}
-    cells, right = _char_loss(heads.read_cells(encoded.cells), batch.cell_chars)
+    cells, right = _char_loss(heads.read_cells(encoded.cells), batch.cell_chars, weights.end_label)
     more = _more_loss(heads.more(encoded.cells), batch)
     terms = {"patches": weights.patches * patches, "cells": weights.cells * cells, "more": weights.more * more}
     return terms | {"seen": seen, "read": right}
@@ -101,16 +103,16 @@ def _more_loss(logits: Tensor, batch: Batch) -> Tensor:
     return losses.sum() / is_known.sum() + (losses * is_near).sum() / is_near.sum().clamp(min=1)
 
 
-def text_loss(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def text_loss(logits: Tensor, batch: Batch, weights: LossWeights) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss per text place of [b, n, vocabulary] and the shares of right guesses: of all and of turns.
 
-    Turns are newlines and ends; they count several times, as if there were more of them.
+    Turns are newlines and ends.
     """
     wanted = batch.ids.masked_fill(~batch.is_text, IGNORED)
     losses = F.cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none")
     is_end = batch.ids == EOS_ID
     is_line = (batch.ids >= FIRST_LINE_ID) & (batch.ids < FIRST_COLUMN_ID)
-    counts = 1 + (_TURN_WEIGHTS["line"] - 1) * is_line + (_TURN_WEIGHTS["end"] - 1) * is_end
+    counts = 1 + (weights.line_turn - 1) * is_line + (weights.end_turn - 1) * is_end
     loss = (losses * counts.flatten()).sum() / batch.is_text.sum()
     with torch.no_grad():
         is_right = logits.argmax(-1) == batch.ids

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from serving.demo.texts import Random, Split, sample_lines
+from serving.demo.texts import Random, Split, sample_lines, sample_spaced_lines
 
 PITCH_PX = 16
 LINE_PX = 32
@@ -46,6 +46,8 @@ class PageSpec:
     margin_share: float = 0.5
     gap_share: float = 0.0
     """Share of pages with empty rows between some lines; they are not part of the text."""
+    spaced_share: float = 0.0
+    """Share of pages that are forms and tables with wide gaps inside their lines."""
     num_lines: tuple[int, int] = (1, 14)
     num_chars: tuple[int, int] = (1, 400)
     size_px: int = 512
@@ -173,7 +175,8 @@ def _sample_text(spec: PageSpec, split: Split, random: Random) -> tuple[list[str
         left = int(random.integers(0, 4)) if with_margin else 0
         top = int(random.integers(0, min(3, max_rows - num_lines) + 1)) if with_margin else 0
         width = max(1, max_columns - left - (int(random.integers(0, 12)) if random.random() < 0.5 else 0))
-        lines = sample_lines(random, split, num_lines, width)
+        is_spaced = spec.spaced_share > 0 and random.random() < spec.spaced_share
+        lines = (sample_spaced_lines if is_spaced else sample_lines)(random, split, num_lines, width)
         if low <= sum(map(len, lines)) <= high:
             return lines, left, top
     raise ValueError(f"no page fits {spec}")

@@ -21,6 +21,8 @@ class View:
     start: float = 0.0
     stop: float = 1.0
     is_part: bool = False
+    has_text: bool = True
+    """Whether the decoder learns from it as well; a view that trains the encoder alone shows full pages."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,9 @@ class Plan:
     wide_from: float = 0.58
     wide_share: float = 0.3
     gap_share: float = 0.0
+    spaced_share: float = 0.0
+    mistake_share: float = 0.0
+    """Share of the printed characters that the decoder is told wrongly while it learns to go on from them."""
     weight_decay: float = 0.02
     views: tuple[View, ...] = ()
     views_text_from: float = 0.0
@@ -55,26 +60,22 @@ class Plan:
 
 
 CONTINUED = Plan(
-    seed=1,
-    peak_rate=6e-4,
+    seed=3,
+    peak_rate=4e-4,
     floor_share=0.02,
-    warmup_steps=60,
-    heads_steps=100,
-    decay_from=0.5,
+    warmup_steps=40,
+    heads_steps=60,
+    decay_from=0.6,
     encoder_until=0.0,
     wide_from=0.0,
-    wide_share=0.5,
+    wide_share=0.3,
     gap_share=0.15,
-    views=(
-        View(1024, 0.5, 16, stop=0.55, is_part=True),
-        View(1024, 0.2, 8, stop=0.55),
-        View(1024, 0.08, 16, start=0.55, is_part=True),
-        View(1024, 0.3, 8, start=0.55),
-        View(640, 0.03, 12, start=0.55),
-    ),
-    views_text_from=0.1,
+    spaced_share=0.35,
+    mistake_share=0.03,
+    views=(View(1024, 0.2, 8, has_text=False), View(1024, 0.12, 8)),
+    weights=LossWeights(line_turn=1.0, end_turn=2.0, end_label=2.0),
 )
-"""The second stretch, on weights that already read pages at the native size."""
+"""A later stretch, on weights that already read pages at the native size: wide gaps and a larger view."""
 
 
 @dataclass
@@ -117,15 +118,15 @@ def training_spec(index: int, plan: Plan, progress: float) -> PageSpec:
     return _sometimes_long(plan.wide if is_wide else plan.core, index, plan)
 
 
-def view_spec(index: int, plan: Plan, is_part: bool) -> PageSpec:
-    """Return what a page of another view may look like: a core page, and a full one where parts are cut from it."""
-    if not is_part:
+def view_spec(index: int, plan: Plan, is_full: bool) -> PageSpec:
+    """Return what a page of another view may look like: a core page, or a full one."""
+    if not is_full:
         return _sometimes_long(plan.core, index, plan)
     most = plan.core.num_lines[1]
     return replace(plan.core, num_lines=(most - 1, most), margin_share=0.0)
 
 
 def _sometimes_long(spec: PageSpec, index: int, plan: Plan) -> PageSpec:
-    spec = replace(spec, gap_share=plan.gap_share)
+    spec = replace(spec, gap_share=plan.gap_share, spaced_share=plan.spaced_share)
     most = spec.num_lines[1]
     return replace(spec, num_lines=((most + 1) // 2, most)) if index % 2 else spec

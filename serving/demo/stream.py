@@ -1,6 +1,7 @@
 """Batches for training, rendered on the way in a thread of their own."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 
@@ -35,8 +36,8 @@ def render_view(plan: Plan, view: View, step: int, sizes: NanoConfig) -> Batch:
     """Return the batch of a step that is not at the native size; parts are cut from full pages."""
     pages = []
     for index in range(_VIEW_PAGES + step * view.pages, _VIEW_PAGES + (step + 1) * view.pages):
-        pages.append(sample_page(view_spec(index, plan, view.is_part), "train", plan.seed, index))
-    batch = Batch.from_pages(pages, sizes, view.side_px)
+        pages.append(sample_page(view_spec(index, plan, view.is_part or not view.has_text), "train", plan.seed, index))
+    batch = replace(Batch.from_pages(pages, sizes, view.side_px), has_text=view.has_text)
     return batch.cut_part(sizes, step) if view.is_part else batch
 
 

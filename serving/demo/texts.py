@@ -134,17 +134,49 @@ def _fill_line(random: Random, split: Split, length: int, is_prose: bool) -> str
     return line
 
 
-def _form_line(random: Random, split: Split, length: int) -> str:
-    """Return a label with a value behind it, sometimes pushed to the right edge."""
+def _form_line(random: Random, split: Split, length: int, pushed_share: float = 0.3) -> str:
+    """Return a label with a value behind it, in a share of the cases pushed to the right edge."""
     label = _choose(random, _LABELS) if random.random() < 0.3 else _word(random, split).capitalize()
     value = _choose(random, [f(random, split) for f in (_amount, _date, _code, _number, _sentence_word)])
-    gap = max(1, length - len(label) - 1 - len(value)) if random.random() < 0.3 else 1
+    gap = max(1, length - len(label) - 1 - len(value)) if random.random() < pushed_share else 1
     return f"{label}:{' ' * gap}{value}"[:length].rstrip()
 
 
 def sample_prose(random: Random, split: Split, num_lines: int, width: int) -> list[str]:
     """Return `num_lines` lines of running words with some amounts, dates and codes between them, without long gaps."""
     return [_fill_line(random, split, width, is_prose=True) for _ in range(num_lines)]
+
+
+def _spaced_line(random: Random, split: Split, length: int) -> str:
+    """Return two to four columns with gaps of any width between them, the whole often as long as the line."""
+    widths = random.integers(1, 13, int(random.integers(2, 5))).tolist()
+    columns = [_fill_line(random, split, width, is_prose=False).rstrip() for width in widths]
+    while len(columns) > 1 and sum(map(len, columns)) + len(columns) - 1 > length:
+        columns.pop()
+    room = length - sum(map(len, columns))
+    if random.random() < 0.4:
+        room = int(random.integers(len(columns) - 1, max(room, len(columns) - 1) + 1))
+    cuts = np.sort(random.integers(0, max(1, room - len(columns) + 2), len(columns) - 1))
+    gaps = np.diff(cuts, prepend=0) + 1
+    return "".join(f"{column}{' ' * gap}" for column, gap in zip(columns, [*gaps, 0], strict=True))[:length].rstrip()
+
+
+def sample_spaced_lines(random: Random, split: Split, num_lines: int, width: int) -> list[str]:
+    """Return `num_lines` lines of at most `width` characters: forms and tables in which wide gaps are common.
+
+    No line is empty or ends in a space.
+    """
+    kind, share = random.random(), random.uniform(0.3, 1.0)
+    lines = []
+    for _ in range(num_lines):
+        style = random.random()
+        if kind < 0.5:
+            lines.append(_form_line(random, split, max(width, 6), share))
+        elif kind < 0.8 or style < share:
+            lines.append(_spaced_line(random, split, width))
+        else:
+            lines.append(_fill_line(random, split, width, is_prose=False).rstrip())
+    return lines
 
 
 def sample_lines(random: Random, split: Split, num_lines: int, width: int) -> list[str]:

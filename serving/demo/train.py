@@ -93,7 +93,7 @@ class Trainer:
         else:
             encoded = self.model.encode(batch.pages)
             terms = encoder_losses(encoded, self.heads, batch, self.plan.weights)
-        if batch.is_part:
+        if batch.is_part or not batch.has_text:
             return terms
         is_native = batch.pages.shape[-1] == self.model.sizes.image_size
         if progress < (self.plan.encoder_until if is_native else self.plan.views_text_from):
@@ -112,13 +112,21 @@ class Trainer:
     def _decode_text(self, cells: Tensor, batch: Batch) -> tuple[DecoderTrace, int]:
         """Run the decoder over image, prompt and text; the second result is where the first character comes out."""
         image = self.model.embed_prompt(cells, self._sample_prompt())
-        text = self.model.model.embed_tokens(batch.ids[:, :-1])
+        text = self.model.model.embed_tokens(self.mistake(batch.ids[:, :-1]))
         return self.model.decode(torch.cat([image, text], 1)), image.shape[1] - 1
+
+    def mistake(self, ids: Tensor) -> Tensor:
+        """Replace a share of the printed characters: the reader is to go on from its own mistakes as well."""
+        if not self.plan.mistake_share:
+            return ids
+        is_print = (ids > _PRINTABLE_IDS[0]) & (ids < _PRINTABLE_IDS[1])
+        is_wrong = is_print & (torch.rand(ids.shape) < self.plan.mistake_share)
+        return torch.where(is_wrong, torch.randint(*_PRINTABLE_IDS, ids.shape), ids)
 
     def _text_terms(self, cells: Tensor, batch: Batch) -> dict[str, Tensor]:
         weights = self.plan.weights
         trace, start = self._decode_text(cells, batch)
-        loss, right, turned = text_loss(self.model.lm_head(trace.hidden[:, start:]), batch)
+        loss, right, turned = text_loss(self.model.lm_head(trace.hidden[:, start:]), batch, weights)
         balance = sum(balance_loss(logits) for logits in trace.router_logits)
         return {
             "text": weights.text * loss,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from serving.demo.batches import IGNORED, Batch
 from serving.demo.config import NANO, NanoConfig
@@ -15,8 +15,8 @@ from serving.demo.export import export_weights
 from serving.demo.metrics import character_error_rate, edit_distance, mean_error_rate
 from serving.demo.pages import CORE, WIDE, sample_page
 from serving.demo.plan import CONTINUED, Clock, Plan, View, learning_rate, training_spec, view_of
-from serving.demo.tokenizer import EOS_ID, decode_ids
-from serving.demo.train import Rhythm, run_training
+from serving.demo.tokenizer import EOS_ID, FIRST_BYTE_ID, decode_ids
+from serving.demo.train import Rhythm, Trainer, run_training
 
 SMALL = NanoConfig(
     image_size=128,
@@ -49,7 +49,7 @@ SECOND = replace(
     core=PLAN.core,
     wide=PLAN.wide,
     measured_chars=PLAN.measured_chars,
-    views=(View(256, 0.2, 1, is_part=True), View(256, 0.3, 1), View(384, 0.2, 1)),
+    views=(View(256, 0.2, 1, is_part=True), View(256, 0.3, 1), View(384, 0.2, 1, has_text=False)),
 )
 
 
@@ -102,7 +102,19 @@ def test_a_second_stretch_starts_from_weights_alone(tmp_path: Path) -> None:
     assert not torch.equal(moved["lm_head.weight"], after_heads["lm_head.weight"])
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert {line["view"] for line in lines if "view" in line} == {128, -128, 256, 384}
+    assert {line["view"] for line in lines if "text" in line} == {128, 256}
     assert lines[-1].keys() >= {"cer_core", "cer_wide", "cer_view"}
+
+
+def test_exported_weights_can_be_the_mean_with_others(tmp_path: Path) -> None:
+    train(tmp_path / "run", 2)
+    files = [tmp_path / f"{name}.safetensors" for name in ("start", "run", "mean")]
+    export_weights(tmp_path / "run", files[1])
+    save_file({name: torch.zeros_like(weight) for name, weight in load_file(files[1]).items()}, files[0])
+    export_weights(tmp_path / "run", files[2], files[0], 0.25)
+    run, mean = load_file(files[1]), load_file(files[2])
+    for name, weight in run.items():
+        assert torch.allclose(mean[name].float(), 0.25 * weight.float(), rtol=2e-3, atol=1e-6), name
 
 
 @pytest.mark.parametrize("progress", [0.1, 0.9])
@@ -132,6 +144,23 @@ def test_pages_with_gaps_keep_their_text() -> None:
     assert [page.text for page in whole] == [page.text for page in gapped]
     assert any(page.line_boxes[-1][1] > old.line_boxes[-1][1] + 16 for page, old in zip(gapped, whole, strict=True))
     assert all(page.line_boxes[-1][3] <= 512 for page in gapped)
+
+
+def test_later_pages_have_wide_gaps_inside_their_lines() -> None:
+    spec = replace(CORE, spaced_share=1.0)
+    texts = [sample_page(spec, "train", 0, index).text for index in range(20)]
+    assert sum("    " in text for text in texts) > 15
+    assert all(line and line == line.strip() for text in texts for line in text.split("\n"))
+
+
+def test_the_decoder_is_told_a_share_of_the_characters_wrongly() -> None:
+    trainer = Trainer(replace(PLAN, mistake_share=0.2), Clock(1, 1), SMALL)
+    pages = [sample_page(PLAN.core, "train", 0, index) for index in range(40)]
+    ids = Batch.from_pages(pages, SMALL).ids
+    is_wrong = trainer.mistake(ids) != ids
+    is_print = (ids > FIRST_BYTE_ID + ord(" ")) & (ids < FIRST_BYTE_ID + 127)
+    assert not (is_wrong & ~is_print).any()
+    assert 0.1 < float(is_wrong[is_print].float().mean()) < 0.3
 
 
 def test_the_rate_warms_up_stays_and_decays() -> None:
