@@ -54,9 +54,9 @@ def test_the_settings_command_prints_what_is_in_effect() -> None:
     assert "output_per_million: '0.2'" in out
 
 
-@pytest.mark.parametrize("verb", sorted(set(re.findall(r"`make ([a-z0-9-]+)|^make ([a-z0-9-]+)", README, re.MULTILINE))))
-def test_every_make_verb_exists(verb: tuple[str, str]) -> None:
-    assert re.search(rf"^{''.join(verb)}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+@pytest.mark.parametrize("verb", sorted(set(re.findall(r"(?:`|^)make ([a-z0-9-]+)", README, re.MULTILINE))))
+def test_every_make_verb_exists(verb: str) -> None:
+    assert re.search(rf"^{verb}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
 def test_the_map_names_rooms_that_exist() -> None:
