@@ -8,6 +8,7 @@ in the answer's `usage`, in the ledger, in budgets and in reports; sums are sums
 from __future__ import annotations
 
 import hashlib
+import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ NANO_PER_DOLLAR = 10**9
 _PICO_PER_NANO = 1000
 _FREE = (Outcome.REFUSED, Outcome.FAILED)
 _BASE = "base"
+_DOLLARS = re.compile(r"[0-9]{1,15}\.[0-9]{9}")
 """In the place of a date in the version of the rates that no date begins."""
 
 
@@ -167,3 +169,14 @@ def format_dollars(nanodollars: int) -> str:
     """Every digit of it, `12.000000345`."""
     whole, part = divmod(abs(nanodollars), NANO_PER_DOLLAR)
     return f"{'-' if nanodollars < 0 else ''}{whole}.{part:09d}"
+
+
+def parse_dollars(text: str) -> int:
+    """The nanodollars that `format_dollars` has written, none lost.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if _DOLLARS.fullmatch(text) is None:
+        raise ValueError("not an amount of dollars")
+    return int(text.replace(".", ""))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from serving.billing.prices import Price
+from serving.billing.prices import Price, format_dollars, parse_dollars
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,3 +62,59 @@ def quote(
     least = min(cost(prompt_tokens.least, completion.least, cached) for cached in caches)
     most = max(cost(prompt_tokens.most, completion.most, cached) for cached in caches)
     return Quote(prompt_tokens, num_image_tokens, completion, TokenRange(least, most), price.version)
+
+
+def sum_quotes(quotes: Sequence[Quote]) -> Quote:
+    """Of several requests together; the price is the first one's, and none has none."""
+    return Quote(
+        _sum([each.prompt_tokens for each in quotes]),
+        sum(each.num_image_tokens for each in quotes),
+        _sum([each.completion_tokens for each in quotes]),
+        _sum([each.nanodollars for each in quotes]),
+        quotes[0].price_version if quotes else "",
+    )
+
+
+def _sum(ranges: Sequence[TokenRange]) -> TokenRange:
+    return TokenRange(sum(each.least for each in ranges), sum(each.most for each in ranges))
+
+
+def quote_to_json(model: str, found: Quote) -> dict[str, Any]:
+    """As the API shows it."""
+    least, most = found.nanodollars.least, found.nanodollars.most
+    return {
+        "object": "quote",
+        "model": model,
+        "prompt_tokens": _show(found.prompt_tokens),
+        "image_tokens": found.num_image_tokens,
+        "completion_tokens": _show(found.completion_tokens),
+        "cost_dollars": {"least": format_dollars(least), "most": format_dollars(most)},
+        "price_version": found.price_version,
+    }
+
+
+def quote_from_json(shown: Mapping[str, Any]) -> Quote:
+    """What `quote_to_json` has shown, to the nanodollar.
+
+    Raises:
+        ValueError: it has not.
+    """
+    try:
+        dollars = shown["cost_dollars"]
+        return Quote(
+            _read(shown["prompt_tokens"]),
+            int(shown["image_tokens"]),
+            _read(shown["completion_tokens"]),
+            TokenRange(parse_dollars(dollars["least"]), parse_dollars(dollars["most"])),
+            str(shown["price_version"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError("not a quote") from error
+
+
+def _show(tokens: TokenRange) -> dict[str, int]:
+    return {"least": tokens.least, "most": tokens.most}
+
+
+def _read(shown: Mapping[str, Any]) -> TokenRange:
+    return TokenRange(int(shown["least"]), int(shown["most"]))

@@ -38,6 +38,7 @@ class OcrApp:
 
         routes: list[BaseRoute] = [
             route("/v1/ocr", POST=documents.answer),
+            route("/v1/ocr/quote", POST=documents.answer_quote),
             route("/v1/ocr/jobs", POST=jobs.submit, GET=jobs.list_jobs),
             route("/v1/ocr/jobs/{job_id}", GET=jobs.show, DELETE=jobs.delete),
             route("/v1/ocr/jobs/{job_id}/pages", GET=jobs.list_pages),

@@ -1,16 +1,15 @@
-"""`POST /v1/ocr`: a document read while its client waits, whole or as a stream of events."""
+"""`POST /v1/ocr`: a document read while its client waits, whole or as a stream of events; and what that would cost."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
-import pybase64
 from starlette.requests import Request
 
 from serving.asgi.presence import ClientPresence
@@ -25,7 +24,9 @@ from serving.errors import (
 )
 from serving.ocr.documents import select_pages
 from serving.ocr.intake import Submission
+from serving.ocr.orders import Options
 from serving.ocr.pipeline import Order, PageDelta, PageDrawn, PageEnded, PageStarted, PipelineEvent, is_for_all
+from serving.ocr.quotes import show_quote
 from serving.ocr.reader import Failure, Usage
 from serving.ocr.renderer import Document
 from serving.ocr.routers import Caller
@@ -33,6 +34,7 @@ from serving.ocr.service import OcrService
 from serving.ocr.shown import PageResult, show_failure, show_usage
 
 _RETRY_S = 2.0
+_Act = Callable[[Document, Submission, Caller, Reply], Awaitable[None]]
 
 
 @dataclass(slots=True)
@@ -63,12 +65,23 @@ class DocumentsRoute:
         Raises:
             ServingError: what is wrong with it as a whole.
         """
+        await self._take(request, reply, self._read)
+
+    async def answer_quote(self, request: Request, reply: Reply) -> None:
+        """What one document would cost, none of it read by a model.
+
+        Raises:
+            ServingError: what is wrong with it as a whole.
+        """
+        await self._take(request, reply, self._quote)
+
+    async def _take(self, request: Request, reply: Reply, act: _Act) -> None:
         service = self._service
         caller = await service.callers.identify(request.headers.get("authorization"))
         with self._counted():
             async with service.intake.receive(request) as submission, ClientPresence(request.receive):
                 document = await service.renderer.open(submission.file)
-                await self._read(document, submission, caller, reply)
+                await act(document, submission, caller, reply)
 
     @contextlib.contextmanager
     def _counted(self) -> Any:
@@ -81,9 +94,20 @@ class DocumentsRoute:
         finally:
             service.num_open -= 1
 
+    def _select(self, document: Document, options: Options) -> list[int]:
+        return select_pages(options.pages, document.num_pages, self._service.settings.ocr.render.max_pages)
+
+    async def _quote(self, document: Document, submission: Submission, caller: Caller, reply: Reply) -> None:
+        options, ocr = submission.options, self._service.settings.ocr
+        pages = self._select(document, options)
+        question = options.question(ocr, caller.api_key)
+        quoted = await self._service.quoter.quote(document, pages, options.dpi, question)
+        shown = show_quote(options.model, quoted) | {"document": show_document(document, submission.size_bytes)}
+        await reply.send_body(200, orjson.dumps(shown))
+
     async def _read(self, document: Document, submission: Submission, caller: Caller, reply: Reply) -> None:
         options, ocr = submission.options, self._service.settings.ocr
-        pages = select_pages(options.pages, document.num_pages, ocr.render.max_pages)
+        pages = self._select(document, options)
         answer_id = f"ocr-{uuid.uuid4().hex}"
         order = Order(document, pages, options, options.question(ocr, caller.api_key), answer_id)
         head = {"model": options.model, "document": show_document(document, submission.size_bytes)}
@@ -174,8 +198,7 @@ def _show_event(event: PipelineEvent) -> dict[str, Any]:
         return {**shown, "dimensions": event.dimensions.shown()}
     if isinstance(event, PageDrawn):
         image = event.image
-        url = f"data:{image.media_type};base64,{pybase64.b64encode(image.data).decode()}"
-        shown = {"type": "page.image", "index": event.index, "image_url": url}
+        shown = {"type": "page.image", "index": event.index, "image_url": image.as_url()}
         return {**shown, "width": image.width, "height": image.height}
     if isinstance(event, PageDelta):
         return {"type": "page.delta", "index": event.index, "text": event.text}

@@ -16,12 +16,11 @@ from typing import Protocol
 import pybase64
 
 from serving.errors import ServingError
-from serving.ocr.documents import Format
 from serving.ocr.layout import Box, parse_layout
 from serving.ocr.orders import Options
 from serving.ocr.reader import Delta, Failure, PageReader, Question, Reading, TryStarted
 from serving.ocr.renderer import Document, PageImage, Renderer
-from serving.ocr.shown import Dimensions, PageResult, as_failure, find_figures, show_page, show_unread
+from serving.ocr.shown import Dimensions, PageResult, as_failure, find_figures, measure, show_page, show_unread
 from serving.ocr_settings import OcrSettings
 
 _QUEUED_EVENTS = 256
@@ -153,9 +152,7 @@ class Pipeline:
     async def _read_image(
         self, order: Order, index: int, image: PageImage, events: asyncio.Queue[PipelineEvent]
     ) -> PageResult:
-        is_pdf = order.document.format is Format.PDF
-        dpi = (order.options.dpi or self._settings.render.dpi) if is_pdf else None
-        dimensions = Dimensions(image.width, image.height, dpi)
+        dimensions = measure(order.document, image, order.options.dpi or self._settings.render.dpi)
         question = replace(order.question, request_id=f"{order.request_id}-p{index + 1}")
         reading: Reading | None = None
         async with contextlib.aclosing(self._reader.read(image, question)) as read:

@@ -17,7 +17,6 @@ from typing import Any
 
 import aiohttp
 import orjson
-import pybase64
 
 from serving.ocr.renderer import PageImage
 from serving.ocr_settings import ReadSettings
@@ -165,14 +164,14 @@ class PageReader:
     async def read(self, page: PageImage, question: Question) -> AsyncGenerator[Event]:
         """Read one page; the last event is its Reading. Whoever stops listening (`aclose`) ends the request."""
         deadline_s = asyncio.get_running_loop().time() + self._settings.page_timeout_s
-        url = f"data:{page.media_type};base64,{pybase64.b64encode(page.data).decode()}"
+        url = page.as_url()
         spent = Usage()
         tried_modes: list[str] = []
         num_refusals = 0
         for number in itertools.count(1):
             yield TryStarted(number, question.mode)
             attempt = _Try(mode=question.mode)
-            async for text in self._ask(_build_body(url, question), question, number, attempt, deadline_s):
+            async for text in self._ask(build_body(url, question), question, number, attempt, deadline_s):
                 yield Delta(text)
             spent += attempt.usage
             num_refusals += attempt.is_refused
@@ -256,7 +255,8 @@ def find_other_mode(mode: str | None, tried: list[str]) -> str | None:
     return next((name for name in order if name not in tried), None)
 
 
-def _build_body(url: str, question: Question) -> bytes:
+def build_body(url: str, question: Question) -> bytes:
+    """The chat request that reads the page at this URL."""
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question.prompt}]
     body: dict[str, Any] = {
         "model": question.model,

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pybase64
+
 from serving.errors import RenderError
 from serving.ocr.documents import HEAD_BYTES, Format, find_format
 from serving.ocr.layout import Box
@@ -41,6 +43,10 @@ class PageImage:
     media_type: str
     width: int
     height: int
+
+    def as_url(self) -> str:
+        """A `data:` URL of it."""
+        return f"data:{self.media_type};base64,{pybase64.b64encode(self.data).decode()}"
 
 
 class Renderer:

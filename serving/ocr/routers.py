@@ -92,6 +92,18 @@ class Callers:
             raise _refusal(status, _decode(body))
         return body
 
+    async def fetch_quote(self, api_key: str | None, body: bytes) -> dict[str, object]:
+        """What a chat request would cost, in the router's words.
+
+        Raises:
+            ServingError: the router's own refusal, or none of the routers answers.
+        """
+        status, answer = await self._fetch("/v1/quote", api_key, body)
+        found = _decode(answer)
+        if status != 200:
+            raise _refusal(status, found)
+        return found
+
     async def _ask(self, api_key: str | None) -> str | None:
         status, body = await self._fetch("/v1/tenant", api_key)
         if status in _NO_SUCH_ROUTE:
@@ -101,18 +113,21 @@ class Callers:
             raise _refusal(status, found)
         return str(found.get("id")) or None
 
-    async def _fetch(self, path: str, api_key: str | None) -> tuple[int, bytes]:
-        """Status and body of one router's answer.
+    async def _fetch(self, path: str, api_key: str | None, body: bytes | None = None) -> tuple[int, bytes]:
+        """Status and body of one router's answer, to a POST where there is a body to send.
 
         Raises:
             NoReplicaError: none of them answers.
         """
         assert self._session is not None
         headers = {"authorization": f"Bearer {api_key}"} if api_key is not None else {}
+        method = "GET" if body is None else "POST"
         for _ in range(2):
             url = f"{self._routers.choose()}{path}"
             try:
-                async with self._session.get(url, headers=headers, allow_redirects=False) as answer:
+                async with self._session.request(
+                    method, url, data=body, headers=headers, allow_redirects=False
+                ) as answer:
                     return answer.status, await answer.content.read(_MAX_ANSWER_BYTES)
             except (aiohttp.ClientError, OSError):
                 continue

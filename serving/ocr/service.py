@@ -11,6 +11,7 @@ from serving.ocr.intake import Intake
 from serving.ocr.job_runner import JobRunner
 from serving.ocr.job_store import JobStore
 from serving.ocr.pipeline import Pipeline
+from serving.ocr.quotes import Quoter
 from serving.ocr.reader import PageReader
 from serving.ocr.renderer import Renderer
 from serving.ocr.routers import Callers, Routers
@@ -39,6 +40,7 @@ class OcrService:
         self.intake = Intake(ocr, settings.router.limits)
         self._reader = PageReader(routers.choose, ocr.read, max_connections=_CONNECTIONS)
         self.pipeline = Pipeline(self.renderer, self._reader, ocr, self.metrics)
+        self.quoter = Quoter(self.renderer, self.callers, ocr)
         self.vault = Vault(ocr.secret, ocr.directory)
         self._database = Database(settings.billing)
         migrates = settings.billing.migrate_on_start

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from serving.errors import ServingError
+from serving.ocr.documents import Format
 from serving.ocr.layout import Block, Box, parse_layout
 from serving.ocr.markdown import render_markdown, render_text
 from serving.ocr.reader import NANO_PER_DOLLAR, Failure, Reading, Usage
+from serving.ocr.renderer import Document, PageImage
 
 FIGURES = frozenset({"image", "figure"})
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -41,6 +43,11 @@ class PageResult:
     @property
     def is_failed(self) -> bool:
         return self.failure is not None
+
+
+def measure(document: Document, image: PageImage, dpi: int) -> Dimensions:
+    """Of a page that was drawn at `dpi`, where it has no pixels of its own."""
+    return Dimensions(image.width, image.height, dpi if document.format is Format.PDF else None)
 
 
 def find_figures(blocks: Sequence[Block], max_figures: int) -> list[Box]:

@@ -99,7 +99,7 @@ class RouterApp:
         self._documents = DocumentRelay(settings.router, settings.ocr)
         self._state = RouterState(self.router_id, read_snapshot, self._dispatcher, self._limits)
         self._lookups = Lookups(
-            settings, read_snapshot, self._dispatcher, self._accounts, self._state, self.list_targets
+            settings, read_snapshot, self._dispatcher, self._accounts, self._state, self._documents, self.list_targets
         )
         self._metrics = RouterMetrics(self._read_gauges)
         self._traces = _build_traces(settings, self.router_id)
@@ -212,6 +212,9 @@ class RouterApp:
             await self._answer_ready(reply)
         elif path == "/openapi.json":
             await reply.send_body(200, self._document)
+        elif path == QUOTE:
+            identity = self._keys.identify(dict(scope["headers"]))
+            await self._lookups.answer_quote(request_id, identity, scope, receive, reply)
         else:
             identity = self._keys.identify(dict(scope["headers"]))
             await self._lookups.answer(path, identity, scope, receive, reply)

@@ -31,6 +31,7 @@ from serving.ocr_settings import OcrSettings
 from serving.router_settings import RouterSettings
 
 OCR = "/v1/ocr"
+QUOTE = OCR + "/quote"
 PLAYGROUND = "/playground/"
 _CONNECT_S = 5.0
 _FORM_BYTES = 128 * 1024
@@ -89,6 +90,16 @@ class DocumentRelay:
             )
         if not self._ocr.enabled:
             raise RouteNotFoundError("There is no OCR service here; ocr.enabled in the settings starts one.")
+
+    async def relay_quote(self, request_id: str, scope: Scope, receive: Receive, reply: Reply) -> None:
+        """Ask a service what a document would cost.
+
+        Raises:
+            ServingError: as `relay`, or the settings know of no service.
+            ClientGoneError: the client has left.
+        """
+        self.check_enabled()
+        await self.relay(request_id, {**scope, "path": QUOTE}, receive, reply)
 
     async def relay(self, request_id: str, scope: Scope, receive: Receive, reply: Reply) -> None:
         """Ask a service and send its answer on. Leaving ends the request there.

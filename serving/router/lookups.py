@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import orjson
-from starlette.types import Receive, Scope
+from starlette.types import Message, Receive, Scope
 
 from serving.asgi.guards import decode_json, read_body
 from serving.asgi.reply import Reply
@@ -16,6 +16,7 @@ from serving.errors import ModelNotFoundError, PermissionDeniedError
 from serving.router.accounts import Accounts
 from serving.router.auth import check_model_allowed
 from serving.router.dispatch import Dispatcher
+from serving.router.documents import DocumentRelay
 from serving.router.reporting import answer_costs, answer_openai_usage, answer_quote, answer_usage, parse_query
 from serving.router.requests import parse_request
 from serving.router.state import RouterState
@@ -49,6 +50,7 @@ class Lookups:
         dispatcher: Dispatcher,
         accounts: Accounts,
         state: RouterState,
+        documents: DocumentRelay,
         list_targets: Callable[[], list[Group]] = list,
     ) -> None:
         self._settings = settings
@@ -56,11 +58,12 @@ class Lookups:
         self._dispatcher = dispatcher
         self._accounts = accounts
         self._state = state
+        self._documents = documents
         self._list_targets = list_targets
         self._started_s = int(time.time())
 
     async def answer(self, path: str, identity: Identity, scope: Scope, receive: Receive, reply: Reply) -> None:
-        """One of `GET_ROUTES`, a model of `MODEL`, or `QUOTE`.
+        """One of `GET_ROUTES`, or a model of `MODEL`.
 
         Raises:
             ServingError: what is wrong with the request.
@@ -68,9 +71,7 @@ class Lookups:
         content_type = "application/json"
         query = parse_query(scope["query_string"])
         found: bytes | dict[str, Any]
-        if path == QUOTE:
-            found = await self._quote(identity, scope, receive)
-        elif path == "/v1/models":
+        if path == "/v1/models":
             found = {"object": "list", "data": self._model_cards(identity)}
         elif path == TENANT:
             found = {"object": "tenant", "id": identity.tenant_id, "key_id": identity.key_id or None}
@@ -91,10 +92,26 @@ class Lookups:
         body = found if isinstance(found, bytes) else orjson.dumps(found)
         await reply.send_body(200, body, content_type=content_type.encode())
 
-    async def _quote(self, identity: Identity, scope: Scope, receive: Receive) -> dict[str, Any]:
+    async def answer_quote(
+        self, request_id: str, identity: Identity, scope: Scope, receive: Receive, reply: Reply
+    ) -> None:
+        """`QUOTE`: of a chat or a completion, or of a document, which the OCR service has to look into.
+
+        Raises:
+            ServingError: what is wrong with the request.
+            ClientGoneError: the client has left.
+        """
         limits = self._settings.router.limits
         body = await read_body(scope, receive, limits)
-        path = "/v1/chat/completions" if "messages" in decode_json(body, limits) else "/v1/completions"
+        given = decode_json(body, limits)
+        if "document" in given and not given.keys() & {"messages", "prompt"}:
+            del given
+            await self._documents.relay_quote(request_id, scope, _replay(body, receive), reply)
+            return
+        path = "/v1/chat/completions" if "messages" in given else "/v1/completions"
+        await reply.send_body(200, orjson.dumps(self._quote(identity, path, body)))
+
+    def _quote(self, identity: Identity, path: str, body: bytes) -> dict[str, Any]:
         request = parse_request(path, body, self._settings)
         check_model_allowed(identity, request.model, *self._settings.models[request.model].aliases)
         replica = self._dispatcher.sample(request.model)
@@ -122,6 +139,16 @@ class Lookups:
         if card is None:
             raise ModelNotFoundError(f"The model '{name[:100]}' does not exist; GET /v1/models lists those that do.")
         return card
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A body that was read, to be read once more; then what comes after it."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive_again() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return receive_again
 
 
 def _check_admin(identity: Identity) -> None:

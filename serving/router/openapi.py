@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from typing import Any
 
-from serving.router.openapi_documents import describe_documents
+from serving.router.openapi_documents import describe_document_body, describe_documents
 from serving.settings import Settings
 
 _STATUSES = {
@@ -30,20 +30,23 @@ def build_document(settings: Settings) -> dict[str, Any]:
     """OpenAPI 3.1, served at `GET /openapi.json`."""
     names = [name for key, model in settings.models.items() for name in (key, *model.aliases)]
     limits = settings.router.limits
+    chat = _chat_schema(names, limits.max_messages)
+    relays = settings.ocr.enabled and settings.router.mode == "gateway"
+    quoted = {"oneOf": [chat, describe_document_body(names)]} if relays else chat
     return {
         "openapi": "3.1.0",
         "info": {"title": "serving", "version": importlib.metadata.version("serving")},
         "paths": {
-            "/v1/chat/completions": {"post": _generating("Chat", _chat_schema(names, limits.max_messages))},
+            "/v1/chat/completions": {"post": _generating("Chat", chat)},
             "/v1/completions": {"post": _generating("Completion", _completion_schema(names))},
             "/v1/models": {"get": _looking_up("Every name that a request may use")},
             "/v1/models/{model}": {
                 "get": _looking_up("One of them"),
                 "parameters": [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}],
             },
-            **(describe_documents(names) if settings.ocr.enabled and settings.router.mode == "gateway" else {}),
+            **(describe_documents(names) if relays else {}),
             "/v1/tenant": {"get": _looking_up("Whose key it is")},
-            "/v1/quote": {"post": _quoting(_chat_schema(names, limits.max_messages))},
+            "/v1/quote": {"post": _quoting(quoted)},
             "/v1/usage": {"get": _reporting("Your requests, tokens, pages and costs; an admin's: everybody's", _USAGE)},
             "/v1/organization/usage/completions": {
                 "get": _reporting("The same in daily buckets, as OpenAI has it; needs an admin key", _OPENAI_USAGE)

@@ -17,6 +17,9 @@ def describe_documents(names: list[str]) -> dict[str, Any]:
     submit = {**_answering("A document to be read while nobody waits", "202", _JOB), "requestBody": body}
     return {
         "/v1/ocr": {"post": {**_answering("Read a document", "200", _RESULT, has_stream=True), "requestBody": body}},
+        "/v1/ocr/quote": {
+            "post": {**_answering("What reading it would cost, each page once", "200", _QUOTE), "requestBody": body}
+        },
         "/v1/ocr/jobs": {
             "post": {**submit, "parameters": [key]},
             "get": {**_answering("Your jobs, newest first", "200", _list(_JOB)), "parameters": _page_by(_TEXT)},
@@ -63,6 +66,12 @@ def _list(item: dict[str, Any]) -> dict[str, Any]:
         "has_more": {"type": "boolean"},
     }
     return {"type": "object", "required": ["data", "has_more"], "properties": properties}
+
+
+def describe_document_body(names: list[str]) -> dict[str, Any]:
+    """The schema of a document's request as JSON; `names` are those of models."""
+    schema: dict[str, Any] = _body(names)["content"]["application/json"]["schema"]
+    return schema
 
 
 def _body(names: list[str]) -> dict[str, Any]:
@@ -130,6 +139,37 @@ _RESULT = {
     "type": "object",
     "required": ["id", "object", "pages", "usage"],
     "properties": {"object": {"const": "ocr.result"}, "pages": {"type": "array", "items": _PAGE}, "usage": _USAGE},
+}
+_RANGE = {"type": "object", "required": ["least", "most"], "properties": {"least": _COUNT, "most": _COUNT}}
+_DOLLARS = {"type": "object", "required": ["least", "most"], "properties": {"least": _TEXT, "most": _TEXT}}
+_QUOTED = {
+    "prompt_tokens": _RANGE,
+    "image_tokens": _COUNT,
+    "completion_tokens": _RANGE,
+    "cost_dollars": _DOLLARS,
+    "price_version": _TEXT,
+}
+_QUOTED_PAGE = {
+    "type": "object",
+    "required": ["index", "number", "status", *_QUOTED],
+    "properties": {
+        **{name: _PAGE["properties"][name] for name in ("index", "number", "dimensions", "error")},
+        **_QUOTED,
+        "status": {"enum": ["quoted", "failed"]},
+    },
+}
+_QUOTE = {
+    "type": "object",
+    "required": ["object", "model", *_QUOTED, "pages"],
+    "properties": {
+        "object": {"const": "quote"},
+        "model": _TEXT,
+        "document": {"type": "object"},
+        **_QUOTED,
+        "pages_quoted": _COUNT,
+        "pages_failed": _COUNT,
+        "pages": {"type": "array", "items": _QUOTED_PAGE},
+    },
 }
 _JOB = {
     "type": "object",

@@ -11,9 +11,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from serving.billing.ledger import Ledger
 from serving.billing.periods import NS_PER_S, Window, month_of, month_window, parse_time_ns
-from serving.billing.prices import format_dollars
 from serving.billing.queries import read_uptimes, sum_usage, sum_work
-from serving.billing.quotes import Quote, TokenRange, quote
+from serving.billing.quotes import TokenRange, quote, quote_to_json
 from serving.billing.reports import (
     GroupBy,
     UsageReport,
@@ -109,20 +108,7 @@ def answer_quote(
         max_tokens=min(request.max_tokens or longest, longest),
         num_choices=request.num_choices,
     )
-    return _quote_to_json(request.model, found)
-
-
-def _quote_to_json(model: str, found: Quote) -> dict[str, Any]:
-    least, most = found.nanodollars.least, found.nanodollars.most
-    return {
-        "object": "quote",
-        "model": model,
-        "prompt_tokens": {"least": found.prompt_tokens.least, "most": found.prompt_tokens.most},
-        "image_tokens": found.num_image_tokens,
-        "completion_tokens": {"least": found.completion_tokens.least, "most": found.completion_tokens.most},
-        "cost_dollars": {"least": format_dollars(least), "most": format_dollars(most)},
-        "price_version": found.price_version,
-    }
+    return quote_to_json(request.model, found)
 
 
 async def _read_usage(

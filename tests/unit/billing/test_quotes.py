@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.billing.prices import Price
-from serving.billing.quotes import TokenRange, quote
+from serving.billing.quotes import Quote, TokenRange, quote, quote_from_json, quote_to_json, sum_quotes
 from serving.billing.records import Outcome, TokenCounts
 
 RATES = st.integers(0, 10**6)
@@ -56,3 +56,18 @@ def test_a_request_costs_what_its_quote_said(
 def test_a_range_has_an_order(least: int, most: int) -> None:
     with pytest.raises(ValueError, match="no range"):
         TokenRange(least, most)
+
+
+def test_quotes_come_back_as_they_were_shown_and_add_up() -> None:
+    found = Quote(TokenRange(1, 2), 3, TokenRange(0, 4), TokenRange(5, 12_000_000_345), "v")
+    assert quote_from_json(quote_to_json("nano", found)) == found
+    twice = sum_quotes([found, found])
+    assert twice == Quote(TokenRange(2, 4), 6, TokenRange(0, 8), TokenRange(10, 24_000_000_690), "v")
+    assert sum_quotes(()).nanodollars == TokenRange(0, 0)
+
+
+@pytest.mark.parametrize("amount", ["1", "-1.000000000", "1.0000000001", "x", "1e3", 1.5, None])
+def test_an_amount_that_is_none_is_refused(amount: object) -> None:
+    shown = quote_to_json("nano", sum_quotes(()))
+    with pytest.raises(ValueError, match="not a"):
+        quote_from_json({**shown, "cost_dollars": {"least": amount, "most": "1.000000000"}})

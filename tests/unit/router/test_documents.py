@@ -6,6 +6,7 @@ import asyncio
 from datetime import UTC, datetime
 from pathlib import Path
 
+import orjson
 import pytest
 
 from serving.directory import ServiceRecord
@@ -68,6 +69,24 @@ async def test_without_a_service_it_says_so() -> None:
         for path in ("/", "/v1/ocr", "/v1/ocr/jobs", "/playground/app.js"):
             answer = await router.client.get(path)
             assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+
+
+async def test_the_quote_of_a_document_is_the_services() -> None:
+    body = orjson.dumps({"model": "nano", "document": {"type": "file", "file": "eA=="}})
+    async with Engine(answers(b'{"object":"quote"}')) as service, run_router(settings=with_ocr()) as router:
+        assert (await router.client.post("/v1/quote", content=body)).json()["error"]["code"] == "no_ocr_service"
+        follow(router, service.record.base_url)
+        answer = await router.client.post("/v1/openai/quote", content=body, headers={"authorization": "Bearer k"})
+        assert (answer.status_code, answer.json()) == (200, {"object": "quote"})
+        (asked,) = service.asked
+        assert (asked.method, asked.path, asked.body) == ("POST", "/v1/ocr/quote", body)
+        assert asked.headers["authorization"] == "Bearer k"
+        for chat in ({"messages": []}, {"prompt": "a"}):
+            await router.client.post("/v1/quote", json={"model": "nano", "document": {}, **chat})
+        assert len(service.asked) == 1
+    async with run_router() as router:
+        answer = await router.client.post("/v1/quote", content=body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
 
 
 async def test_one_that_cannot_be_reached_is_passed_over() -> None:
@@ -151,6 +170,7 @@ async def test_the_routers_document_tells_of_what_it_relays() -> None:
         paths = (await router.client.get("/openapi.json")).json()["paths"]
     assert {path for path in paths if "ocr" in path} == {
         "/v1/ocr",
+        "/v1/ocr/quote",
         "/v1/ocr/jobs",
         "/v1/ocr/jobs/{job_id}",
         "/v1/ocr/jobs/{job_id}/pages",
