@@ -55,7 +55,8 @@ async def test_a_job_in_either_database(tmp_path: Path, billing: BillingSettings
         job = (await service.upload(blank_pdf(tmp_path, 6), "/v1/ocr/jobs")).json()
         done = await service.wait_for(job["id"], "completed", "failed")
         assert (done["status"], done["pages_done"], done["error"]) == ("completed", 6, None)
-        assert not list((tmp_path / "ocr" / "documents").iterdir())
+        # The job has ended in the database before its document goes.
+        assert await eventually(lambda: not list((tmp_path / "ocr" / "documents").iterdir()), 10)
         assert not list((tmp_path / "ocr" / "uploads").iterdir())
         assert (await rows_of(billing, JOBS))[0].sealed_key == ""
 
@@ -97,6 +98,7 @@ async def test_a_key_is_sealed_while_its_job_is_open(tmp_path: Path) -> None:
         assert Vault(None, tmp_path / "ocr").open(row.sealed_key) == text
         assert (tmp_path / "ocr" / "secret").stat().st_mode & 0o777 == 0o600
         await service.wait_for(job["id"], "running", headers=key)
+        assert await eventually(lambda: len(service.engine.asked) == 1, 20), "there is something to abort"
         cancelled = await service.client.post(f"/v1/ocr/jobs/{job['id']}/cancel", headers=key)
         assert cancelled.json()["status"] == "cancelled"
         (row,) = await rows_of(service.settings.billing, JOBS)
