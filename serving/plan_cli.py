@@ -32,31 +32,41 @@ _VARIATIONS = (
 """What the answer hangs on most: figures of the engine and of the pages, and factors to try."""
 
 
+_PagesPerDay = Annotated[float, typer.Option(help="Pages that come in a day; 33e6 is understood.")]
+_Mode = Annotated[str, typer.Option(help="Resolution mode: tiny, small, base, large or gundam.")]
+_SloP95 = Annotated[str, typer.Option(help="Longest time of a page at the 95th percentile: 20s, 500ms, 2m.")]
+_DailyCurve = Annotated[
+    str | None, typer.Option(help="Load of equal parts of your day between commas, in any unit, e.g. 24 hours.")
+]
+_Given = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="A figure of your own, as NAME=VALUE; may be given again. Names are in the table."),
+]
+_GpuHourDollars = Annotated[float | None, typer.Option(help="--set gpu_hour_dollars=...")]
+_OutputTokens = Annotated[float | None, typer.Option(help="--set output_tokens=...")]
+_PeakToMean = Annotated[float | None, typer.Option(help="--set peak_to_mean=...")]
+_Curve = Annotated[
+    Path | None,
+    typer.Option(help="Engines measured by `python -m benchmarks.planning calibrate`, not the published rate."),
+]
+_FiguresFile = Annotated[Path | None, typer.Option("--figures", help="A file of figures in the place of ours.")]
+_Varies = Annotated[bool, typer.Option(help="Show how far the answer hangs on what is assumed.")]
+_IsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
 def plan(
-    pages_per_day: Annotated[float, typer.Option(help="Pages that come in a day; 33e6 is understood.")],
-    mode: Annotated[str, typer.Option(help="Resolution mode: tiny, small, base, large or gundam.")] = "base",
-    slo_p95: Annotated[
-        str, typer.Option(help="Longest time of a page at the 95th percentile: 20s, 500ms, 2m.")
-    ] = "20s",
-    daily_curve: Annotated[
-        str | None, typer.Option(help="Load of equal parts of your day between commas, in any unit, e.g. 24 hours.")
-    ] = None,
-    given: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="A figure of your own, as NAME=VALUE; may be given again. Names are in the table."),
-    ] = None,
-    gpu_hour_dollars: Annotated[float | None, typer.Option(help="--set gpu_hour_dollars=...")] = None,
-    output_tokens: Annotated[float | None, typer.Option(help="--set output_tokens=...")] = None,
-    peak_to_mean: Annotated[float | None, typer.Option(help="--set peak_to_mean=...")] = None,
-    curve: Annotated[
-        Path | None,
-        typer.Option(help="Engines measured by `python -m benchmarks.planning calibrate`, not the published rate."),
-    ] = None,
-    figures_file: Annotated[
-        Path | None, typer.Option("--figures", help="A file of figures in the place of ours.")
-    ] = None,
-    varies: Annotated[bool, typer.Option(help="Show how far the answer hangs on what is assumed.")] = True,
-    is_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    pages_per_day: _PagesPerDay,
+    mode: _Mode = "base",
+    slo_p95: _SloP95 = "20s",
+    daily_curve: _DailyCurve = None,
+    given: _Given = None,
+    gpu_hour_dollars: _GpuHourDollars = None,
+    output_tokens: _OutputTokens = None,
+    peak_to_mean: _PeakToMean = None,
+    curve: _Curve = None,
+    figures_file: _FiguresFile = None,
+    varies: _Varies = True,
+    is_json: _IsJson = False,
 ) -> None:
     """Compute replicas, GPUs, CPU, network, ledger and dollars for a load of pages.
 
@@ -66,23 +76,12 @@ def plan(
     The rate of a replica comes from a simulation of its engine behind the router. Without a GPU here the engine is the
     published one (A100-40G); measure yours and give it with --curve, or say what you know with --set.
     """
+    named = {"gpu_hour_dollars": gpu_hour_dollars, "output_tokens": output_tokens, "peak_to_mean": peak_to_mean}
     console = Console(stderr=True)
     try:
-        figures = load_figures(figures_file).with_values(
-            {
-                **_parse_given(given or []),
-                "gpu_hour_dollars": gpu_hour_dollars,
-                "output_tokens": output_tokens,
-                "peak_to_mean": peak_to_mean,
-            }
-        )
-        question = Question(
-            pages_per_day,
-            mode,
-            _parse_seconds(slo_p95),
-            _parse_curve(daily_curve),
-            _load_curve(curve) if curve else None,
-        )
+        figures = load_figures(figures_file).with_values({**_parse_given(given or []), **named})
+        measured = _load_curve(curve) if curve else None
+        question = Question(pages_per_day, mode, _parse_seconds(slo_p95), _parse_curve(daily_curve), measured)
         with console.status("planning") as status:
             sheet = build_plan(question, figures, status.update)
             rows = _vary(question, figures, sheet, status.update) if varies else []
