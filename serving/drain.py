@@ -3,7 +3,9 @@
     python -m serving.drain --within 900
 
 For a container's `preStop` hook. Ray Serve starts every replica of a draining node elsewhere before it stops the one
-here, and a replica that stops finishes its requests first. Exit status 0 when none is left, 1 when one still is.
+here, and a replica that stops finishes its requests first. The node's HAProxy, which passes requests on to routers of
+other nodes too, is ended by Serve when the last of them is answered, half a minute after it was taken out of use at the
+earliest. Exit status 0 when none of these is left, 1 when one still is.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Annotated
 
 import psutil
@@ -22,6 +25,7 @@ import typer
 _POLL_S = 1.0
 _RAY = "import sys; from ray.scripts.scripts import main; sys.exit(main())"
 _REPLICA = "ray::ServeReplica:"
+_HAPROXY = "haproxy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,18 +63,20 @@ def find_node(pid: int | None = None) -> Node:
     return parse_raylet(found[0].pid, found[0].cmdline())
 
 
-def count_replicas(node: Node) -> int:
-    """Replicas of Ray Serve that run on the node."""
+def count_serving(node: Node) -> int:
+    """Processes on the node that requests pass through: replicas of Ray Serve, and its HAProxies, the older ones too
+    that only finish what they have."""
     number = 0
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            if process.cmdline()[:1] and process.cmdline()[0].startswith(_REPLICA):
+            command = process.cmdline()[:1]
+            if command and (command[0].startswith(_REPLICA) or PurePath(command[0]).name == _HAPROXY):
                 number += process.environ().get("RAY_RAYLET_PID") == str(node.pid)
     return number
 
 
 def drain(node: Node, within_s: float) -> bool:
-    """Drain it; True when no replica is left.
+    """Drain it; True when no request can be on it any more.
 
     Raises:
         ValueError: Ray refuses.
@@ -90,7 +96,7 @@ def drain(node: Node, within_s: float) -> bool:
     )
     if asked.returncode:
         raise ValueError(f"Ray does not drain this node: {(asked.stderr or asked.stdout).strip()[-500:]}")
-    while (number := count_replicas(node)) and time.monotonic() < deadline_s:
+    while (number := count_serving(node)) and time.monotonic() < deadline_s:
         time.sleep(_POLL_S)
     return number == 0
 
@@ -106,7 +112,7 @@ def main(
         typer.echo(f"not drained: {error}", err=True)
         raise typer.Exit(1) from None
     if not is_empty:
-        typer.echo("not drained: replicas are still here", err=True)
+        typer.echo("not drained: replicas or HAProxy are still here", err=True)
         raise typer.Exit(1)
     typer.echo("drained")
 

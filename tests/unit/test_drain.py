@@ -19,9 +19,12 @@ def test_a_raylet_tells_its_node_and_cluster() -> None:
         drain.parse_raylet(7, COMMAND[:2])
 
 
-def test_replicas_are_those_of_the_nodes_own_raylet() -> None:
+@pytest.mark.parametrize(
+    ("program", "number"), [("ray::ServeReplica:router:router", 1), ("/x/bin/haproxy", 1), ("ray::IDLE", 0)]
+)
+def test_what_serves_is_counted_on_the_nodes_own_raylet(program: str, number: int) -> None:
     child = subprocess.Popen(
-        ["ray::ServeReplica:router:router", "-c", "print(1, flush=True); input()"],
+        [program, "-c", "print(1, flush=True); input()"],
         executable=sys.executable,
         env={**os.environ, "RAY_RAYLET_PID": "4242"},
         stdin=subprocess.PIPE,
@@ -30,13 +33,13 @@ def test_replicas_are_those_of_the_nodes_own_raylet() -> None:
     assert child.stdout is not None
     try:
         child.stdout.readline()
-        assert drain.count_replicas(Node(4242, "", "")) == 1
-        assert drain.count_replicas(Node(4243, "", "")) == 0
+        assert drain.count_serving(Node(4242, "", "")) == number
+        assert drain.count_serving(Node(4243, "", "")) == 0
     finally:
         child.communicate(b"\n")
 
 
-def test_it_waits_until_no_replica_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_waits_until_nothing_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = iter([2, 1, 0])
     asked: list[list[str]] = []
 
@@ -46,11 +49,11 @@ def test_it_waits_until_no_replica_is_left(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(drain, "_POLL_S", 0.0)
     monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(drain, "count_replicas", lambda node: next(counts))
+    monkeypatch.setattr(drain, "count_serving", lambda node: next(counts))
     assert drain.drain(Node(1, "abc", "h:1"), 60.0)
     assert asked[0][-2:] == ["--deadline-remaining-seconds", "60"]
     assert "abc" in asked[0]
-    monkeypatch.setattr(drain, "count_replicas", lambda node: 1)
+    monkeypatch.setattr(drain, "count_serving", lambda node: 1)
     assert not drain.drain(Node(1, "abc", "h:1"), 0.01)
 
 
