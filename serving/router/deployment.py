@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 from collections.abc import Awaitable, Callable
 
 import ray
@@ -33,6 +34,9 @@ _RETRY_S = 0.5
 _TICK_S = 0.5
 _MANY = 100_000
 _HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
+_CONNECTIONS = "RAY_SERVE_HAPROXY_MAXCONN"
+_SERVES_CONNECTIONS = 4096  # when it is not told
+_SPARE_FILES = 100
 
 
 class RouterReplica:
@@ -42,6 +46,9 @@ class RouterReplica:
         self, settings: Settings, directory: ActorHandle
     ) -> None:
         configure_logs(settings.log)
+        if settings.router.behind_serve:
+            max_files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+            check_open_files(int(os.environ.get(_CONNECTIONS, _SERVES_CONNECTIONS)), max_files)
         self._directory = directory
         self._reader = serve.get_replica_context().replica_id.unique_id
         self._report_s = settings.router.report_s
@@ -146,6 +153,21 @@ class ServedRouterReplica(RouterReplica):
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._drainable
+
+
+def check_open_files(max_connections: int, max_files: int) -> None:
+    """Whether Ray Serve's HAProxy, which runs beside every router, can start: it opens a file for each end of a
+    connection, and pipes for one in four. It ends at once where it may not, and says so in its own log only.
+
+    Raises:
+        SettingsError: it cannot.
+    """
+    needed = 5 * max_connections // 2 + _SPARE_FILES
+    if resource.RLIM_INFINITY != max_files < needed:
+        raise SettingsError(
+            f"{_CONNECTIONS}={max_connections} needs {needed} open files, and {max_files} are allowed here: raise "
+            "`ulimit -Hn` of Ray's nodes, or lower it"
+        )
 
 
 def build_router_app(settings: Settings, directory: ActorHandle) -> Application:
