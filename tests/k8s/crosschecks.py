@@ -10,10 +10,14 @@ from typing import Any
 
 import yaml
 
+from serving.router_settings import LimitSettings
+
+from .kuberay import check_kuberay, check_open_files, check_probes, check_weights, read_resources
 from .manifests import K8S, Manifests, PodTemplate, flags, named_secrets
 
 _CLUSTERS_OWN = {"kube-root-ca.crt"}  # Kubernetes puts it into every namespace
 _KUBERAYS_OWN = {"serving-serve-svc": {"serve"}, "serving-head-svc": {"dashboard", "serve"}}
+_GATEWAYS = "gateway.networking.k8s.io/gateway-name"  # pods that a Gateway class makes
 _IMAGE = re.compile(r"[a-z0-9.-]+(:\d+)?(/[a-z0-9._-]+)+:(?!latest$)[A-Za-z0-9._-]+(@sha256:[0-9a-f]{64})?")
 
 
@@ -72,7 +76,8 @@ def check_selectors(made: Manifests) -> Iterator[str]:
             else:
                 selectors = [*_values(item["spec"], "selector")]
             for selector in (*selectors, *_own_pods(item["spec"])):
-                if selector and not any(_is_selected(pod, selector) for pod in pods):
+                others = any(rule["key"] == _GATEWAYS for rule in selector.get("matchExpressions", ()))
+                if selector and not others and not any(_is_selected(pod, selector) for pod in pods):
                     yield f"{where}: selects no pod: {selector}"
     for pod in pods:
         for spread in pod.spec.get("topologySpreadConstraints", ()):
@@ -101,7 +106,24 @@ def check_ports(made: Manifests) -> Iterator[str]:
         for endpoint in monitor["spec"]["podMetricsEndpoints"]:
             if endpoint["port"] not in known:
                 yield f"PodMonitor: no pod has a port {endpoint['port']}"
+    yield from _check_prometheus(made)
     yield from _check_ray_ports(made)
+
+
+def _check_prometheus(made: Manifests) -> Iterator[str]:
+    """What is to be scraped may be, and is asked for in the namespace where it is."""
+    (policy,) = (item for item in made.of("NetworkPolicy") if item["metadata"]["name"] == "prometheus")
+    let_in = _port_ranges(policy["spec"]["ingress"][0]["ports"])
+    for pod in made.pods():
+        for container in pod.containers:
+            for port in container.get("ports", ()):
+                if "metrics" in port["name"] and not _is_within(port["containerPort"], let_in):
+                    yield f"{pod.owner}: the network policy prometheus does not let {port['name']} through"
+    for config in made.of("ScrapeConfig"):
+        for targets in config["spec"]["httpSDConfigs"]:
+            name, namespace, *_ = targets["url"].removeprefix("http://").split(".")
+            if name not in _KUBERAYS_OWN or namespace != config["metadata"]["namespace"]:
+                yield f"ScrapeConfig: {targets['url']} is no service of this namespace"
 
 
 def _check_ray_ports(made: Manifests) -> Iterator[str]:
@@ -111,14 +133,14 @@ def _check_ray_ports(made: Manifests) -> Iterator[str]:
         return
     for direction in ("ingress", "egress"):
         rules = policy["spec"][direction][0]["ports"]
-        open_ports = [(rule["port"], rule.get("endPort", rule["port"])) for rule in rules]
+        open_ports = _port_ranges(rules)
         groups = {"head": made.cluster["headGroupSpec"], **made.groups}
         for name, group in groups.items():
             wanted = {key: int(value) for key, value in group["rayStartParams"].items() if key.endswith("port")}
             wanted |= {"gcs": 6379, "dashboard": 8265, "direct-ingress-first": 30000, "direct-ingress-last": 31000}
             wanted.pop("metrics-export-port")
             for what, port in wanted.items():
-                if not any(first <= port <= last for first, last in open_ports):
+                if not _is_within(port, open_ports):
                     yield f"{name}: the network policy's {direction} does not let {what} {port} through"
     for pod in made.pods():
         for container in pod.containers:
@@ -155,6 +177,7 @@ def check_settings(made: Manifests) -> Iterator[str]:
             yield f"{pod.owner}: port serve is not router.port"
     yield from _check_room(made, settings)
     yield from _check_times(made, settings)
+    yield from _check_ingress(made, settings)
 
 
 def _check_room(made: Manifests, settings: dict[str, Any]) -> Iterator[str]:
@@ -168,7 +191,7 @@ def _check_room(made: Manifests, settings: dict[str, Any]) -> Iterator[str]:
     taken: Counter[str] = Counter()
     for name, wanted, (fewest, most) in wants:
         resources = wanted["resources_per_replica"]
-        fit = [group for group in made.groups.values() if set(resources) <= set(_ray_resources(group))]
+        fit = [group for group in made.groups.values() if set(resources) <= set(read_resources(group))]
         if len(fit) != 1:
             yield f"{name}: {len(fit)} worker groups have {sorted(resources)}, not one"
             continue
@@ -208,32 +231,18 @@ def _check_times(made: Manifests, settings: dict[str, Any]) -> Iterator[str]:
                 yield f"{pod.owner}: RAY_SERVE_HAPROXY_{name} is shorter than the longest request"
 
 
-def check_kuberay(made: Manifests) -> Iterator[str]:
-    """Rules of KubeRay's that its schema does not hold."""
-    cluster, service = made.cluster, made.service
-    if len(service["metadata"]["name"]) > 47:
-        yield "the RayService's name is longer than 47 characters"
-    if cluster["headGroupSpec"]["rayStartParams"].get("num-cpus") != "0":
-        yield "the head takes replicas"
-    if not cluster.get("enableInTreeAutoscaling") or cluster["autoscalerOptions"].get("version") != "v2":
-        yield "autoscaler v2 is not on"
-    redis = cluster["gcsFaultToleranceOptions"]
-    if not redis.get("redisAddress") or "valueFrom" not in redis["redisPassword"]:
-        yield "the head's state is not in Redis, or its password is not in a secret"
-    for name, group in made.groups.items():
-        if not all(key in group for key in ("replicas", "minReplicas", "maxReplicas")):
-            yield f"{name}: replicas are not said"
-        elif not 0 < group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]:
-            yield f"{name}: minReplicas <= replicas <= maxReplicas does not hold"
-        if group["template"]["spec"].get("restartPolicy", "Never") != "Never":
-            yield f"{name}: autoscaler v2 wants restartPolicy Never"
-    if service["spec"]["upgradeStrategy"]["type"] == "NewClusterWithIncrementalUpgrade" and not service["spec"][
-        "upgradeStrategy"
-    ]["clusterUpgradeOptions"].get("gatewayClassName"):
-        yield "an incremental upgrade needs a Gateway class"
-    for budget in made.of("PodDisruptionBudget"):
-        if not isinstance(budget["spec"].get("minAvailable"), int):
-            yield f"{budget['metadata']['name']}: a RayCluster's pods only take minAvailable as a number"
+def _check_ingress(made: Manifests, settings: dict[str, Any]) -> Iterator[str]:
+    """The Ingress takes what the router takes, for as long."""
+    limits = LimitSettings.model_validate(settings["router"].get("limits", {}))
+    for ingress in made.of("Ingress"):
+        notes = {name.rpartition("/")[2]: text for name, text in ingress["metadata"]["annotations"].items()}
+        if notes["proxy-body-size"] != f"{limits.max_body_bytes // 2**20}m":
+            yield f"Ingress: bodies of {notes['proxy-body-size']}, the router takes {limits.max_body_bytes} bytes"
+        for direction in ("read", "send"):
+            if float(notes[f"proxy-{direction}-timeout"]) <= settings["router"]["admission"]["request_timeout_s"]:
+                yield f"Ingress: proxy-{direction}-timeout is shorter than the longest request"
+        if {notes["proxy-buffering"], notes["proxy-request-buffering"]} != {"off"}:
+            yield "Ingress: keeps events back, or bodies"
 
 
 def check_security(made: Manifests) -> Iterator[str]:
@@ -270,6 +279,9 @@ CHECKS = (
     check_ports,
     check_settings,
     check_kuberay,
+    check_open_files,
+    check_probes,
+    check_weights,
     check_security,
 )
 
@@ -313,6 +325,14 @@ def _is_selected(pod: PodTemplate, selector: dict[str, Any]) -> bool:
     )
 
 
+def _port_ranges(rules: list[dict[str, Any]]) -> list[tuple[int, int]]:
+    return [(rule["port"], rule.get("endPort", rule["port"])) for rule in rules]
+
+
+def _is_within(port: int, ranges: list[tuple[int, int]]) -> bool:
+    return any(first <= port <= last for first, last in ranges)
+
+
 def _port_names(pod: PodTemplate) -> set[str]:
     return {port["name"] for container in pod.containers for port in container.get("ports", ())}
 
@@ -326,10 +346,3 @@ def _bounds(model: dict[str, Any]) -> tuple[int, int]:
     if scaling := model.get("autoscaling"):
         return scaling["min_replicas"], scaling["max_replicas"]
     return model["num_replicas"], model["num_replicas"]
-
-
-def _ray_resources(group: dict[str, Any]) -> dict[str, float]:
-    """KubeRay hands the text to a shell, so JSON stands in quotes, escaped."""
-    text = group["rayStartParams"].get("resources", "'{}'").strip("'").strip('"').replace('\\"', '"')
-    found: dict[str, float] = yaml.safe_load(text)
-    return found

@@ -149,6 +149,27 @@ def test_everything_that_is_named_is_there(made: Manifests) -> None:
         ("cpu-dev", "readOnlyRootFilesystem: true", "readOnlyRootFilesystem: false", "can write to its root"),
         ("cpu-dev", "automountServiceAccountToken: false", "automountServiceAccountToken: true", "Kubernetes' token"),
         ("gpu-prod", "name: default-deny", "name: deny", "nothing is denied by default"),
+        (
+            "cpu-dev",
+            "            app.kubernetes.io/component: head\n",
+            "            app.kubernetes.io/component: head\n            app.kubernetes.io/name: serving\n",
+            "are KubeRay's",
+        ),
+        (
+            "cpu-dev",
+            """'''{"cpu-node": 100}'''""",
+            """'"{\\"cpu-node\\": 100}"'""",
+            "are not the same to the shell",
+        ),
+        ("gpu-prod", 'value: "7500"', 'value: "30000"', "HAProxy needs 75100 open files"),
+        ("cpu-dev", "wget -q -t 1 -T 4", "wget -q -T 4", "may ask for longer"),
+        ("cpu-dev", "wget -q -t 1 -T 4", "wget -q -t 1 -T 9", "may take 18 s, and has"),
+        ("gpu-prod", "touch /models/warm/deepseek-ocr", "touch /models/warm/other", "does not wait for"),
+        ("gpu-prod", "proxy-body-size: 50m", "proxy-body-size: 1m", "Ingress: bodies of 1m"),
+        ("gpu-prod", 'proxy-read-timeout: "660"', 'proxy-read-timeout: "60"', "proxy-read-timeout is shorter"),
+        ("gpu-prod", 'proxy-buffering: "off"', 'proxy-buffering: "on"', "keeps events back"),
+        ("cpu-dev", "containerPort: 9101", "containerPort: 9102", "does not let haproxy-metrics through"),
+        ("cpu-dev", "serving-serve-svc.serving.svc", "serving-serve-svc.default.svc", "no service of this namespace"),
     ],
 )
 def test_a_mismatch_is_found(texts: dict[str, str], overlay: str, old: str, new: str, complaint: str) -> None:
