@@ -48,7 +48,7 @@ load: install ## realistic users for a minute, against a stack of its own if non
 	@$(BIN)/python -m benchmarks.load $(if $(URL),--url $(URL)) --seconds $(SECONDS) --rate $(RATE) \
 	  --arrivals $(ARRIVALS) --workers $(WORKERS)
 
-bench: install ## run every benchmark, draw plots, write benchmarks/README.md: about twenty minutes of an idle machine
+bench: install ## run every benchmark, draw plots, write benchmarks/README.md: about thirty-five minutes of an idle machine
 	@$(BIN)/python -m benchmarks
 
 bench-full: install ## the same with every round of each: over an hour

@@ -43,7 +43,7 @@ def main(
         list[str] | None, typer.Option(help="A benchmark (`router.chunks`) or a group (`router`); may be given again.")
     ] = None,
     full: Annotated[
-        bool, typer.Option("--full", help="Every round: over an hour, instead of about twenty minutes.")
+        bool, typer.Option("--full", help="Every round: over an hour, instead of about thirty-five minutes.")
     ] = False,
     must_list: Annotated[bool, typer.Option("--list", help="Say what there is, and end.")] = False,
     report_only: Annotated[

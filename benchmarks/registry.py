@@ -49,46 +49,46 @@ def _find_ray_llm() -> str:
 
 
 BENCHMARKS: Sequence[Benchmark] = (
-    _measure("fastpath", "ngram", 0.4, "the n-gram guard per token, against stock vLLM's"),
-    _measure("fastpath", "images", 0.4, "a page from JPEG bytes to model-ready pixels, against stock vLLM's code"),
-    _measure("fastpath", "encoder", 0.7, "the vision encoder over eight pages, together and one at a time"),
-    _measure("fastpath", "servers", 3.6, "whole requests through two vLLM servers: with the plugin, and stock"),
-    _measure("fastpath", "reading", 2.6, "what the nano checkpoint reads, with the plugin and with stock code"),
-    _measure("router", "chunks", 2.0, "CPU per streamed chunk: router, plain proxies, HAProxy, handle chain"),
-    _measure("router", "first_token", 1.0, "time to the first token that each of these adds"),
-    _measure("router", "throughput", 0.5, "chunks per second through one router process"),
-    _measure("router", "memory", 0.3, "memory of 2,000 open streams that are silent"),
-    _measure("router", "inline", 0.9, "what fast mode adds inside the engine's process"),
-    _measure("router", "stack", 1.9, "the whole stack against bare vLLM, and a plain proxy in front of the same"),
-    _measure("router", "ray_llm", 2.6, "ray.serve.llm in its three modes", find_obstacle=_find_ray_llm),
+    _measure("fastpath", "ngram", 0.3, "the n-gram guard per token, against stock vLLM's"),
+    _measure("fastpath", "images", 0.7, "a page from JPEG bytes to model-ready pixels, against stock vLLM's code"),
+    _measure("fastpath", "encoder", 1.6, "the vision encoder over eight pages, together and one at a time"),
+    _measure("fastpath", "servers", 6.1, "whole requests through two vLLM servers: with the plugin, and stock"),
+    _measure("fastpath", "reading", 3.4, "what the nano checkpoint reads, with the plugin and with stock code"),
+    _measure("router", "chunks", 2.3, "CPU per streamed chunk: router, plain proxies, HAProxy, handle chain"),
+    _measure("router", "first_token", 0.8, "time to the first token that each of these adds"),
+    _measure("router", "throughput", 0.6, "chunks per second through one router process"),
+    _measure("router", "memory", 0.1, "memory of 2,000 open streams that are silent"),
+    _measure("router", "inline", 1.3, "what fast mode adds inside the engine's process"),
+    _measure("router", "stack", 3.4, "the whole stack against bare vLLM, and a plain proxy in front of the same"),
+    _measure("router", "ray_llm", 3.7, "ray.serve.llm in its three modes", find_obstacle=_find_ray_llm),
     Benchmark(
         "concurrency",
         "benchmarks.concurrency",
         quick=("--levels", "1,4,16", "--pages-per-level", "32"),
-        minutes=3.0,
+        minutes=4.3,
         about="pages per second and latencies against concurrency: the stack, bare vLLM with the plugin, stock vLLM",
     ),
     Benchmark(
-        "scaling", "benchmarks.scaling", ("run",), minutes=0.9, about="throughput against replicas, scripted engines"
+        "scaling", "benchmarks.scaling", ("run",), minutes=0.7, about="throughput against replicas, scripted engines"
     ),
     Benchmark(
-        "load_client", "benchmarks.load.clients", ("run",), minutes=0.7, about="what the load generator itself costs"
+        "load_client", "benchmarks.load.clients", ("run",), minutes=1.2, about="what the load generator itself costs"
     ),
-    Benchmark("balance_sim", "benchmarks.balance_sim", minutes=0.8, about="choice of replicas, simulated"),
+    Benchmark("balance_sim", "benchmarks.balance_sim", minutes=0.9, about="choice of replicas, simulated"),
     Benchmark("ledger", "benchmarks.ledger", minutes=0.7, about="CPU per request of the books"),
     Benchmark(
         "faults",
         "benchmarks.faults",
         ("--rounds", "10"),
         quick=("--rounds", "1"),
-        minutes=1.2,
+        minutes=2.4,
         about="parts of a running stack are killed under load",
     ),
     Benchmark(
         "overload",
         "benchmarks.overload",
         quick=("--seconds", "24"),
-        minutes=0.8,
+        minutes=0.9,
         about="four times more than the replicas can take",
     ),
 )
