@@ -55,6 +55,9 @@ class JobSettings(Frozen):
     again. Clocks of the services' machines must agree within a fraction of it."""
     poll_s: Annotated[float, Field(gt=0, le=60)] = 2.0
     """How often a service looks for jobs that others have taken in or left."""
+    settle_s: Annotated[float, Field(ge=0, le=60)] = 5.0
+    """How long after taking a job over from another service a service waits until the ledger has what that one's last
+    requests were charged: pages that are read again are not charged again for it."""
     keep_documents_s: Annotated[float, Field(ge=0)] = 0.0
     """How long a document is kept after its job has ended."""
     keep_results_s: Annotated[float, Field(ge=1)] = 7 * 86_400.0
@@ -83,7 +86,8 @@ class OcrSettings(Frozen):
     directory: Path = Field(default=Path("data/ocr"), validate_default=True)
     """Documents while they are read, those of jobs too: services that share a database share this folder as well."""
     secret: SecretStr | None = None
-    """What jobs' API keys are encrypted with; None makes a file `secret` in `directory`."""
+    """What jobs' API keys are encrypted with, and what services and routers know each other by: a page that has to be
+    read again is not charged again only where both have the same. None makes a file `secret` in `directory`."""
     playground: bool = True
     """A page for people at `/`."""
     max_document_bytes: Annotated[int, Field(ge=1024)] = 100 * 2**20
@@ -96,6 +100,8 @@ class OcrSettings(Frozen):
     """Pages of one document that are with the router at once."""
     max_figures: Annotated[int, Field(ge=0, le=1000)] = 32
     """Per page that are cut out when a request asks for images."""
+    max_figure_bytes: Annotated[int, Field(ge=0)] = 32 * 2**20
+    """Of all figures of one document together; those beyond it are left out of its answer."""
     markdown_prompt: str = "<|grounding|>Convert the document to markdown."
     """For the formats `markdown` and `layout`, when a request has no prompt of its own."""
     text_prompt: str = "Free OCR."
@@ -104,6 +110,11 @@ class OcrSettings(Frozen):
     render: RenderSettings = RenderSettings()
     read: ReadSettings = ReadSettings()
     jobs: JobSettings = JobSettings()
+
+    @property
+    def secret_file(self) -> Path:
+        """Where the secret is that no setting names; the first service makes it."""
+        return self.directory / "secret"
 
     @field_validator("directory")
     @classmethod

@@ -28,7 +28,7 @@ def engine_version(name: str, settings: Settings, checkpoint: str) -> str:
 
 
 # Of the OCR section, what routers look at.
-_RELAYED = {"enabled", "max_document_bytes"}
+_RELAYED = {"enabled", "max_document_bytes", "directory", "secret"}
 
 
 def router_version(settings: Settings) -> str:

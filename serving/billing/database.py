@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 _MIGRATIONS = Path(__file__).with_name("migrations")
 _MIGRATION_KEY = 0x5E_4B_17  # of PostgreSQL's advisory lock
-_MAX_ROWS = 512  # PostgreSQL takes 32,767 parameters at most, a row has 29
+_MAX_ROWS = 512  # PostgreSQL takes 32,767 parameters at most, a row has 30
 _MONTH_KEY = ("month", "tenant_id", "router_id")
 _DATA_FAULTS = ("22", "23")  # SQLSTATE classes: the data's own fault, which no later try mends
 

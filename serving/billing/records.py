@@ -83,3 +83,5 @@ class RequestRecord:
     """The life of the router that wrote it; another life of it has another id."""
     lost_tries: tuple[LostTry, ...] = ()
     """Tries before the last one whose replicas lived to count them."""
+    credit_nanodollars: int = 0
+    """Taken off its price, since earlier requests for the same page of a job were charged that much: see `credits`."""

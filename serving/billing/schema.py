@@ -60,6 +60,7 @@ REQUESTS = Table(
     _text("priority"),
     _flag("is_stream"),
     _text("router_id"),
+    Column("credit_nanodollars", BigInteger, nullable=False, server_default="0"),  # cost and this are the price
     Index("requests_by_time", "arrived_ns"),
     Index("requests_by_tenant", "tenant_id", "arrived_ns"),
     Index("requests_by_replica", "replica_id", "ended_ns"),
@@ -197,4 +198,5 @@ def row_of(record: RequestRecord) -> tuple[object, ...]:
         record.priority,
         record.is_stream,
         record.router_id,
+        record.credit_nanodollars,
     )

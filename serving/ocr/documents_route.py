@@ -126,6 +126,7 @@ class DocumentsRoute:
                 if isinstance(event, PageEnded):
                     refuse_whole(event.result.failure, any(not page.is_failed for page in totals.pages))
                     totals.add(event.result)
+                    self._service.pipeline.count(event)
                     totals.pages.append(event.result)
         totals.pages.sort(key=lambda page: page.index)
         return {"pages": [page.shown for page in totals.pages], "usage": totals.shown(len(totals.pages))}
@@ -140,6 +141,7 @@ class DocumentsRoute:
                 if isinstance(event, PageEnded):
                     refuse_whole(event.result.failure, has_text)
                     totals.add(event.result)
+                    self._service.pipeline.count(event)
                     num_pages += 1
                 has_text = has_text or isinstance(event, PageDelta)
                 if not reply.has_begun:

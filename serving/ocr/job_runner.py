@@ -1,9 +1,10 @@
-"""Reads jobs, each under its lease, and removes what is no longer to be kept.
+"""Reads jobs, each under its lease.
 
 What happens when a service dies with pages in flight: pages whose answers were stored stay, and are not asked for
 again. The requests of the others end with their connections: the router has the engines abort them and records them as
-aborted, with what they had used by then. Whoever takes the job over, after `lease_s` at most, asks for these pages
-again, under the same request ids.
+aborted, with what they had used by then; or their answers were whole and only not stored yet. Whoever takes the job
+over, after `lease_s` at most, asks for these pages again, under the same request ids, and has the router take off what
+they were charged before.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 from serving.errors import OverloadedError, ServingError, SettingsError
-from serving.ocr.job_store import Job, JobStore, LeaseLostError
+from serving.ocr.job_leases import JobLeases, LeaseLostError
+from serving.ocr.job_sweeper import JobSweeper
+from serving.ocr.jobs import Job
 from serving.ocr.orders import read_options
 from serving.ocr.pipeline import Order, PageEnded, Pipeline, is_for_all
 from serving.ocr.reader import Failure
@@ -28,9 +30,6 @@ from serving.ocr_settings import OcrSettings
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
-_SWEEP_S = 30.0
-_YOUNG_S = 600.0
-"""A file may be there so long before its job is."""
 _MAX_TAKES = 20
 """A job that has ended so many services without a page to show for it is not tried again."""
 
@@ -39,9 +38,16 @@ class JobRunner:
     """One per process. Use it inside one event loop."""
 
     def __init__(
-        self, store: JobStore, pipeline: Pipeline, renderer: Renderer, vault: Vault, settings: OcrSettings
+        self,
+        leases: JobLeases,
+        sweeper: JobSweeper,
+        pipeline: Pipeline,
+        renderer: Renderer,
+        vault: Vault,
+        settings: OcrSettings,
     ) -> None:
-        self._store = store
+        self._leases = leases
+        self._sweeper = sweeper
         self._pipeline = pipeline
         self._renderer = renderer
         self._vault = vault
@@ -58,7 +64,7 @@ class JobRunner:
 
     def start(self) -> None:
         self._documents.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._tasks = [asyncio.create_task(self._take_forever()), asyncio.create_task(self._sweep_forever())]
+        self._tasks = [asyncio.create_task(self._take_forever()), asyncio.create_task(self._sweeper.sweep_forever())]
 
     def stop_taking(self) -> None:
         """No job and no page is begun any more."""
@@ -102,12 +108,12 @@ class JobRunner:
             self._wake.clear()
             try:
                 while len(self._reading) < self._settings.jobs.running:
-                    job = await self._store.take()
+                    job = await self._leases.take()
                     if job is None:
                         break
                     task = asyncio.create_task(self._read_to_end(job))
                     self._reading[job.job_id] = task
-                self.counts, self.lag_s = await self._store.count_states()
+                self.counts, self.lag_s = await self._sweeper.count_states()
             except ServingError as error:
                 logger.warning("jobs cannot be looked for: %s", error)
             with contextlib.suppress(TimeoutError):
@@ -120,12 +126,12 @@ class JobRunner:
             while not reading.done():
                 await asyncio.wait([reading], timeout=self._settings.jobs.lease_s / 3)
                 if not reading.done():
-                    await self._persist(self._store.renew, job.job_id)
+                    await self._persist(self._leases.renew, job.job_id)
             failure = reading.result()
             if self._stop.is_set() and failure is None and await self._count_left(job):
-                await self._store.leave(job.job_id)
+                await self._leases.leave(job.job_id)
             else:
-                await self._persist(self._store.finish, job.job_id, failure)
+                await self._persist(self._leases.finish, job.job_id, failure)
                 if not self._settings.jobs.keep_documents_s:
                     await self.remove_file(job.job_id)
             logger.info("job read", extra={"job": job.job_id, "owner": job.owner, "error": failure and failure.code})
@@ -135,7 +141,7 @@ class JobRunner:
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
             with contextlib.suppress(ServingError):
-                await self._store.leave(job.job_id)
+                await self._leases.leave(job.job_id)
             raise
         except Exception:
             logger.exception("job %s cannot be read; it is tried again after its lease", job.job_id)
@@ -146,7 +152,7 @@ class JobRunner:
             self._wake.set()
 
     async def _count_left(self, job: Job) -> int:
-        return len(set(job.pages) - await self._store.read_done(job.job_id))
+        return len(set(job.pages) - await self._leases.read_done(job.job_id))
 
     async def _read(self, job: Job) -> Failure | None:
         """Read what is left of a job; gives the failure that ended all of it.
@@ -158,7 +164,8 @@ class JobRunner:
             return Failure("job_given_up", "Services that read this job have ended too often.")
         try:
             api_key = self._vault.open(job.sealed_key)
-            done = await self._store.read_done(job.job_id)
+            charged = await self._find_charged(job)
+            done = await self._leases.read_done(job.job_id)
             document = await self._renderer.open(self.find_file(job.job_id))
         except FileNotFoundError:
             return Failure("document_missing", "The job's document is no longer there.")
@@ -172,7 +179,14 @@ class JobRunner:
         options = read_options(job.options)
         left = [page for page in job.pages if page not in done]
         question = options.question(self._settings, api_key)
-        return await self._read_pages(job, Order(document, left, options, question, job.job_id, self._stop))
+        return await self._read_pages(job, Order(document, left, options, question, job.job_id, charged, self._stop))
+
+    async def _find_charged(self, job: Job) -> Mapping[int, int]:
+        """What pages were charged while another service had the job, in nanodollars."""
+        if job.num_takes == 1:
+            return {}
+        await asyncio.sleep(self._settings.jobs.settle_s)
+        return await self._leases.read_charged(job)
 
     async def _read_pages(self, job: Job, order: Order) -> Failure | None:
         if not order.pages:
@@ -183,7 +197,8 @@ class JobRunner:
                     continue
                 if is_for_all(event.result.failure):
                     return event.result.failure
-                await self._persist(self._store.store_page, job.job_id, event.result)
+                await self._persist(self._leases.store_page, job.job_id, event.result)
+                self._pipeline.count(event)
         return None
 
     async def _persist(self, write: Callable[..., Awaitable[None]], *arguments: object) -> None:
@@ -195,35 +210,3 @@ class JobRunner:
             except OverloadedError as error:
                 logger.warning("a job's state cannot be written, trying again: %s", error)
                 await asyncio.sleep(_RETRY_S)
-
-    async def _sweep_forever(self) -> None:
-        while True:
-            try:
-                await self._sweep()
-            except (ServingError, OSError) as error:
-                logger.warning("old jobs cannot be removed, trying again: %s", error)
-            await asyncio.sleep(_SWEEP_S)
-
-    async def _sweep(self) -> None:
-        await self._store.end_old()
-        for job_id in await self._store.delete_expired():
-            await self.remove_file(job_id)
-        old = await asyncio.to_thread(_list_old, self._documents, time.time() - _YOUNG_S)
-        needed = await self._store.find_needed(old) if old else set()
-        for job_id in old:
-            if job_id not in needed:
-                await self.remove_file(job_id)
-        before_s = time.time() - self._settings.upload_timeout_s - _YOUNG_S
-        uploads = self._settings.directory / "uploads"
-        for name in await asyncio.to_thread(_list_old, uploads, before_s):
-            await asyncio.to_thread((uploads / name).unlink, missing_ok=True)
-
-
-def _list_old(folder: Path, before_s: float) -> Sequence[str]:
-    """Names of files that were written before a time."""
-    names = []
-    for file in folder.glob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            if file.stat().st_mtime < before_s:
-                names.append(file.name)
-    return names

@@ -15,7 +15,7 @@ from serving.errors import InvalidRequestError, JobNotFoundError
 from serving.ocr.documents import select_pages
 from serving.ocr.documents_route import show_document
 from serving.ocr.intake import Submission
-from serving.ocr.job_store import Job, NewJob, new_job_id
+from serving.ocr.jobs import Job, NewJob, new_job_id
 from serving.ocr.orders import without_stream
 from serving.ocr.routers import Caller
 from serving.ocr.service import OcrService

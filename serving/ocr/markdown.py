@@ -31,19 +31,20 @@ class Cell:
 Table = list[list[Cell]]
 
 
-def render_markdown(blocks: Sequence[Block], name_figure: Callable[[int, Box | None], str] | None = None) -> str:
+def render_markdown(blocks: Sequence[Block], name_figure: Callable[[int, Box | None], str | None] | None = None) -> str:
     """One page.
 
     Args:
         blocks: in the order of reading.
-        name_figure: the address of a figure, counted from 0 on the page, and its box; figures are left out without.
+        name_figure: from a figure, counted from 0 on the page, and its box to its address; one without is left out.
     """
     parts: list[str] = []
     num_figures = 0
     for block in blocks:
         label = block.label.lower()
         if label in _FIGURES and name_figure is not None:
-            parts.append(f"![]({name_figure(num_figures, block.boxes[0] if block.boxes else None)})")
+            address = name_figure(num_figures, block.boxes[0] if block.boxes else None)
+            parts.extend([f"![]({address})"] if address else ())
             num_figures += 1
         if block.text:
             needs_sign = label in _HEADINGS and not block.text.startswith("#")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -58,7 +58,11 @@ class PageDelta:
 
 @dataclass(frozen=True, slots=True)
 class PageEnded:
+    """Whoever tells its owner of it, or stores it, has it counted (`Pipeline.count`)."""
+
     result: PageResult
+    seconds: float
+    """From the page's turn to its end."""
 
 
 PipelineEvent = PageStarted | PageDrawn | PageDelta | PageEnded
@@ -82,8 +86,19 @@ class Order:
     question: Question
     request_id: str
     """Requests to the router are known by this, the page's number and that of the try."""
+    charged: Mapping[int, int] = field(default_factory=dict)
+    """What pages were charged before, in nanodollars: they are not charged that again."""
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     """Set, no further page is begun; those under way are finished."""
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    """One order while it is carried out."""
+
+    order: Order
+    figure_bytes_left: int
+    events: asyncio.Queue[PipelineEvent] = field(default_factory=lambda: asyncio.Queue(_QUEUED_EVENTS))
 
 
 def is_for_all(failure: Failure | None) -> bool:
@@ -112,7 +127,7 @@ class Pipeline:
         When one page has failed for a reason that is the document's, those that have not begun fail with the same.
         Whoever stops listening (`aclose`) ends what is under way.
         """
-        events: asyncio.Queue[PipelineEvent] = asyncio.Queue(_QUEUED_EVENTS)
+        run = _Run(order, self._settings.max_figure_bytes)
         waiting = iter(order.pages)
         shared: list[Failure] = []
 
@@ -120,40 +135,47 @@ class Pipeline:
             for index in waiting:
                 if order.stop.is_set():
                     return
-                result = show_unread(index, shared[0]) if shared else await self._read_page(order, index, events)
+                started_s = time.monotonic()
+                if shared:
+                    result = show_unread(index, shared[0], order.charged.get(index, 0))
+                else:
+                    result = await self._read_page(run, index)
                 if is_for_all(result.failure) and result.failure is not None:
                     shared.append(result.failure)
-                await events.put(PageEnded(result))
+                await run.events.put(PageEnded(result, time.monotonic() - started_s))
 
         num_workers = min(self._settings.pages_in_parallel, len(order.pages))
         workers = [asyncio.create_task(work()) for _ in range(num_workers)]
         try:
-            while (event := await _next(events, workers)) is not None:
+            while (event := await _next(run.events, workers)) is not None:
                 yield event
         finally:
             for task in workers:
                 task.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
 
-    async def _read_page(self, order: Order, index: int, events: asyncio.Queue[PipelineEvent]) -> PageResult:
-        started_s = time.monotonic()
+    def count(self, ended: PageEnded) -> None:
+        """Of a page that its owner knows of: one that was read for nobody is none."""
+        result = ended.result
+        self._observer.see_page(is_failed=result.is_failed, num_retries=result.num_retries, seconds=ended.seconds)
+
+    async def _read_page(self, run: _Run, index: int) -> PageResult:
+        order, started_s = run.order, time.monotonic()
         try:
             image = await self._renderer.draw(order.document, index, order.options.dpi)
         except ServingError as error:
-            result = show_unread(index, as_failure(error))
-        else:
-            self._observer.see_render(time.monotonic() - started_s)
-            result = await self._read_image(order, index, image, events)
-        self._observer.see_page(
-            is_failed=result.is_failed, num_retries=result.shown["retries"], seconds=time.monotonic() - started_s
-        )
-        return result
+            return show_unread(index, as_failure(error), order.charged.get(index, 0))
+        self._observer.see_render(time.monotonic() - started_s)
+        return await self._read_image(run, index, image)
 
-    async def _read_image(
-        self, order: Order, index: int, image: PageImage, events: asyncio.Queue[PipelineEvent]
-    ) -> PageResult:
+    async def _read_image(self, run: _Run, index: int, image: PageImage) -> PageResult:
+        order, events = run.order, run.events
         dimensions = measure(order.document, image, order.options.dpi or self._settings.render.dpi)
-        question = replace(order.question, request_id=f"{order.request_id}-p{index + 1}")
+        question = replace(
+            order.question,
+            request_id=f"{order.request_id}-p{index + 1}",
+            credit_nanodollars=order.charged.get(index, 0),
+        )
         reading: Reading | None = None
         async with contextlib.aclosing(self._reader.read(image, question)) as read:
             async for event in read:
@@ -166,19 +188,22 @@ class Pipeline:
                 else:
                     reading = event
         assert reading is not None  # a reader's last event
-        figures = await self._cut_figures(order, index, reading, dimensions) if order.options.include_images else None
+        figures = await self._cut_figures(run, index, reading, dimensions) if order.options.include_images else None
         return show_page(index, reading, dimensions, order.options.format, figures)
 
     async def _cut_figures(
-        self, order: Order, index: int, reading: Reading, dimensions: Dimensions
+        self, run: _Run, index: int, reading: Reading, dimensions: Dimensions
     ) -> list[tuple[Box, str]]:
-        """Figures as base64; one that cannot be cut out is left out."""
+        """Figures as base64; one that cannot be cut out is left out, and so are those that the document has no room
+        for any more: where a model puts figures is not known to be sane."""
         blocks = parse_layout(reading.text, dimensions.width, dimensions.height)
         figures = []
         for box in find_figures(blocks, self._settings.max_figures):
             with contextlib.suppress(ServingError):
-                cut = await self._renderer.draw(order.document, index, order.options.dpi, box)
-                figures.append((box, pybase64.b64encode(cut.data).decode()))
+                cut = await self._renderer.draw(run.order.document, index, run.order.options.dpi, box)
+                if len(cut.data) <= run.figure_bytes_left:
+                    run.figure_bytes_left -= len(cut.data)
+                    figures.append((box, pybase64.b64encode(cut.data).decode()))
         return figures
 
 

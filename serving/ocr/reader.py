@@ -2,12 +2,13 @@
 
 A page whose answer has fallen into a repetition (`finish_reason` "length", `stop_reason` "repetition") is read again
 in another resolution mode; one that was refused for the moment, or lost midway, is asked for again. All tries are
-paid for.
+paid for, once each: what a page was charged before a service was lost with it is set off.
 """
 
 from __future__ import annotations
 
 import asyncio
+import io
 import itertools
 import math
 import random
@@ -18,6 +19,7 @@ from typing import Any
 import aiohttp
 import orjson
 
+from serving.billing.credits import CREDIT_HEADER
 from serving.ocr.renderer import PageImage
 from serving.ocr_settings import ReadSettings
 
@@ -34,6 +36,9 @@ _FIRST_PAUSE_S = 0.25
 _MAX_FRAME_BYTES = 2**20
 _DATA = b"data:"
 _DONE = b"[DONE]"
+
+SignCredit = Callable[[str, int], str]
+"""From a request's id and nanodollars to the value of `CREDIT_HEADER`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,8 @@ class Question:
     api_key: str | None = field(default=None, repr=False)
     request_id: str | None = None
     """What the router knows the page's requests by; the number of the try is put after it."""
+    credit_nanodollars: int = 0
+    """What earlier requests for this page were charged, and no further one is to be charged again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +105,7 @@ class Reading:
 
     text: str
     usage: Usage
-    """Of all tries that told it; one that broke off midway tells none."""
+    """Of all tries that told it; one that broke off midway tells none. Its cost has the question's credit in it."""
     num_tries: int
     mode: str | None
     """That the last try was read in, as the router says, else as it was asked for."""
@@ -116,6 +123,7 @@ class _Try:
 
     texts: list[str] = field(default_factory=list)
     usage: Usage = field(default_factory=Usage)
+    credited_nanodollars: int = 0
     mode: str | None = None
     finish_reason: str | None = None
     stop_reason: Any = None
@@ -138,12 +146,21 @@ class _Try:
 class PageReader:
     """Reads pages through one router. Use it inside one event loop, as an async context."""
 
-    def __init__(self, base_url: str | Callable[[], str], settings: ReadSettings, *, max_connections: int = 64) -> None:
+    def __init__(
+        self,
+        base_url: str | Callable[[], str],
+        settings: ReadSettings,
+        *,
+        max_connections: int = 64,
+        sign_credit: SignCredit | None = None,
+    ) -> None:
         """Args:
         base_url: of the router, without `/v1`; or what chooses one for a try.
         settings: tries and times.
         max_connections: requests at once; pages beyond it wait.
+        sign_credit: makes routers believe what a page was charged before; without it they are not told.
         """
+        self._sign_credit = sign_credit
         self._choose_router = base_url if callable(base_url) else lambda: base_url
         self._settings = settings
         self._max_connections = max_connections
@@ -165,7 +182,7 @@ class PageReader:
         """Read one page; the last event is its Reading. Whoever stops listening (`aclose`) ends the request."""
         deadline_s = asyncio.get_running_loop().time() + self._settings.page_timeout_s
         url = page.as_url()
-        spent = Usage()
+        spent = Usage(cost_nanodollars=question.credit_nanodollars)
         tried_modes: list[str] = []
         num_refusals = 0
         for number in itertools.count(1):
@@ -174,6 +191,7 @@ class PageReader:
             async for text in self._ask(build_body(url, question), question, number, attempt, deadline_s):
                 yield Delta(text)
             spent += attempt.usage
+            question = replace(question, credit_nanodollars=question.credit_nanodollars - attempt.credited_nanodollars)
             num_refusals += attempt.is_refused
             another = self._plan(attempt, question, tried_modes, number - num_refusals, deadline_s)
             if another is None:
@@ -214,15 +232,12 @@ class PageReader:
     ) -> AsyncGenerator[str]:
         """One request; what it brings goes into `attempt`, pieces of text are given on at once."""
         assert self._session is not None
-        headers = {"content-type": "application/json"}
-        if question.api_key is not None:
-            headers["authorization"] = f"Bearer {question.api_key}"
-        if question.request_id is not None:
-            headers["x-request-id"] = f"{question.request_id}-t{number}"
+        headers = self._build_headers(question, number)
         url = self._choose_router().rstrip("/") + "/v1/chat/completions"
         try:
             async with asyncio.timeout_at(deadline_s):
-                async with self._session.post(url, data=body, headers=headers, allow_redirects=False) as answer:
+                content = io.BytesIO(body)  # bytes would be sent in one go, however many, with the event loop held
+                async with self._session.post(url, data=content, headers=headers, allow_redirects=False) as answer:
                     if answer.status != 200:
                         _note_refusal(
                             attempt, answer.status, answer.headers, await answer.content.read(_MAX_FRAME_BYTES)
@@ -246,6 +261,16 @@ class PageReader:
             )
         except ValueError:
             attempt.fail("bad_answer", "The answer is not the OpenAI API's.", is_passing=False)
+
+    def _build_headers(self, question: Question, number: int) -> dict[str, str]:
+        headers = {"content-type": "application/json"}
+        if question.api_key is not None:
+            headers["authorization"] = f"Bearer {question.api_key}"
+        if question.request_id is not None:
+            headers["x-request-id"] = request_id = f"{question.request_id}-t{number}"
+            if question.credit_nanodollars and self._sign_credit is not None:
+                headers[CREDIT_HEADER] = self._sign_credit(request_id, question.credit_nanodollars)
+        return headers
 
 
 def find_other_mode(mode: str | None, tried: list[str]) -> str | None:
@@ -332,6 +357,11 @@ def _take_usage(usage: dict[str, Any], attempt: _Try) -> None:
         int(usage.get("prompt_tokens") or 0),
         int(usage.get("completion_tokens") or 0),
         int(details.get("image_tokens") or 0),
-        # The router's figure is a whole number of nanodollars, written as a float of dollars.
-        round(float(usage.get("estimated_cost") or 0) * NANO_PER_DOLLAR),
+        _read_nanodollars(usage, "estimated_cost"),
     )
+    attempt.credited_nanodollars = _read_nanodollars(usage, "credited_cost")
+
+
+def _read_nanodollars(usage: dict[str, Any], name: str) -> int:
+    """The router's figure is a whole number of nanodollars, written as a float of dollars."""
+    return round(float(usage.get(name) or 0) * NANO_PER_DOLLAR)

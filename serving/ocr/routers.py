@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import time
 from collections import OrderedDict
@@ -125,8 +126,9 @@ class Callers:
         for _ in range(2):
             url = f"{self._routers.choose()}{path}"
             try:
+                content = io.BytesIO(body) if body is not None else None  # not in one go: it has a page in it
                 async with self._session.request(
-                    method, url, data=body, headers=headers, allow_redirects=False
+                    method, url, data=content, headers=headers, allow_redirects=False
                 ) as answer:
                     return answer.status, await answer.content.read(_MAX_ANSWER_BYTES)
             except (aiohttp.ClientError, OSError):

@@ -8,8 +8,11 @@ from collections.abc import Iterator
 
 from serving.billing.database import Database
 from serving.ocr.intake import Intake
+from serving.ocr.job_database import JobDatabase
+from serving.ocr.job_leases import JobLeases
 from serving.ocr.job_runner import JobRunner
 from serving.ocr.job_store import JobStore
+from serving.ocr.job_sweeper import JobSweeper
 from serving.ocr.pipeline import Pipeline
 from serving.ocr.quotes import Quoter
 from serving.ocr.reader import PageReader
@@ -38,14 +41,18 @@ class OcrService:
         self.renderer = Renderer(ocr.render)
         self.callers = Callers(routers)
         self.intake = Intake(ocr, settings.router.limits)
-        self._reader = PageReader(routers.choose, ocr.read, max_connections=_CONNECTIONS)
+        self.vault = Vault(ocr.secret, ocr.directory)
+        self._reader = PageReader(
+            routers.choose, ocr.read, max_connections=_CONNECTIONS, sign_credit=self.vault.signer.sign
+        )
         self.pipeline = Pipeline(self.renderer, self._reader, ocr, self.metrics)
         self.quoter = Quoter(self.renderer, self.callers, ocr)
-        self.vault = Vault(ocr.secret, ocr.directory)
         self._database = Database(settings.billing)
         migrates = settings.billing.migrate_on_start
-        self.store = JobStore(self._database, ocr.jobs, self.service_id, migrates=migrates)
-        self.runner = JobRunner(self.store, self.pipeline, self.renderer, self.vault, ocr)
+        jobs = JobDatabase(self._database, ocr.jobs.keep_results_s, migrates=migrates)
+        self.store = JobStore(jobs, ocr.jobs.max_open_per_tenant)
+        leases = JobLeases(jobs, ocr.jobs.lease_s, self.service_id)
+        self.runner = JobRunner(leases, JobSweeper(jobs, ocr), self.pipeline, self.renderer, self.vault, ocr)
         self._running = contextlib.AsyncExitStack()
 
     async def start(self) -> None:

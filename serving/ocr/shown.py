@@ -44,6 +44,10 @@ class PageResult:
     def is_failed(self) -> bool:
         return self.failure is not None
 
+    @property
+    def num_retries(self) -> int:
+        return int(self.shown["retries"])
+
 
 def measure(document: Document, image: PageImage, dpi: int) -> Dimensions:
     """Of a page that was drawn at `dpi`, where it has no pixels of its own."""
@@ -51,8 +55,8 @@ def measure(document: Document, image: PageImage, dpi: int) -> Dimensions:
 
 
 def find_figures(blocks: Sequence[Block], max_figures: int) -> list[Box]:
-    """Boxes of a page's figures, in order; figures without one, or without area, cannot be cut out."""
-    boxes = (block.boxes[0] for block in blocks if block.label.lower() in FIGURES and block.boxes)
+    """Boxes of a page's figures, in order and each once; figures without one, or without area, cannot be cut out."""
+    boxes = dict.fromkeys(block.boxes[0] for block in blocks if block.label.lower() in FIGURES and block.boxes)
     return [box for box in boxes if box.right > box.left and box.bottom > box.top][:max_figures]
 
 
@@ -81,7 +85,7 @@ def show_page(
     else:
         naming = None
         if figures is not None:
-            naming = lambda _, box: (name_figure(index, box, boxes) if box is not None else None) or ""  # noqa: E731
+            naming = lambda _, box: name_figure(index, box, boxes) if box is not None else None  # noqa: E731
         shown["markdown"] = render_markdown(blocks, naming)
     if form == "layout":
         shown["blocks"] = [show_block(block) for block in blocks]
@@ -101,17 +105,18 @@ def show_page(
     return PageResult(index, shown, reading.usage, reading.failure)
 
 
-def show_unread(index: int, failure: Failure) -> PageResult:
-    """A page that did not come so far that it could be read."""
+def show_unread(index: int, failure: Failure, charged_nanodollars: int = 0) -> PageResult:
+    """A page that did not come so far that it could be read, though it may have been charged for once."""
+    usage = Usage(cost_nanodollars=charged_nanodollars)
     shown = _show_frame(index, None) | {
         "mode": None,
         "finish_reason": None,
         "retries": 0,
-        "usage": _show_page_usage(Usage()),
+        "usage": _show_page_usage(usage),
         "error": show_failure(failure),
         "status": "failed",
     }
-    return PageResult(index, shown, Usage(), failure)
+    return PageResult(index, shown, usage, failure)
 
 
 def show_block(block: Block) -> dict[str, Any]:

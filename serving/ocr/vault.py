@@ -11,6 +11,7 @@ from pathlib import Path
 from cryptography.fernet import Fernet, InvalidToken
 from pydantic import SecretStr
 
+from serving.billing.credits import CreditSigner
 from serving.errors import SettingsError
 
 _CONTEXT = b"serving.ocr.jobs"
@@ -25,6 +26,8 @@ class Vault:
         """
         given = secret.get_secret_value().encode() if secret is not None else _read_secret(folder / "secret")
         self._fernet = Fernet(base64.urlsafe_b64encode(hashlib.sha256(_CONTEXT + given).digest()))
+        self.signer = CreditSigner(given)
+        """Tells routers that a word is a service's of theirs."""
 
     def seal(self, api_key: str | None) -> str:
         """Text for the database; empty without a key."""

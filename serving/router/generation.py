@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope
 from serving.asgi.guards import BodyBudget, ClientGoneError, HeldBody, discard_body, read_body
 from serving.asgi.presence import ClientPresence
 from serving.asgi.reply import Reply
+from serving.billing.credits import CREDIT_HEADER, find_signer
 from serving.billing.records import Outcome
 from serving.errors import InvalidRequestError, ReplicaTimeoutError, ServingError
 from serving.router.accounts import Accounts
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from serving.telemetry.traces import Traces
 
 _TIMEOUT_HEADER = b"x-request-timeout-ms"
+_CREDIT_HEADER = CREDIT_HEADER.encode()
 _GRACE_S = 0.05
 
 
@@ -67,6 +69,8 @@ class Generation:
             raise
         unique_id = f"{request_id}.{secrets.token_hex(4)}" if b"x-request-id" in headers else request_id
         call = Call(unique_id, path, identity, arrived_ns=time.time_ns())
+        if _CREDIT_HEADER in headers:
+            call.credit_nanodollars = self._read_credit(request_id, headers[_CREDIT_HEADER])
         if self.traces is not None:
             call.trace = self.traces.begin(path, headers, call.arrived_ns)
         ending = Ending(Outcome.FAILED, 500, "internal_error")
@@ -89,6 +93,12 @@ class Generation:
             raise
         finally:
             self.accountant.finish(call, ending)
+
+    def _read_credit(self, request_id: str, value: bytes) -> int:
+        """What an OCR service of ours says that this page was charged before; 0 when it is not one of ours."""
+        ocr = self.settings.ocr
+        signer = find_signer(ocr.secret, ocr.secret_file)
+        return signer.read(request_id, value.decode("latin-1")) if signer is not None else 0
 
     async def _serve_admitted(
         self, call: Call, scope: Scope, headers: Mapping[bytes, bytes], receive: Receive, reply: Reply

@@ -51,6 +51,8 @@ class Call:
     reserved_tokens: int = 0
     """Taken from the tenant's tokens per minute before its real use was known."""
     trace: RequestTrace | None = None
+    credit_nanodollars: int = 0
+    """That its client may have taken off the price."""
 
     @property
     def tokens(self) -> TokenCounts | None:
@@ -66,7 +68,7 @@ class Call:
     def start(self, request: RoutedRequest, price: Price) -> None:
         """The body was understood."""
         self.request = request
-        self.notes = UsageNotes(price)
+        self.notes = UsageNotes(price, credit_nanodollars=self.credit_nanodollars)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +165,7 @@ async def ask_replica(fetch_usage: FetchUsage, replica: ReplicaRecord, request_i
 
 def _build_record(call: Call, ending: Ending, ended_ns: int, tokens: TokenCounts) -> RequestRecord:
     notes = call.notes
-    cost = notes.price.bill_nanodollars(tokens, ending.outcome) if notes is not None else 0
+    cost, credited = notes.bill(tokens, ending.outcome) if notes is not None else (0, 0)
     return RequestRecord(
         request_id=call.request_id,
         tenant_id=call.identity.tenant_id,
@@ -188,4 +190,5 @@ def _build_record(call: Call, ending: Ending, ended_ns: int, tokens: TokenCounts
         queue_wait_ns=call.queue_wait_ns,
         priority=call.identity.tenant.priority,
         is_stream=call.request is not None and call.request.is_stream,
+        credit_nanodollars=credited,
     )

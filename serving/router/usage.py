@@ -31,19 +31,28 @@ class UsageNotes:
     price: Price
     image_modes: tuple[str, ...] = ()
     """The resolution mode of every image, where it is known."""
+    credit_nanodollars: int = 0
+    """Taken off the price, as far as that goes."""
     tokens: TokenCounts | None = None
     """As the engine counted them; None until it has said so."""
-    cost_nanodollars: int = 0
     finish_reason: str = ""
     """OpenAI's, of the first choice that has one."""
     num_frames: int = 0
     """Frames of a stream that were passed: about one per token."""
 
+    def bill(self, tokens: TokenCounts, outcome: Outcome) -> tuple[int, int]:
+        """What is charged, and what of the price was charged before: nanodollars."""
+        price = self.price.bill_nanodollars(tokens, outcome)
+        credited = min(price, self.credit_nanodollars)
+        return price - credited, credited
+
     def take(self, usage: dict[str, Any]) -> None:
         """Read an engine's `usage` and put the cost in, in dollars, and what the images took."""
         self.tokens = read_tokens(usage)
-        self.cost_nanodollars = self.price.bill_nanodollars(self.tokens, Outcome.COMPLETED)
-        usage["estimated_cost"] = to_dollars(self.cost_nanodollars)
+        cost, credited = self.bill(self.tokens, Outcome.COMPLETED)
+        usage["estimated_cost"] = to_dollars(cost)
+        if self.credit_nanodollars:
+            usage["credited_cost"] = to_dollars(credited)
         details = usage.get("prompt_tokens_details")
         if isinstance(details, dict) and isinstance(details.get("multimodal_tokens"), dict):
             details["image_tokens"] = details["multimodal_tokens"].get("image", 0)

@@ -6,19 +6,24 @@ import asyncio
 import contextlib
 import re
 import signal
+import sqlite3
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import orjson
 import yaml
 from unit.ocr.papers import write_pdf
-from unit.ocr.service import BODY_BYTES, reads
-from unit.router.stack import Engine, build_settings, run_router
+from unit.ocr.service import BODY_BYTES, frame, reads, tail
+from unit.router.stack import Engine, Exchange, answers, build_settings, eventually, run_router
 
 from e2e.conftest import ROOT, free_port
+from serving.billing_settings import BillingSettings
+from serving.ocr_settings import OcrSettings
 from serving.router_settings import LimitSettings
+from serving.settings import Settings
 
 SERVING = ROOT / ".venv/bin/serving"
 NUM_PAGES = 50
@@ -35,7 +40,7 @@ async def service_process(folder: Path, router_port: int) -> AsyncIterator[tuple
         "ocr": {
             "directory": str(folder / "ocr"),
             "pages_in_parallel": 4,
-            "jobs": {"lease_s": 2, "poll_s": 0.2},
+            "jobs": {"lease_s": 2, "poll_s": 0.2, "settle_s": 1},
         },
         "engine": {"drain_s": 5},
     }
@@ -69,7 +74,7 @@ async def wait_for_job(client: httpx.AsyncClient, job_id: str, num_done: int) ->
     async with asyncio.timeout(WITHIN_S):
         while True:
             job: dict[str, Any] = (await client.get(f"/v1/ocr/jobs/{job_id}")).json()
-            if job["pages_done"] >= num_done and (num_done < NUM_PAGES or job["status"] == "completed"):
+            if job["pages_done"] >= num_done and (num_done < job["pages_total"] or job["status"] == "completed"):
                 return job
             await asyncio.sleep(0.05)
 
@@ -118,3 +123,104 @@ async def test_a_killed_service_goes_on_where_it_stopped(tmp_path: Path) -> None
     # Each page is counted once in what the job has cost.
     assert job["usage"]["completion_tokens"] == 10 * NUM_PAGES
     assert job["usage"]["estimated_cost"] == round(sum(p["usage"]["estimated_cost"] for p in after.values()), 9)
+
+
+PROMPT, WHOLE, PART = 80, 10, 4
+"""Tokens of a page: its prompt, its answer, and as much of its answer as was generated when a service was killed."""
+
+
+class Gate:
+    """An engine whose answers wait for their ends; the third page's never comes to it the first time."""
+
+    def __init__(self) -> None:
+        self.opened = asyncio.Event()
+        self.num_waiting = 0
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
+        self._was_asked = False
+
+    async def answer(self, exchange: Exchange) -> None:
+        if exchange.asked.path.startswith("/usage/"):
+            told = {"prompt_tokens": PROMPT, "image_tokens": 73, "cached_tokens": 0, "completion_tokens": PART}
+            await answers(orjson.dumps({**told, "is_finished": True}))(exchange)
+            return
+        is_broken_off = "-p3-" in exchange.asked.headers["x-request-id"] and not self._was_asked
+        self._was_asked = self._was_asked or is_broken_off
+        self.prompt_tokens += PROMPT
+        self.completion_tokens += PART if is_broken_off else WHOLE
+        await exchange.start()
+        await exchange.chunk(frame("Hello "))
+        self.num_waiting += 1
+        if is_broken_off:
+            await exchange.wait_until_left()
+            return
+        await self.opened.wait()
+        await exchange.chunk(frame("page", finish_reason="stop"))
+        await exchange.chunk(tail(PROMPT, WHOLE))
+        await exchange.end()
+
+
+def build_stack_settings(folder: Path) -> Settings:
+    """A router that keeps its books where the service keeps its jobs, and knows its secret."""
+    return build_settings(limits=LimitSettings(max_body_bytes=BODY_BYTES)).model_copy(
+        update={
+            "billing": BillingSettings(directory=folder / "billing", flush_s=0.1),
+            "ocr": OcrSettings(directory=folder / "ocr"),
+        }
+    )
+
+
+def read_ledger(folder: Path) -> list[tuple[int, str, int, int, int, int]]:
+    """Of every request for a page: the page, its outcome, cost and credit, tokens of the prompt and the answer."""
+    with contextlib.closing(sqlite3.connect(folder / "billing" / "ledger.db")) as books:
+        found = books.execute(
+            "SELECT request_id, outcome, cost_nanodollars, credit_nanodollars, prompt_tokens, completion_tokens "
+            "FROM requests ORDER BY arrived_ns"
+        ).fetchall()
+    return sorted(((int(re.findall(r"-p(\d+)-t1", row[0])[0]), *row[1:]) for row in found), key=lambda row: row[0])
+
+
+async def test_a_page_that_was_read_and_not_stored_is_paid_once(tmp_path: Path) -> None:
+    """Killed at the one moment: the ledger has the answers of two pages, and the job has none of them yet."""
+    pdf = write_pdf(tmp_path / "x.pdf", 3, (100, 100)).read_bytes()
+    gate = Gate()
+    async with (
+        Engine(gate.answer, max_num_seqs=64, tells_usage=True) as engine,
+        run_router(engine.record, settings=build_stack_settings(tmp_path), keeps_books=True) as router,
+    ):
+        ledger = router.app._accounts.ledger
+        assert ledger is not None
+        async with service_process(tmp_path, router.port) as (process, client):
+            form = {"model": "nano", "mode": "tiny", "format": "text"}
+            job_id = (await client.post("/v1/ocr/jobs", data=form, files={"file": ("x.pdf", pdf)})).json()["id"]
+            assert await eventually(lambda: gate.num_waiting == 3, WITHIN_S)
+            with contextlib.closing(sqlite3.connect(tmp_path / "billing" / "ledger.db", isolation_level=None)) as books:
+                books.execute("BEGIN IMMEDIATE")  # nobody else can store anything now
+                gate.opened.set()
+                assert await eventually(lambda: ledger.counts.num_recorded == 2, WITHIN_S)
+                await asyncio.sleep(0.3)  # the service has the answers in its hands
+                process.kill()
+                await process.wait()
+                assert books.execute("SELECT num_done FROM ocr_jobs").fetchall() == [(0,)]
+                books.execute("ROLLBACK")
+        assert await eventually(lambda: ledger.counts.num_committed == 3, WITHIN_S)
+        async with service_process(tmp_path, router.port) as (_, client):
+            job = await wait_for_job(client, job_id, 3)
+            pages = await read_pages(client, job_id)
+        assert await ledger.flush(10)
+        rows = read_ledger(tmp_path)
+    whole, part = PROMPT * 30 + WHOLE * 100, PROMPT * 30 + PART * 100
+    assert rows == [
+        (1, "completed", whole, 0, PROMPT, WHOLE),
+        (1, "completed", 0, whole, PROMPT, WHOLE),
+        (2, "completed", whole, 0, PROMPT, WHOLE),
+        (2, "completed", 0, whole, PROMPT, WHOLE),
+        (3, "aborted", part, 0, PROMPT, PART),
+        (3, "completed", whole - part, part, PROMPT, WHOLE),
+    ]
+    # What the engine counted is in the ledger to the token, and what was charged is what the job says.
+    assert (sum(row[4] for row in rows), sum(row[5] for row in rows)) == (gate.prompt_tokens, gate.completion_tokens)
+    assert (job["pages_done"], job["pages_failed"]) == (3, 0)
+    assert job["usage"]["estimated_cost"] == sum(row[2] for row in rows) / 10**9 == 3 * whole / 10**9
+    assert {page["usage"]["estimated_cost"] for page in pages.values()} == {whole / 10**9}
+    assert job["usage"]["completion_tokens"] == 3 * WHOLE

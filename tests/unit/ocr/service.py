@@ -85,7 +85,7 @@ class RunningService:
 
 
 def build_service_settings(folder: Path, *, billing: BillingSettings | None = None, **ocr: Any) -> Settings:
-    jobs = {"poll_s": 0.05, "lease_s": 1.0, **ocr.pop("jobs", {})}
+    jobs = {"poll_s": 0.05, "lease_s": 1.0, "settle_s": 0.1, **ocr.pop("jobs", {})}
     limits = LimitSettings(max_body_bytes=BODY_BYTES)
     router = build_settings(limits=limits).router
     return build_settings().model_copy(
@@ -119,9 +119,11 @@ async def run_service(
 
 
 @contextlib.asynccontextmanager
-async def run_host(settings: Settings, router_port: int) -> AsyncIterator[tuple[OcrHost, httpx.AsyncClient]]:
+async def run_host(
+    settings: Settings, router_port: int, drain_s: float = 0.1
+) -> AsyncIterator[tuple[OcrHost, httpx.AsyncClient]]:
     host = OcrHost(settings, Routers(f"http://127.0.0.1:{router_port}"), "127.0.0.1")
-    host._drain_s = 1
+    host._drain_s = drain_s
     await host.start()
     try:
         async with httpx.AsyncClient(base_url=host.record.url, timeout=30, trust_env=False) as client:

@@ -152,7 +152,7 @@ async def test_two_services_never_read_the_same_page(tmp_path: Path, billing: Bi
 async def test_a_service_that_stops_leaves_its_job_to_the_next(tmp_path: Path) -> None:
     settings = build_service_settings(tmp_path, pages_in_parallel=2, jobs={"lease_s": 600})
     async with run_service(tmp_path, reads(pause_s=0.1), settings=settings) as service:
-        async with run_host(settings, service.router.port) as (_, client):
+        async with run_host(settings, service.router.port, drain_s=5) as (_, client):
             await service.host._service.runner.close(0)  # only the other one reads
             form = {"model": "nano"}
             answer = await client.post("/v1/ocr/jobs", data=form, files={"file": ("x", blank_pdf(tmp_path, 12))})
@@ -185,7 +185,7 @@ async def test_old_jobs_are_swept(tmp_path: Path) -> None:
         job = (await service.upload(blank_pdf(tmp_path, 1), "/v1/ocr/jobs")).json()
         await service.wait_for(job["id"], "completed")
         await asyncio.sleep(1.1)
-        await service.host._service.runner._sweep()
+        await service.host._service.runner._sweeper.sweep()
         assert (await service.client.get(f"/v1/ocr/jobs/{job['id']}")).status_code == 404
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import orjson
 import pytest
+from pydantic import SecretStr
 
+from serving.billing.credits import CreditSigner
 from serving.ocr.reader import (
     Delta,
     Event,
@@ -21,9 +24,19 @@ from serving.ocr.reader import (
     read_retry_after,
 )
 from serving.ocr.renderer import PageImage
-from serving.ocr_settings import ReadSettings
+from serving.ocr_settings import OcrSettings, ReadSettings
 from unit.router.pictures import encode_image
-from unit.router.stack import Engine, Exchange, Script, answers, dies_after, run_router, streams, streams_and_waits
+from unit.router.stack import (
+    Engine,
+    Exchange,
+    Script,
+    answers,
+    build_settings,
+    dies_after,
+    run_router,
+    streams,
+    streams_and_waits,
+)
 
 PAGE = PageImage(encode_image("PNG"), "image/png", 30, 20)
 QUESTION = Question("nano", "Free OCR.", mode="tiny")
@@ -78,6 +91,27 @@ async def test_a_page_is_read_with_its_usage_and_cost() -> None:
     asked = orjson.loads(engine.asked[0].body)
     assert asked["mm_processor_kwargs"] == {"mode": "tiny"}
     assert "skip_special_tokens" not in asked
+
+
+async def test_what_a_page_was_charged_before_is_set_off_try_by_try() -> None:
+    each = 100 * 30 + 10 * 100
+    signer = CreditSigner(b"shared")
+    asked: list[int] = []
+
+    def sign(request_id: str, nanodollars: int) -> str:
+        asked.append(nanodollars)
+        return signer.sign(request_id, nanodollars)
+
+    settings = build_settings().model_copy(update={"ocr": OcrSettings(secret=SecretStr("shared"))})
+    async with (
+        Engine(one_after_another(LOOPED, READ)) as engine,
+        run_router(engine.record, settings=settings) as router,
+        PageReader(f"http://127.0.0.1:{router.port}", ReadSettings(), sign_credit=sign) as reader,
+    ):
+        _, page = await read(reader, replace(QUESTION, request_id="job-1-p1", credit_nanodollars=each + 500))
+    assert asked == [each + 500, 500]
+    assert (page.num_tries, page.usage.completion_tokens) == (2, 20)
+    assert page.usage.cost_nanodollars == 2 * each, "what both tries cost, the part that was charged before included"
 
 
 async def test_grounding_keeps_the_special_tokens() -> None:

@@ -237,9 +237,15 @@ class RunningRouter:
 
 
 @contextlib.asynccontextmanager
-async def run_router(*records: ReplicaRecord, settings: Settings | None = None) -> AsyncIterator[RunningRouter]:
+async def run_router(
+    *records: ReplicaRecord, settings: Settings | None = None, keeps_books: bool = False
+) -> AsyncIterator[RunningRouter]:
     known = list(records)
-    app = RouterApp(settings or build_settings(), read_snapshot=lambda: Snapshot((1, 1), tuple(known)))
+    app = RouterApp(
+        settings or build_settings(),
+        read_snapshot=lambda: Snapshot((1, 1), tuple(known)),
+        keeps_books=keeps_books,
+    )
     server = HttpServer(app, host="127.0.0.1", port=0, drain_s=1, limits=app.settings.router.limits)
     await app.start()
     await server.start()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.billing.prices import Price
-from serving.billing.records import TokenCounts
+from serving.billing.records import Outcome, TokenCounts
 from serving.router.usage import StreamAnnotator, UsageNotes, annotate_answer
 
 PRICE = Price(input_picodollars=30_000, output_picodollars=100_000)
@@ -199,7 +199,7 @@ def test_who_did_not_ask_for_usage_does_not_get_its_frame() -> None:
     assert annotator.feed(text + last[:9]) == text
     assert annotator.feed(last[9:] + done) == done
     assert notes.tokens == TokenCounts(num_prompt_tokens=1000, num_completion_tokens=500)
-    assert notes.cost_nanodollars == 80_000
+    assert notes.bill(TokenCounts(1000, 0, 0, 500), Outcome.COMPLETED) == (80_000, 0)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,147 @@
+"""Jobs as services read them: each under a lease, which every write for it names.
+
+`store_page` puts a page in and counts it in one transaction, which does nothing when the lease has gone to another or
+the job was cancelled or deleted. So a page counts once, whoever reads it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import and_, func, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from serving.billing.schema import JOB_PAGES, JOBS, REQUESTS
+from serving.ocr.job_database import JobDatabase
+from serving.ocr.jobs import COMPLETED, FAILED, NS, OPEN, RUNNING, Job, dump, find_page
+from serving.ocr.reader import Failure
+from serving.ocr.shown import PageResult, show_failure
+
+_CLOCKS_S = 600.0
+"""By so much a router's clock may be behind a service's."""
+
+
+class LeaseLostError(Exception):
+    """The job is no longer this service's to read: cancelled, deleted, or taken over."""
+
+
+class JobLeases:
+    """What one life of a service holds. Methods raise OverloadedError when the database cannot be used."""
+
+    def __init__(self, jobs: JobDatabase, lease_s: float, service_id: str) -> None:
+        """Args:
+        jobs: the tables.
+        lease_s: how long a job stays this service's without a word of it.
+        service_id: names this life of the service.
+        """
+        self._jobs = jobs
+        self._lease_s = lease_s
+        self._service_id = service_id
+
+    async def take(self) -> Job | None:
+        """The oldest job that nobody reads, now this service's; None when there is none."""
+        now_ns = time.time_ns()
+        free = and_(JOBS.c.status.in_(OPEN), JOBS.c.lease_until_ns < now_ns)
+        oldest = select(JOBS.c.job_id).where(free).order_by(JOBS.c.created_ns).limit(8)
+        async with self._jobs.reading() as connection:
+            candidates = (await connection.execute(oldest)).scalars().all()
+        for job_id in candidates:
+            values = {
+                "status": RUNNING,
+                "lease_owner": self._service_id,
+                "lease_until_ns": self._lease_end(),
+                "num_takes": JOBS.c.num_takes + 1,
+                "started_ns": func.coalesce(func.nullif(JOBS.c.started_ns, 0), now_ns),
+            }
+            async with self._jobs.writing() as connection:
+                done = await connection.execute(update(JOBS).where(and_(JOBS.c.job_id == job_id, free)).values(values))
+            if done.rowcount:  # of two services that saw it, one
+                return await self._jobs.find_one(JOBS.c.job_id == job_id)
+        return None
+
+    async def read_done(self, job_id: str) -> set[int]:
+        """Pages of a job that are in the database."""
+        async with self._jobs.reading() as connection:
+            found = await connection.execute(select(JOB_PAGES.c.page).where(JOB_PAGES.c.job_id == job_id))
+            return set(found.scalars())
+
+    async def read_charged(self, job: Job) -> Mapping[int, int]:
+        """What requests for pages of a job were charged so far, by page, in nanodollars, as far as the ledger is in
+        the same database."""
+        wanted = and_(
+            REQUESTS.c.tenant_id == job.owner,
+            REQUESTS.c.arrived_ns >= job.created_ns - round(_CLOCKS_S * NS),
+            REQUESTS.c.request_id.startswith(f"{job.job_id}-p", autoescape=True),
+            REQUESTS.c.cost_nanodollars > 0,
+        )
+        async with self._jobs.reading() as connection:
+            rows = await connection.execute(select(REQUESTS.c.request_id, REQUESTS.c.cost_nanodollars).where(wanted))
+        charged: Counter[int] = Counter()
+        for request_id, nanodollars in rows:
+            page = find_page(job.job_id, request_id)
+            if page is not None:
+                charged[page] += nanodollars
+        return charged
+
+    async def renew(self, job_id: str) -> None:
+        """Raises LeaseLostError when the job is no longer this service's."""
+        async with self._jobs.writing() as connection:
+            await self._update_own(connection, job_id, {"lease_until_ns": self._lease_end()})
+
+    async def store_page(self, job_id: str, result: PageResult) -> None:
+        """Put a page in and count it, both or neither.
+
+        Raises:
+            LeaseLostError: the job is no longer this service's.
+        """
+        used = result.usage
+        changes = {
+            "num_done": JOBS.c.num_done + 1,
+            "num_failed": JOBS.c.num_failed + int(result.is_failed),
+            "prompt_tokens": JOBS.c.prompt_tokens + used.prompt_tokens,
+            "completion_tokens": JOBS.c.completion_tokens + used.completion_tokens,
+            "image_tokens": JOBS.c.image_tokens + used.image_tokens,
+            "cost_nanodollars": JOBS.c.cost_nanodollars + used.cost_nanodollars,
+            "lease_until_ns": self._lease_end(),
+        }
+        async with self._jobs.writing() as connection:
+            await self._update_own(connection, job_id, changes)
+            count = select(JOBS.c.num_done).where(JOBS.c.job_id == job_id)
+            row = {
+                "job_id": job_id,
+                "page": result.index,
+                "seq": (await connection.execute(count)).scalar_one(),
+                "is_failed": result.is_failed,
+                "result": dump(result.shown),
+                "finished_ns": time.time_ns(),
+            }
+            await connection.execute(insert(JOB_PAGES).values(row))
+
+    async def finish(self, job_id: str, failure: Failure | None = None) -> None:
+        """The job has ended; its key goes.
+
+        Raises:
+            LeaseLostError: it is no longer this service's.
+        """
+        changes = self._jobs.ended(FAILED if failure is not None else COMPLETED)
+        changes["error"] = dump(show_failure(failure)) if failure is not None else ""
+        async with self._jobs.writing() as connection:
+            await self._update_own(connection, job_id, changes)
+
+    async def leave(self, job_id: str) -> None:
+        """Give a job back before it has ended, so that another service can take it at once."""
+        with contextlib.suppress(LeaseLostError):
+            async with self._jobs.writing() as connection:
+                await self._update_own(connection, job_id, {"lease_until_ns": 0, "lease_owner": ""})
+
+    def _lease_end(self) -> int:
+        return time.time_ns() + round(self._lease_s * NS)
+
+    async def _update_own(self, connection: AsyncConnection, job_id: str, changes: dict[str, Any]) -> None:
+        ours = and_(JOBS.c.job_id == job_id, JOBS.c.status == RUNNING, JOBS.c.lease_owner == self._service_id)
+        if not (await connection.execute(update(JOBS).where(ours).values(changes))).rowcount:
+            raise LeaseLostError(job_id)

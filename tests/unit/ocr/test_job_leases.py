@@ -1,0 +1,78 @@
+"""What a service that takes a job over learns of it, in either database."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from serving.billing.database import Database
+from serving.ocr.job_database import JobDatabase
+from serving.ocr.job_leases import JobLeases, LeaseLostError
+from serving.ocr.job_store import JobStore
+from serving.ocr.jobs import Job, NewJob, find_page
+from serving.ocr.reader import Usage
+from serving.ocr.shown import PageResult
+from unit.billing.conftest import database, database_url, make_settings, postgres_url  # noqa: F401  # its fixtures
+from unit.billing.samples import make_record
+
+NEW = NewJob("acme", "nano", {"model": "nano"}, {}, range(12), "", "digest")
+PAGE = PageResult(0, {}, Usage(), None)
+
+
+async def submit(jobs: JobDatabase, job_id: str) -> Job:
+    return await JobStore(jobs, 10).add(job_id, NEW)
+
+
+@pytest.fixture
+def jobs(database: Database) -> JobDatabase:  # noqa: F811
+    return JobDatabase(database, 60.0)
+
+
+async def test_what_pages_were_charged_is_in_the_ledger(jobs: JobDatabase, database: Database) -> None:  # noqa: F811
+    job = await submit(jobs, "job-a_b")
+
+    def row(request_id: str, cost: int, **changes: Any) -> Any:
+        changes = {"arrived_ns": time.time_ns(), **changes}
+        return make_record(request_id=request_id, cost_nanodollars=cost, **changes)
+
+    await database.insert(
+        [
+            row("job-a_b-p1-t1.0a", 100),
+            row("job-a_b-p1-t2.0b", 20),
+            row("job-a_b-p1-t1.0c", 3),
+            row("job-a_b-p11-t1.0d", 7),
+            row("job-a_b-p2-t1.0e", 0),
+            row("job-axb-p1-t1.0f", 9000),
+            row("job-a_b-p1-t1.10", 9000, tenant_id="other"),
+            row("job-a_b-p1-t1.11", 9000, arrived_ns=job.created_ns - 10**12),
+            row("job-a_b-pages", 9000),
+        ]
+    )
+    assert await JobLeases(jobs, 5.0, "service").read_charged(job) == {0: 123, 10: 7}
+
+
+async def test_a_lease_is_one_services(jobs: JobDatabase) -> None:
+    job = await submit(jobs, "job-1")
+    mine, others = JobLeases(jobs, 0.05, "mine"), JobLeases(jobs, 60.0, "other")
+    taken = await mine.take()
+    assert taken is not None
+    assert (taken.job_id, taken.num_takes, await others.take()) == (job.job_id, 1, None)
+    while (again := await others.take()) is None:
+        pass
+    assert again.num_takes == 2
+    for write in (mine.renew(job.job_id), mine.store_page(job.job_id, PAGE), mine.finish(job.job_id)):
+        with pytest.raises(LeaseLostError):
+            await write
+    await mine.leave(job.job_id)
+    await others.store_page(job.job_id, PAGE)
+    assert await others.read_done(job.job_id) == {0}
+
+
+@pytest.mark.parametrize(
+    ("request_id", "page"),
+    [("job-1-p3-t1.ab", 2), ("job-1-p30-t12", 29), ("job-12-p3-t1", None), ("job-1-p-t1", None), ("x-p3-t1", None)],
+)
+def test_a_request_names_its_page(request_id: str, page: int | None) -> None:
+    assert find_page("job-1", request_id) == page
