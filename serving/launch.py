@@ -144,6 +144,8 @@ class _Stack:
                 self._tell_reload(str(error))
                 return
         self._tell_reload("")
+        if after.ocr != before.ocr:
+            self.console.print(_tell_of_documents(after, _address(after)), markup=False, end="")
 
     def _tell_reload(self, error: str) -> None:
         text = f"settings not changed: {error}" if error else f"the settings of {self.config} are in force"
@@ -275,9 +277,14 @@ def _read_directory(settings: Settings) -> Snapshot:
     return EMPTY
 
 
-def _greeting(settings: Settings, snapshot: Snapshot) -> str:
+def _address(settings: Settings) -> str:
+    """Where this machine's people find the stack."""
     host = "127.0.0.1" if settings.router.host in ("0.0.0.0", "::") else settings.router.host
-    url = f"http://{f'[{host}]' if ':' in host else host}:{settings.router.port}"
+    return f"http://{f'[{host}]' if ':' in host else host}:{settings.router.port}"
+
+
+def _greeting(settings: Settings, snapshot: Snapshot) -> str:
+    url = _address(settings)
     model = next(iter(settings.models))
     engines = "".join(
         f"  {record.model} at {record.base_url} (vLLM's metrics: /metrics)\n" for record in snapshot.records
@@ -286,5 +293,12 @@ def _greeting(settings: Settings, snapshot: Snapshot) -> str:
         f"\nReady on {url}/v1, engine replicas:\n{engines}\nTry:\n\n"
         f"  curl {url}/v1/chat/completions -H 'content-type: application/json' \\\n"
         f'    -d \'{{"model": "{model}", "max_tokens": 32, "messages": [{{"role": "user", "content": "Hello"}}]}}\'\n\n'
-        f"The README shows how to send a page. Ctrl-C stops everything.\n"
+        f"{_tell_of_documents(settings, url)}The README shows how to send a page. Ctrl-C stops everything.\n"
     )
+
+
+def _tell_of_documents(settings: Settings, url: str) -> str:
+    if not settings.ocr.enabled:
+        return ""
+    page = f"In a browser: {url}/\n" if settings.ocr.playground else ""
+    return f"Documents: POST {url}/v1/ocr, or serving ocr FILE... --out DIR --url {url}\n{page}"

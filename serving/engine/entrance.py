@@ -16,7 +16,7 @@ import ray
 from ray.actor import ActorHandle
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serving.directory import ReplicaRecord, RouterReport
+from serving.directory import ReplicaRecord, RouterReport, ServiceRecord
 from serving.http_server import HttpServer
 from serving.settings import Settings
 from serving.telemetry.exporter import MetricsServer
@@ -47,6 +47,8 @@ class CheckedApp(Protocol):
     def report(self) -> RouterReport: ...
 
     def absorb(self, reports: tuple[RouterReport, ...]) -> None: ...
+
+    def follow_services(self, services: tuple[ServiceRecord, ...]) -> None: ...
 
     def render_metrics(self) -> bytes: ...
 
@@ -111,6 +113,7 @@ class Entrance:
         while True:
             try:
                 self._app.absorb(await self._directory.exchange.remote(self._app.report()))
+                self._app.follow_services(await self._directory.services.remote())
             except ray.exceptions.RayError as error:
                 logger.warning("the replica directory cannot be reached, trying again: %s", error)
             await asyncio.sleep(self._report_s)

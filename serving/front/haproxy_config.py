@@ -9,8 +9,9 @@ What is tried again on another replica, `router.max_tries` times in all:
 - A replica that hangs up without a byte of an answer, or answers 503: when the whole request fits into `BUFFER_BYTES`
   less a kilobyte, since HAProxy has to hold it. Of a larger request the client sees the 502 or the 503.
 
-Never: a request whose answer has begun, one that took too long, or one that got any other answer. Generating twice is
-safe: nothing is stored, and a replica bills what it sends.
+Never: a request whose answer has begun, one that took too long, or one that got any other answer; and a document that
+had come to a replica, which may have made a job of it. Generating twice is safe: nothing is stored, and a replica bills
+what it sends.
 
 A stream that breaks ends without its last chunk and without `[DONE]`, which every HTTP client takes for an error:
 HAProxy cannot add an event to it. Bytes that are no HTTP at all, and headers that come too slowly, get HAProxy's own
@@ -52,6 +53,8 @@ _HOT_BUFFERS = 32
 _MIN_BUFFERS = 256
 _MAX_MS = 2**31 - 1
 _KEEP_ALIVE_S = 75.0
+_FORM_BYTES = 128 * 1024
+"""What a form or JSON may add to a document."""
 _CHECK_S = 5.0
 """A replica whose event loop is held for less is not taken for dead."""
 _HOST = re.compile(r"[A-Za-z0-9.:_-]+")
@@ -106,7 +109,11 @@ frontend {frontend}
     bind {address}
     option disable-h2-upgrade
     http-request return {headers_too_large} if {{ req.hdrs,length gt {max_header_bytes} }}
-    http-request return {body_too_large} if {{ req.body_size gt {max_body_bytes} }}
+    acl is_document path_beg /v1/ocr /v1/openai/ocr
+    http-request return {body_too_large} if !is_document {{ req.body_size gt {max_body_bytes} }}
+    http-request return {document_too_large} if is_document {{ req.body_size gt {max_document_bytes} }}
+    # A job that is asked for twice is two jobs.
+    http-request disable-l7-retry if is_document
     # A request that fits is sent on when it is whole: slow bodies cost no replica anything, and it can be sent twice.
     http-request wait-for-body time {body}
     default_backend {backend}
@@ -143,6 +150,7 @@ def render_config(settings: Settings, *, control_fd: int, max_files: int) -> str
     max_connections = min(_MAX_CONNECTIONS, (max_files - num_slots - _SPARE_FILES) // 2)
     if max_connections < 1:
         raise SettingsError(f"{max_files} open files are too few for HAProxy; raise `ulimit -n`")
+    max_document_bytes = max(limits.max_body_bytes, settings.ocr.max_document_bytes) + _FORM_BYTES
     buffer_bytes = max(BUFFER_BYTES, 2 * limits.max_header_bytes)  # headers must fit, and those that HAProxy adds
     return _TEMPLATE.format(
         **_timeouts(settings),
@@ -151,6 +159,7 @@ def render_config(settings: Settings, *, control_fd: int, max_files: int) -> str
         body_too_large=_reply(BodyTooLargeError(f"The body is larger than {limits.max_body_bytes} bytes.")),
         buffer_bytes=buffer_bytes,
         control_fd=control_fd,
+        document_too_large=_reply(BodyTooLargeError(f"The body is larger than {max_document_bytes} bytes.")),
         errors="\n".join(f"    http-error {_reply(error)}" for error in _ERRORS),
         frontend=FRONTEND,
         headers_too_large=_reply(HeadersTooLargeError(f"The headers are larger than {limits.max_header_bytes} bytes.")),
@@ -158,6 +167,7 @@ def render_config(settings: Settings, *, control_fd: int, max_files: int) -> str
         max_body_bytes=limits.max_body_bytes,
         max_buffers=max(_MIN_BUFFERS, limits.max_held_bytes // buffer_bytes),
         max_connections=max_connections,
+        max_document_bytes=max_document_bytes,
         max_header_bytes=limits.max_header_bytes,
         num_retries=router.max_tries - 1,
         num_slots=num_slots,

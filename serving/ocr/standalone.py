@@ -35,6 +35,8 @@ async def _serve(settings: Settings, router_url: str, pages: Sequence[BaseRoute]
     host = OcrHost(settings, Routers(router_url), settings.ocr.host, pages)
     await host.start()
     say(f"Ready on {host.record.url}/v1/ocr, pages go to {router_url} (metrics: {host.record.metrics_url})")
+    if pages:
+        say(f"In a browser: {host.record.url}/")
     await over.wait()
     say("stopping: documents that clients wait for are finished first ...")
     await host.stop()

@@ -135,8 +135,8 @@ class RouterApp:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request is waiting, under way, or still to be accounted for."""
-        return self._dispatcher.is_idle and self._accountant.num_open == 0
+        """Whether no request is waiting, under way, or still to be accounted for, and no document is relayed."""
+        return self._dispatcher.is_idle and self._accountant.num_open == 0 and self._documents.num_open == 0
 
     def refresh(self) -> None:
         """The replica list has changed."""

@@ -58,6 +58,8 @@ class DocumentRelay:
         self._services: Sequence[ServiceRecord] = ()
         self._turns = itertools.count()
         self._session: aiohttp.ClientSession | None = None
+        self.num_open = 0
+        """Requests that are being relayed."""
 
     @property
     def services(self) -> Sequence[ServiceRecord]:
@@ -84,10 +86,6 @@ class DocumentRelay:
 
     def check_enabled(self) -> None:
         """Raises RouteNotFoundError where the settings know of no OCR service."""
-        if self._router.mode == "inline":
-            raise RouteNotFoundError(
-                "router.mode inline does not relay documents: the OCR service answers on its own address (ocr.port)."
-            )
         if not self._ocr.enabled:
             raise RouteNotFoundError("There is no OCR service here; ocr.enabled in the settings starts one.")
 
@@ -108,6 +106,13 @@ class DocumentRelay:
             ServingError: no service, or none that can be reached, or the body is too large or too slow.
             ClientGoneError: the client has left.
         """
+        self.num_open += 1
+        try:
+            await self._relay(request_id, scope, receive, reply)
+        finally:
+            self.num_open -= 1
+
+    async def _relay(self, request_id: str, scope: Scope, receive: Receive, reply: Reply) -> None:
         if self._session is None:
             raise InternalError("The router has not started.")
         given = ((name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"])

@@ -19,6 +19,7 @@ from serving import cluster, launch
 from serving.cluster import Cluster, LostError, StartError
 from serving.directory import EMPTY, ReplicaRecord, ReplicaState, Snapshot
 from serving.errors import ServingError, SettingsError
+from serving.ocr_settings import OcrSettings
 from serving.router_settings import RouterSettings
 from serving.settings import AutoscalingSettings, ModelSettings, RaySettings, Settings
 
@@ -222,6 +223,20 @@ def test_the_greeting_shows_a_command_that_works(host: str, url: str) -> None:
     assert f"curl {url}/v1/chat/completions " in greeting
     assert f"{url}/v1," in greeting
     assert '{"model": "nano", ' in greeting
+
+
+@pytest.mark.parametrize("mode", ["gateway", "inline"])
+def test_the_greeting_tells_where_documents_go(mode: str) -> None:
+    models = {"nano": ModelSettings(checkpoint="nano")}
+    settings = Settings.model_validate({"models": models, "router": {"mode": mode, "port": 8123}})
+    assert "/v1/ocr" not in launch._greeting(settings, EMPTY)
+
+    def greet(**ocr: object) -> str:
+        return launch._greeting(settings.model_copy(update={"ocr": OcrSettings.model_validate(ocr)}), EMPTY)
+
+    assert "POST http://127.0.0.1:8123/v1/ocr," in greet(enabled=True)
+    assert "In a browser: http://127.0.0.1:8123/\n" in greet(enabled=True)
+    assert "browser" not in greet(enabled=True, playground=False)
 
 
 def test_the_greeting_tells_where_the_engines_are() -> None:

@@ -4,12 +4,13 @@ import asyncio
 import contextlib
 import warnings
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 from starlette.types import Receive, Scope, Send
 
-from serving.directory import RouterReport
+from serving.directory import RouterReport, ServiceRecord
 from serving.settings import EngineSettings, ModelSettings, Settings
 
 with warnings.catch_warnings():
@@ -27,6 +28,7 @@ class App:
         self.metrics_url = ""
         self.calls: list[str] = []
         self.others: tuple[RouterReport, ...] = ()
+        self.services: tuple[ServiceRecord, ...] = ()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
@@ -56,12 +58,16 @@ class App:
     def absorb(self, reports: tuple[RouterReport, ...]) -> None:
         self.others = reports
 
+    def follow_services(self, services: tuple[ServiceRecord, ...]) -> None:
+        self.services = services
+
 
 class Directory:
     """In the place of the actor's handle; its first answer is that it is away."""
 
     def __init__(self) -> None:
         self.exchange = self
+        self.services = SimpleNamespace(remote=self._list_services)
         self.reports: list[RouterReport] = []
 
     async def remote(self, report: RouterReport) -> tuple[RouterReport, ...]:
@@ -69,6 +75,9 @@ class Directory:
         if len(self.reports) == 1:
             raise RayActorError
         return (RouterReport("other"),)
+
+    async def _list_services(self) -> tuple[ServiceRecord, ...]:
+        return (ServiceRecord("ocr", "http://127.0.0.1:1"),)
 
 
 @contextlib.asynccontextmanager
@@ -97,10 +106,11 @@ async def test_it_serves_the_app_and_keeps_it_informed() -> None:
             assert (await client.get(f"http://127.0.0.1:{entrance.port}/")).content == b"ok"
             assert (await client.get(app.metrics_url)).content == b"a 1\n"
         async with asyncio.timeout(5):
-            while not app.others:  # noqa: ASYNC110
+            while not app.services:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         assert app.calls[:3] == ["start", "refresh", "tick"]
         assert app.others == (RouterReport("other"),), "it goes on after the directory was away"
+        assert app.services == (ServiceRecord("ocr", "http://127.0.0.1:1"),)
         assert set(directory.reports) == {RouterReport("mine")}
 
 

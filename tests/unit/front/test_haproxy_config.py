@@ -72,7 +72,9 @@ def test_settings_become_its_own_words() -> None:
         "server-template slot 1-32 127.0.0.1:1 check disabled",
     ):
         assert line in text
-    assert any(line.startswith("http-request return status 413") and "req.body_size gt 4321" in line for line in text)
+    too_large = [line.rpartition(" if ")[2] for line in text if line.startswith("http-request return status 413")]
+    largest = 100 * 2**20 + 128 * 1024
+    assert too_large == ["!is_document { req.body_size gt 4321 }", f"is_document {{ req.body_size gt {largest} }}"]
 
 
 def test_nothing_but_the_router_is_listened_on() -> None:

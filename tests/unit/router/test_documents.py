@@ -7,12 +7,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import orjson
-import pytest
 
 from serving.directory import ServiceRecord
-from serving.errors import RouteNotFoundError
 from serving.ocr_settings import OcrSettings
-from serving.router.documents import DocumentRelay, is_for_ocr
+from serving.router.documents import is_for_ocr
 from serving.router.keys import KeysFile, make_key, write_keys
 from serving.router_settings import LimitSettings
 from serving.settings import Settings
@@ -124,7 +122,9 @@ async def test_a_client_that_leaves_is_missed_at_the_service() -> None:
         async with router.client.stream("POST", "/v1/ocr", content=b"{}") as answer:
             async for _ in answer.aiter_bytes():
                 break
+            assert not router.app.is_idle, "whoever drains the router waits for documents too"
         await asyncio.wait_for(left.wait(), 5)
+        assert await router.is_idle()
 
 
 async def test_a_service_that_dies_ends_its_stream_with_an_error() -> None:
@@ -178,12 +178,6 @@ async def test_the_routers_document_tells_of_what_it_relays() -> None:
     }
     async with run_router() as router:
         assert "/v1/ocr" not in (await router.client.get("/openapi.json")).json()["paths"]
-
-
-def test_inline_mode_points_at_the_services_own_address() -> None:
-    settings = with_ocr(build_settings(mode="inline"))
-    with pytest.raises(RouteNotFoundError, match="its own address"):
-        DocumentRelay(settings.router, settings.ocr).check_enabled()
 
 
 def test_what_is_the_services_to_answer() -> None:
