@@ -5,89 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-import signal
 import sqlite3
-from collections import Counter
-from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
-import httpx
 import orjson
-import yaml
+import psutil
 from unit.ocr.papers import write_pdf
 from unit.ocr.service import BODY_BYTES, frame, reads, tail
 from unit.router.stack import Engine, Exchange, answers, build_settings, eventually, run_router
 
-from e2e.conftest import ROOT, free_port
+from e2e.ocr_processes import WITHIN_S, count_asked, read_pages, service_process, wait_for_job
 from serving.billing_settings import BillingSettings
 from serving.ocr_settings import OcrSettings
 from serving.router_settings import LimitSettings
 from serving.settings import Settings
 
-SERVING = ROOT / ".venv/bin/serving"
 NUM_PAGES = 50
-WITHIN_S = 120
-
-
-@contextlib.asynccontextmanager
-async def service_process(folder: Path, router_port: int) -> AsyncIterator[tuple[asyncio.subprocess.Process, Any]]:
-    """The command that a user types, and a client of it."""
-    port = free_port()
-    settings = {
-        "models": {"nano": {"checkpoint": "nano"}},
-        "billing": {"directory": str(folder / "billing")},
-        "ocr": {
-            "directory": str(folder / "ocr"),
-            "pages_in_parallel": 4,
-            "jobs": {"lease_s": 2, "poll_s": 0.2, "settle_s": 1},
-        },
-        "engine": {"drain_s": 5},
-    }
-    config = folder / "settings.yaml"
-    config.write_text(yaml.safe_dump(settings))
-    address = f"http://127.0.0.1:{router_port}"
-    arguments = ("ocr-service", "--config", str(config), "--router", address, "--port", str(port))
-    with (folder / "service.log").open("ab") as log:
-        process = await asyncio.create_subprocess_exec(SERVING, *arguments, cwd=ROOT, stdout=log, stderr=log)
-    try:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as client:
-            await until_up(process, client, folder)
-            yield process, client
-    finally:
-        if process.returncode is None:
-            process.send_signal(signal.SIGTERM)
-        await asyncio.wait_for(process.wait(), 60)
-
-
-async def until_up(process: asyncio.subprocess.Process, client: httpx.AsyncClient, folder: Path) -> None:
-    async with asyncio.timeout(WITHIN_S):
-        while True:
-            assert process.returncode is None, (folder / "service.log").read_text()
-            with contextlib.suppress(httpx.TransportError):
-                if (await client.get("/health")).status_code == 200:
-                    return
-            await asyncio.sleep(0.1)
-
-
-async def wait_for_job(client: httpx.AsyncClient, job_id: str, num_done: int) -> dict[str, Any]:
-    async with asyncio.timeout(WITHIN_S):
-        while True:
-            job: dict[str, Any] = (await client.get(f"/v1/ocr/jobs/{job_id}")).json()
-            if job["pages_done"] >= num_done and (num_done < job["pages_total"] or job["status"] == "completed"):
-                return job
-            await asyncio.sleep(0.05)
-
-
-async def read_pages(client: httpx.AsyncClient, job_id: str) -> dict[int, dict[str, Any]]:
-    found = (await client.get(f"/v1/ocr/jobs/{job_id}/pages?limit=1000")).json()["data"]
-    return {page["number"]: page for page in found}
-
-
-def count_asked(engine: Engine) -> Counter[int]:
-    """How often each page was asked for, by the ids that the router passes on."""
-    found = (re.search(r"-p(\d+)-t1\.", asked.headers["x-request-id"]) for asked in engine.asked)
-    return Counter(int(match[1]) for match in found if match)
 
 
 async def test_a_killed_service_goes_on_where_it_stopped(tmp_path: Path) -> None:
@@ -123,6 +56,45 @@ async def test_a_killed_service_goes_on_where_it_stopped(tmp_path: Path) -> None
     # Each page is counted once in what the job has cost.
     assert job["usage"]["completion_tokens"] == 10 * NUM_PAGES
     assert job["usage"]["estimated_cost"] == round(sum(p["usage"]["estimated_cost"] for p in after.values()), 9)
+
+
+async def test_the_other_of_two_services_takes_over(tmp_path: Path) -> None:
+    """Two services on one database: what one takes in, either may read, and the other one when that is killed."""
+    pdf = write_pdf(tmp_path / "x.pdf", NUM_PAGES, (100, 100)).read_bytes()
+    async with (
+        Engine(reads("Hello page", pause_s=0.3), max_num_seqs=64) as engine,
+        run_router(engine.record, settings=build_stack_settings(tmp_path), keeps_books=True) as router,
+        service_process(tmp_path, router.port) as one,
+        service_process(tmp_path, router.port) as two,
+    ):
+        form = {"model": "nano", "mode": "tiny", "format": "text"}
+        job_id = (await one[1].post("/v1/ocr/jobs", data=form, files={"file": ("x.pdf", pdf)})).json()["id"]
+        await wait_for_job(two[1], job_id, 15)
+        reading = {service for service in (one, two) if asks(service[0].pid, router.port)}
+        assert len(reading) == 1, "a job is one service's"
+        (reader,) = reading
+        before = await read_pages(one[1], job_id)
+        reader[0].kill()
+        await reader[0].wait()
+        left = two if reader is one else one
+        job = await wait_for_job(left[1], job_id, NUM_PAGES)
+        after = await read_pages(left[1], job_id)
+        asked = count_asked(engine)
+        ledger = router.app._accounts.ledger
+        assert ledger is not None
+        assert await ledger.flush(10)
+        charged = sum(row[2] for row in read_ledger(tmp_path))
+    assert (job["pages_done"], job["pages_failed"]) == (NUM_PAGES, 0)
+    assert {number: after[number] for number in before} == before
+    assert all(asked[number] == 1 for number in before)
+    assert sum(times > 1 for times in asked.values()) <= 4
+    assert job["usage"]["estimated_cost"] == charged / 10**9
+
+
+def asks(pid: int, router_port: int) -> bool:
+    """Whether a process has requests under way."""
+    connections = psutil.Process(pid).net_connections("tcp")
+    return sum(bool(each.raddr) and each.raddr.port == router_port for each in connections) > 1
 
 
 PROMPT, WHOLE, PART = 80, 10, 4
