@@ -98,7 +98,6 @@ def test_after_ctrl_c_the_same_command_goes_on(stack: Stack, book: Path, tmp_pat
     status, told = run(stack.url, tmp_path / "out", book, "--format", "text")
     assert status == 0, told
     texts = (tmp_path / "out" / "book.txt").read_text().split("\f")
-    assert [
-        character_error_rate(text.strip("\n"), sheet.text) <= 0.05 for text, sheet in zip(texts, SHEETS, strict=True)
-    ]
+    rates = [character_error_rate(text.strip("\n"), sheet.text) for text, sheet in zip(texts, SHEETS, strict=True)]
+    assert max(rates) <= 0.05, rates
     assert stack.metric("vllm:request_success_total") - before == len(SHEETS), "each page was read once"

@@ -152,31 +152,33 @@ async def test_two_services_never_read_the_same_page(tmp_path: Path, billing: Bi
 async def test_a_job_is_seen_followed_and_cancelled_at_the_other_service(
     tmp_path: Path, billing: BillingSettings
 ) -> None:
-    async with run_service(tmp_path, reads(pause_s=0.15), billing=billing, pages_in_parallel=1) as service:
-        async with run_host(service.settings, service.router.port) as (host, other):
-            await host._service.runner.close(0)  # the other one reads nothing itself
-            job = (await service.upload(blank_pdf(tmp_path, 40), "/v1/ocr/jobs")).json()
-            path = f"/v1/ocr/jobs/{job['id']}"
-            seen: list[int] = []
-            async with asyncio.timeout(20):
-                while len(seen) < 3:
-                    found = (await other.get(f"{path}/pages?after={len(seen)}")).json()["data"]
-                    seen.extend(page["seq"] for page in found)
-                    await asyncio.sleep(0.02)
-            assert seen == list(range(1, len(seen) + 1))
-            assert [each["id"] for each in (await other.get("/v1/ocr/jobs")).json()["data"]] == [job["id"]]
-            cancelled = (await other.post(f"{path}/cancel")).json()
-            assert (cancelled["status"], (await service.client.get(path)).json()["status"]) == ("cancelled",) * 2
-            # Who reads it learns of it with the next page or a third of its lease later, and asks no more.
-            runner = service.host._service.runner
-            assert await eventually(lambda: not runner._reading, 5)
-            num_asked = len(service.engine.asked)
-            await asyncio.sleep(0.4)
-            assert len(service.engine.asked) == num_asked < 40
-            done = (await other.get(path)).json()
-            assert done["pages_done"] == len((await other.get(f"{path}/pages")).json()["data"])
-            assert (await other.delete(path)).status_code == 204
-            assert (await service.client.get(path)).status_code == 404
+    async with (
+        run_service(tmp_path, reads(pause_s=0.15), billing=billing, pages_in_parallel=1) as service,
+        run_host(service.settings, service.router.port) as (host, other),
+    ):
+        await host._service.runner.close(0)  # the other one reads nothing itself
+        job = (await service.upload(blank_pdf(tmp_path, 40), "/v1/ocr/jobs")).json()
+        path = f"/v1/ocr/jobs/{job['id']}"
+        seen: list[int] = []
+        async with asyncio.timeout(20):
+            while len(seen) < 3:
+                found = (await other.get(f"{path}/pages?after={len(seen)}")).json()["data"]
+                seen.extend(page["seq"] for page in found)
+                await asyncio.sleep(0.02)
+        assert seen == list(range(1, len(seen) + 1))
+        assert [each["id"] for each in (await other.get("/v1/ocr/jobs")).json()["data"]] == [job["id"]]
+        cancelled = (await other.post(f"{path}/cancel")).json()
+        assert (cancelled["status"], (await service.client.get(path)).json()["status"]) == ("cancelled",) * 2
+        # Who reads it learns of it with the next page or a third of its lease later, and asks no more.
+        runner = service.host._service.runner
+        assert await eventually(lambda: not runner._reading, 5)
+        num_asked = len(service.engine.asked)
+        await asyncio.sleep(0.4)
+        assert len(service.engine.asked) == num_asked < 40
+        done = (await other.get(path)).json()
+        assert done["pages_done"] == len((await other.get(f"{path}/pages")).json()["data"])
+        assert (await other.delete(path)).status_code == 204
+        assert (await service.client.get(path)).status_code == 404
 
 
 async def test_a_service_that_stops_leaves_its_job_to_the_next(tmp_path: Path) -> None:
