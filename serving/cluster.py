@@ -58,7 +58,7 @@ class Cluster:
 
         options: dict[str, Any] = {"address": settings.ray.address or "local"}
         if self._is_own:
-            self.num_cpus = settings.ray.num_cpus or needed_cpus(settings)
+            self.num_cpus = settings.ray.num_cpus or needed_cpus(_with_documents(settings))
             options |= {
                 "num_cpus": self.num_cpus,
                 "include_dashboard": False,
@@ -172,6 +172,11 @@ def needed_cpus(settings: Settings) -> int:
     ocr = settings.ocr
     services = (ocr.num_replicas + 1) * ocr.cpus_per_replica if ocr.enabled else 0
     return max(os.cpu_count() or 1, math.ceil(engines + routers + services) + 1)
+
+
+def _with_documents(settings: Settings) -> Settings:
+    """With room for the OCR service: a reload may bring it, and Ray's CPUs cannot be changed then."""
+    return settings.model_copy(update={"ocr": settings.ocr.model_copy(update={"enabled": True})})
 
 
 def check_room(settings: Settings, cluster: Cluster) -> None:

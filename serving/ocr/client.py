@@ -19,13 +19,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
 from typing import Any, Self
 
 import httpx
 import tenacity
 
+from serving.ocr import calls
+from serving.ocr.calls import Call, Follower
 from serving.ocr.exchange import (
     Answer,
     Document,
@@ -35,35 +36,16 @@ from serving.ocr.exchange import (
     Options,
     RetryPolicy,
     Source,
-    build_document,
     build_retrying,
     check_answer,
-    close_document,
     read_answer,
 )
-from serving.ocr.failures import from_httpx
-from serving.ocr.results import Job, JobList, JobPages, ModelList, OcrResult, Page, StreamEvent
+from serving.ocr.results import Job, JobList, JobPages, OcrResult, Page, StreamEvent
 
 __all__ = ["AsyncOcrClient", "Document", "Format", "Mode", "OcrClient", "Options", "RetryPolicy", "Source"]
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-_OCR, _JOBS = "/v1/ocr", "/v1/ocr/jobs"
 _PAGES_AT_ONCE = 100
-_CONNECT_S = 10.0
-
-
-def _client_arguments(base_url: str, api_key: str | None, timeout_s: float) -> dict[str, Any]:
-    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-    return {
-        "base_url": base_url.rstrip("/"),
-        "headers": headers,
-        "timeout": httpx.Timeout(timeout_s, connect=_CONNECT_S),
-        "trust_env": False,  # a proxy in the environment gets neither the key nor the document
-    }
-
-
-def _key(idempotency_key: str | None) -> dict[str, str]:
-    return {"idempotency-key": idempotency_key or uuid.uuid4().hex}
 
 
 class OcrClient:
@@ -85,7 +67,7 @@ class OcrClient:
         retry: when requests are sent again.
         transport: httpx's, to reach the service some other way.
         """
-        self._http = httpx.Client(transport=transport, **_client_arguments(base_url, api_key, timeout_s))
+        self._http = httpx.Client(transport=transport, **calls.client_arguments(base_url, api_key, timeout_s))
         self._retry = retry
 
     def __enter__(self) -> Self:
@@ -99,7 +81,7 @@ class OcrClient:
 
     def models(self) -> list[str]:
         """Names that `Options.model` may have."""
-        return self._ask("GET", "/v1/models", ModelList).names
+        return self._ask(calls.models()).names
 
     def read(self, source: Source, options: Options) -> OcrResult:
         """Read a document and wait for all of it. Pages that failed say why.
@@ -108,8 +90,7 @@ class OcrClient:
             OcrError: the document as a whole was not read.
             OSError: the file cannot be read.
         """
-        fields = options.fields()
-        return read_answer(self._send("POST", _OCR, document=(source, fields), is_repeatable=False), OcrResult)
+        return self._ask(calls.read(source, options))
 
     def stream(self, source: Source, options: Options) -> Generator[StreamEvent]:
         """Read a document and see its pages arrive. Whoever closes the generator ends the work.
@@ -118,21 +99,14 @@ class OcrClient:
             OcrError: the document as a whole was not read, or the stream broke off; never begun again by itself.
             OSError: the file cannot be read.
         """
-        answer = self._send(
-            "POST", _OCR, document=(source, {**options.fields(), "stream": True}), is_repeatable=False, is_stream=True
-        )
         events = EventReader()
-        try:
+        with contextlib.closing(self._send(calls.stream(source, options))) as answer, calls.own_errors():
             for line in answer.iter_lines():
                 if (event := events.take(line)) is not None:
                     yield event
                 if events.is_done:
                     return
             events.finish()
-        except (httpx.HTTPError, httpx.StreamError) as error:
-            raise from_httpx(error) from error
-        finally:
-            answer.close()
 
     def submit(self, source: Source, options: Options, *, idempotency_key: str | None = None) -> Job:
         """Have a document read in a job.
@@ -147,81 +121,58 @@ class OcrClient:
             OcrError: it was refused.
             OSError: the file cannot be read.
         """
-        answer = self._send("POST", _JOBS, document=(source, options.fields()), headers=_key(idempotency_key))
-        return read_answer(answer, Job)
+        return self._ask(calls.submit(source, options, idempotency_key))
 
     def job(self, job_id: str) -> Job:
-        return self._ask("GET", f"{_JOBS}/{job_id}", Job)
+        return self._ask(calls.job(job_id))
 
     def jobs(self, *, limit: int = 20, after: str | None = None) -> JobList:
         """Newest first; `after` is the last job of the list before."""
-        return self._ask("GET", _JOBS, JobList, params={"limit": limit, **({"after": after} if after else {})})
+        return self._ask(calls.jobs(limit, after))
 
     def job_pages(self, job_id: str, *, after: int = 0, limit: int = _PAGES_AT_ONCE) -> JobPages:
         """Pages that finished after the one whose `seq` is `after`."""
-        return self._ask("GET", f"{_JOBS}/{job_id}/pages", JobPages, params={"after": after, "limit": limit})
+        return self._ask(calls.job_pages(job_id, after, limit))
 
     def follow(self, job_id: str, *, after: int = 0, poll_s: float = 1.0) -> Iterator[Page]:
         """Pages as they finish, until the job is over; its end is in `job`."""
         while True:
             is_over = self.job(job_id).status.is_over  # before its pages, so that none is missed
-            has_more = True
-            while has_more:
-                pages = self.job_pages(job_id, after=after)
-                yield from pages.data
-                after, has_more = _next_after(pages, after)
+            follower = Follower(after)
+            while follower.has_more:
+                yield from follower.take(self.job_pages(job_id, after=follower.after))
             if is_over:
                 return
+            after = follower.after
             time.sleep(poll_s)
 
     def cancel(self, job_id: str) -> Job:
         """End it; pages that are finished stay."""
-        return self._ask("POST", f"{_JOBS}/{job_id}/cancel", Job)
+        return self._ask(calls.cancel(job_id))
 
     def delete(self, job_id: str) -> None:
         """Forget it, with its document and results."""
-        check_answer(self._send("DELETE", f"{_JOBS}/{job_id}"))
+        self._send(calls.delete(job_id))
 
-    def _ask(self, method: str, path: str, kind: type[Answer], **arguments: Any) -> Answer:
-        return read_answer(self._send(method, path, **arguments), kind)
+    def _ask(self, call: Call[Answer]) -> Answer:
+        return read_answer(self._send(call), call.kind)
 
-    def _send(
-        self,
-        method: str,
-        path: str,
-        *,
-        document: tuple[Source, dict[str, Any]] | None = None,
-        is_repeatable: bool = True,
-        is_stream: bool = False,
-        **arguments: Any,
-    ) -> httpx.Response:
-        retrying = tenacity.Retrying(**build_retrying(self._retry, is_repeatable=is_repeatable))
-        return retrying(self._try, method, path, document, is_stream, arguments)
+    def _send(self, call: Call[Any]) -> httpx.Response:
+        retrying = tenacity.Retrying(**build_retrying(self._retry, is_repeatable=call.is_repeatable))
+        return retrying(self._try, call)
 
-    def _try(
-        self,
-        method: str,
-        path: str,
-        document: tuple[Source, dict[str, Any]] | None,
-        is_stream: bool,
-        arguments: dict[str, Any],
-    ) -> httpx.Response:
-        body = build_document(*document) if document is not None else {}
-        try:
-            answer = self._http.send(self._http.build_request(method, path, **body, **arguments), stream=True)
-            if not is_stream or not answer.is_success:
+    def _try(self, call: Call[Any]) -> httpx.Response:
+        with call.opened() as request:
+            answer = self._http.send(self._http.build_request(**request), stream=True)
+            if not call.is_stream or not answer.is_success:
                 with contextlib.closing(answer):
                     answer.read()
-        except (httpx.HTTPError, httpx.StreamError) as error:
-            raise from_httpx(error) from error
-        finally:
-            close_document(body)
         check_answer(answer)
         return answer
 
 
 class AsyncOcrClient:
-    """`OcrClient` for one event loop."""
+    """`OcrClient` for one event loop: each method as its namesake there."""
 
     def __init__(
         self,
@@ -233,7 +184,7 @@ class AsyncOcrClient:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         """As of `OcrClient`."""
-        self._http = httpx.AsyncClient(transport=transport, **_client_arguments(base_url, api_key, timeout_s))
+        self._http = httpx.AsyncClient(transport=transport, **calls.client_arguments(base_url, api_key, timeout_s))
         self._retry = retry
 
     async def __aenter__(self) -> Self:
@@ -246,108 +197,64 @@ class AsyncOcrClient:
         await self._http.aclose()
 
     async def models(self) -> list[str]:
-        """See `OcrClient.models`."""
-        return (await self._ask("GET", "/v1/models", ModelList)).names
+        return (await self._ask(calls.models())).names
 
     async def read(self, source: Source, options: Options) -> OcrResult:
-        """See `OcrClient.read`."""
-        answer = await self._send("POST", _OCR, document=(source, options.fields()), is_repeatable=False)
-        return read_answer(answer, OcrResult)
+        return await self._ask(calls.read(source, options))
 
     async def stream(self, source: Source, options: Options) -> AsyncGenerator[StreamEvent]:
-        """See `OcrClient.stream`."""
-        fields = {**options.fields(), "stream": True}
-        answer = await self._send("POST", _OCR, document=(source, fields), is_repeatable=False, is_stream=True)
         events = EventReader()
-        try:
-            async for line in answer.aiter_lines():
-                if (event := events.take(line)) is not None:
-                    yield event
-                if events.is_done:
-                    return
-            events.finish()
-        except (httpx.HTTPError, httpx.StreamError) as error:
-            raise from_httpx(error) from error
-        finally:
-            await answer.aclose()
+        async with contextlib.aclosing(await self._send(calls.stream(source, options))) as answer:
+            with calls.own_errors():
+                async for line in answer.aiter_lines():
+                    if (event := events.take(line)) is not None:
+                        yield event
+                    if events.is_done:
+                        return
+                events.finish()
 
     async def submit(self, source: Source, options: Options, *, idempotency_key: str | None = None) -> Job:
-        """See `OcrClient.submit`."""
-        document = (source, options.fields())
-        return read_answer(await self._send("POST", _JOBS, document=document, headers=_key(idempotency_key)), Job)
+        return await self._ask(calls.submit(source, options, idempotency_key))
 
     async def job(self, job_id: str) -> Job:
-        return await self._ask("GET", f"{_JOBS}/{job_id}", Job)
+        return await self._ask(calls.job(job_id))
 
     async def jobs(self, *, limit: int = 20, after: str | None = None) -> JobList:
-        """See `OcrClient.jobs`."""
-        return await self._ask("GET", _JOBS, JobList, params={"limit": limit, **({"after": after} if after else {})})
+        return await self._ask(calls.jobs(limit, after))
 
     async def job_pages(self, job_id: str, *, after: int = 0, limit: int = _PAGES_AT_ONCE) -> JobPages:
-        """See `OcrClient.job_pages`."""
-        return await self._ask("GET", f"{_JOBS}/{job_id}/pages", JobPages, params={"after": after, "limit": limit})
+        return await self._ask(calls.job_pages(job_id, after, limit))
 
     async def follow(self, job_id: str, *, after: int = 0, poll_s: float = 1.0) -> AsyncIterator[Page]:
-        """See `OcrClient.follow`."""
         while True:
             is_over = (await self.job(job_id)).status.is_over
-            has_more = True
-            while has_more:
-                pages = await self.job_pages(job_id, after=after)
-                for page in pages.data:
+            follower = Follower(after)
+            while follower.has_more:
+                for page in follower.take(await self.job_pages(job_id, after=follower.after)):
                     yield page
-                after, has_more = _next_after(pages, after)
             if is_over:
                 return
+            after = follower.after
             await asyncio.sleep(poll_s)
 
     async def cancel(self, job_id: str) -> Job:
-        """See `OcrClient.cancel`."""
-        return await self._ask("POST", f"{_JOBS}/{job_id}/cancel", Job)
+        return await self._ask(calls.cancel(job_id))
 
     async def delete(self, job_id: str) -> None:
-        """See `OcrClient.delete`."""
-        check_answer(await self._send("DELETE", f"{_JOBS}/{job_id}"))
+        await self._send(calls.delete(job_id))
 
-    async def _ask(self, method: str, path: str, kind: type[Answer], **arguments: Any) -> Answer:
-        return read_answer(await self._send(method, path, **arguments), kind)
+    async def _ask(self, call: Call[Answer]) -> Answer:
+        return read_answer(await self._send(call), call.kind)
 
-    async def _send(
-        self,
-        method: str,
-        path: str,
-        *,
-        document: tuple[Source, dict[str, Any]] | None = None,
-        is_repeatable: bool = True,
-        is_stream: bool = False,
-        **arguments: Any,
-    ) -> httpx.Response:
-        retrying = tenacity.AsyncRetrying(**build_retrying(self._retry, is_repeatable=is_repeatable))
-        return await retrying(self._try, method, path, document, is_stream, arguments)
+    async def _send(self, call: Call[Any]) -> httpx.Response:
+        retrying = tenacity.AsyncRetrying(**build_retrying(self._retry, is_repeatable=call.is_repeatable))
+        return await retrying(self._try, call)
 
-    async def _try(
-        self,
-        method: str,
-        path: str,
-        document: tuple[Source, dict[str, Any]] | None,
-        is_stream: bool,
-        arguments: dict[str, Any],
-    ) -> httpx.Response:
-        body = build_document(*document) if document is not None else {}
-        try:
-            answer = await self._http.send(self._http.build_request(method, path, **body, **arguments), stream=True)
-            if not is_stream or not answer.is_success:
+    async def _try(self, call: Call[Any]) -> httpx.Response:
+        with call.opened() as request:
+            answer = await self._http.send(self._http.build_request(**request), stream=True)
+            if not call.is_stream or not answer.is_success:
                 async with contextlib.aclosing(answer):
                     await answer.aread()
-        except (httpx.HTTPError, httpx.StreamError) as error:
-            raise from_httpx(error) from error
-        finally:
-            close_document(body)
         check_answer(answer)
         return answer
-
-
-def _next_after(pages: JobPages, after: int) -> tuple[int, bool]:
-    """The last page that was seen, and whether there are more."""
-    seen = max((page.seq for page in pages.data if page.seq is not None), default=after)
-    return seen, pages.has_more and seen > after

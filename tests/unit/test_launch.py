@@ -98,6 +98,13 @@ def test_settings_that_do_not_fit_the_running_cluster_are_refused() -> None:
         cluster.check_room(settings, ours)
 
 
+def test_a_cluster_of_our_own_has_room_for_documents_that_a_reload_brings() -> None:
+    settings = Settings(models={"m": ModelSettings(checkpoint="x", num_replicas=600)})
+    ours = Cluster(settings)
+    ours.num_cpus = cluster.needed_cpus(cluster._with_documents(settings))
+    cluster.check_room(settings.model_copy(update={"ocr": OcrSettings(enabled=True)}), ours)
+
+
 # The head
 
 
