@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from sqlalchemy import and_, func, insert, select, update
@@ -42,10 +42,14 @@ class JobLeases:
         self._lease_s = lease_s
         self._service_id = service_id
 
-    async def take(self) -> Job | None:
-        """The oldest job that nobody reads, now this service's; None when there is none."""
+    async def take(self, held: Collection[str] = ()) -> Job | None:
+        """The oldest job that nobody reads, now this service's; None when there is none.
+
+        Those that are `held` here stay what they are: when their lease has passed while this process stood still, and
+        no other has taken them, the next write renews it.
+        """
         now_ns = time.time_ns()
-        free = and_(JOBS.c.status.in_(OPEN), JOBS.c.lease_until_ns < now_ns)
+        free = and_(JOBS.c.status.in_(OPEN), JOBS.c.lease_until_ns < now_ns, JOBS.c.job_id.not_in(held))
         oldest = select(JOBS.c.job_id).where(free).order_by(JOBS.c.created_ns).limit(8)
         async with self._jobs.reading() as connection:
             candidates = (await connection.execute(oldest)).scalars().all()

@@ -108,7 +108,7 @@ class JobRunner:
             self._wake.clear()
             try:
                 while len(self._reading) < self._settings.jobs.running:
-                    job = await self._leases.take()
+                    job = await self._leases.take(list(self._reading))
                     if job is None:
                         break
                     task = asyncio.create_task(self._read_to_end(job))

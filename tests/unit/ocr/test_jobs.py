@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from serving.billing.database import Database
 from serving.billing.schema import JOB_PAGES, JOBS
@@ -147,6 +147,16 @@ async def test_two_services_never_read_the_same_page(tmp_path: Path, billing: Bi
             for job_id in jobs:
                 assert (await service.wait_for(job_id, "completed", "failed"))["pages_done"] == 8
         assert len(service.engine.asked) == 40
+
+
+async def test_a_service_that_stood_still_for_a_lease_reads_its_job_once(tmp_path: Path) -> None:
+    async with run_service(tmp_path, reads(pause_s=0.8), pages_in_parallel=2, jobs={"lease_s": 60}) as service:
+        job = (await service.upload(blank_pdf(tmp_path, 6), "/v1/ocr/jobs")).json()
+        assert await eventually(lambda: len(service.engine.asked) > 2, 20)
+        async with service.host._service._database.engine.begin() as connection:
+            await connection.execute(update(JOBS).values(lease_until_ns=0))  # nobody else has taken it
+        done = await service.wait_for(job["id"], "completed", "failed")
+        assert (done["status"], done["pages_done"], len(service.engine.asked)) == ("completed", 6, 6)
 
 
 async def test_a_job_is_seen_followed_and_cancelled_at_the_other_service(
