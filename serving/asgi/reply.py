@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import orjson
 from starlette.types import Message, Send
@@ -21,7 +21,7 @@ _STREAM_HEADERS = (
 class Reply:
     """Sends the answer and remembers how far it has come. `headers` go with it, whatever it is."""
 
-    __slots__ = ("_send", "first_byte_ns", "headers", "is_complete", "is_stream", "status")
+    __slots__ = ("_send", "first_byte_ns", "headers", "is_complete", "is_stream", "on_whole", "status")
 
     def __init__(self, send: Send, headers: list[tuple[bytes, bytes]] | None = None) -> None:
         self._send = send
@@ -32,6 +32,9 @@ class Reply:
         self.is_complete = False
         self.is_stream = False
         """Whether it is one of server-sent events, so that an error can still be told."""
+        self.on_whole: Callable[[], None] = _do_nothing
+        """Called when all of an answer is there, before its last bytes leave: whoever has read them must find it in
+        the books, even if this process ends with them."""
 
     @property
     def has_begun(self) -> bool:
@@ -40,20 +43,21 @@ class Reply:
     async def start_stream(self) -> None:
         """Begin a stream of server-sent events."""
         self.is_stream = True
-        await self._start(200, [*_STREAM_HEADERS, *self.headers])
+        self._begin(200)
+        await self._send_head([*_STREAM_HEADERS, *self.headers])
 
     async def write(self, data: bytes) -> None:
         """A piece of the stream; waits while the client takes no more."""
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def end(self, data: bytes = b"") -> None:
-        """The last piece of the stream."""
-        await self._send({"type": "http.response.body", "body": data, "more_body": False})
-        self.is_complete = True
+        """The last piece of a stream that is whole with it."""
+        self.on_whole()
+        await self._end(data)
 
     async def end_with_error(self, error: ServingError) -> None:
         """Tell of an error in the only way left once a stream has begun: an event, and no `[DONE]` after it."""
-        await self.end(b"data: " + orjson.dumps(error.body()) + b"\n\n")
+        await self._end(b"data: " + orjson.dumps(error.body()) + b"\n\n")
 
     async def send_body(
         self, status: int, body: bytes, extra: Mapping[str, str] | None = None, content_type: bytes = _JSON[1]
@@ -61,13 +65,17 @@ class Reply:
         """A whole answer."""
         more = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in (extra or {}).items()]
         length = (b"content-length", b"%d" % len(body))
-        await self._start(status, [(_JSON[0], content_type), length, *self.headers, *more])
-        await self.end(body)
+        self._begin(status)
+        if status < 400:
+            self.on_whole()
+        await self._send_head([(_JSON[0], content_type), length, *self.headers, *more])
+        await self._end(body)
 
     async def send_empty(self, status: int) -> None:
         """An answer without a body, such as 204."""
-        await self._start(status, self.headers)
-        await self.end()
+        self._begin(status)
+        await self._send_head(self.headers)
+        await self._end(b"")
 
     async def send_error(self, error: ServingError) -> None:
         """An error in OpenAI's shape."""
@@ -77,13 +85,23 @@ class Reply:
         """A message that an app inside has made, as it is but for the headers."""
         if message["type"] == "http.response.start":
             self.is_stream = any(value.startswith(b"text/event-stream") for _, value in message["headers"])
-            await self._start(message["status"], [*message["headers"], *self.headers])
+            self._begin(message["status"])
+            await self._send_head([*message["headers"], *self.headers])
             return
         await self._send(message)
         if not message.get("more_body", False):
             self.is_complete = True
 
-    async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+    def _begin(self, status: int) -> None:
         self.status = status
         self.first_byte_ns = time.time_ns()
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def _send_head(self, headers: list[tuple[bytes, bytes]]) -> None:
+        await self._send({"type": "http.response.start", "status": self.status, "headers": headers})
+
+    async def _end(self, data: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": data, "more_body": False})
+        self.is_complete = True
+
+
+def _do_nothing() -> None: ...

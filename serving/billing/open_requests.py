@@ -12,7 +12,8 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -43,6 +44,8 @@ class OpenRequest(msgspec.Struct, array_like=True, frozen=True):
     num_tries: int
     replica_ids: tuple[str, ...]
     """Those that may have counted something for it; the last one has it now."""
+    promised: RequestRecord | None = None
+    """Its record, when a whole answer was about to leave and `replica_ids` had still to be asked for earlier tries."""
 
 
 AskReplica = Callable[[str, str], Awaitable[TokenCounts | None]]
@@ -138,20 +141,23 @@ def read_open_requests(path: Path) -> list[OpenRequest]:
         except msgspec.MsgspecError:  # of a version whose requests are others
             continue
         known = found.get(request.request_id)
-        if known is None or request.num_tries > known.num_tries:
+        if known is None or request.num_tries > known.num_tries or request.promised is not None:
             found[request.request_id] = request
     return list(found.values())
 
 
 async def close_request(request: OpenRequest, ask: AskReplica, ended_ns: int) -> RequestRecord:
-    """The record of a request whose router has died: failed, so free; its tokens are what the replicas say."""
+    """The record of a request whose router has died: failed, so free; its tokens are what the replicas say.
+
+    One whose answer may have left keeps the record that was made for it, with what earlier tries have used.
+    """
+    if request.promised is not None:
+        lost = await _ask_for_lost(request, request.replica_ids, ask)
+        wasted = request.promised.num_wasted_tokens + sum(each.num_completion_tokens for each in lost)
+        return replace(request.promised, num_wasted_tokens=wasted, lost_tries=tuple(lost))
     *earlier, last = request.replica_ids
     told = await ask(last, request.request_id)
-    lost = []
-    for replica_id in earlier:
-        counts = await ask(replica_id, request.request_id)
-        if counts is not None:
-            lost.append(LostTry(replica_id, counts.num_prompt_tokens, counts.num_completion_tokens))
+    lost = await _ask_for_lost(request, earlier, ask)
     tokens = told or TokenCounts()
     return RequestRecord(
         request_id=request.request_id,
@@ -176,3 +182,13 @@ async def close_request(request: OpenRequest, ask: AskReplica, ended_ns: int) ->
         router_id=request.router_id,
         lost_tries=tuple(lost),
     )
+
+
+async def _ask_for_lost(request: OpenRequest, replica_ids: Iterable[str], ask: AskReplica) -> list[LostTry]:
+    """What was counted for tries that did not answer, where it is known."""
+    lost = []
+    for replica_id in replica_ids:
+        counts = await ask(replica_id, request.request_id)
+        if counts is not None:
+            lost.append(LostTry(replica_id, counts.num_prompt_tokens, counts.num_completion_tokens))
+    return lost

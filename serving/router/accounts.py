@@ -112,7 +112,12 @@ class Accounts:
             yield from read_ledger(self.ledger)
         yield from read_budgets(self._budgets, self._known, time.time_ns())
 
-    def _open(self, call: Call) -> None:
+    def promise(self, call: Call, record: RequestRecord) -> None:
+        """A whole answer is about to leave, and tries of it that others lost must still be asked for."""
+        if self.ledger is not None:
+            self._open(call, record)
+
+    def _open(self, call: Call, promised: RequestRecord | None = None) -> None:
         """Note on disk that a replica gets this request, should this router not live to see its end."""
         assert self.ledger is not None
         request, notes = call.understood()
@@ -131,6 +136,7 @@ class Accounts:
                 is_stream=request.is_stream,
                 num_tries=len(call.asked),
                 replica_ids=tuple(replica.replica_id for replica in call.unheard),
+                promised=promised,
             )
         )
 

@@ -92,9 +92,11 @@ class RouterApp:
         self._keys = Authenticator(settings.router.keys_file, is_local=is_loopback(settings.router.host))
         self._limits = TenantLimits(time.monotonic)
         self._dispatcher = Dispatcher(settings, read_snapshot, router_id=self.router_id, rng=random.Random())
-        self._accountant = Accountant(self._backend.fetch_usage, self._settle, self.router_id)
         ledger = build_ledger(settings, self.router_id) if keeps_books else None
         self._accounts = Accounts(settings, ledger, self._backend.fetch_usage)
+        self._accountant = Accountant(
+            self._backend.fetch_usage, self._settle, self.router_id, on_promise=self._accounts.promise
+        )
         self._remote = RemoteImages(settings.router.remote_images)
         self._documents = DocumentRelay(settings.router, settings.ocr)
         self._state = RouterState(self.router_id, read_snapshot, self._dispatcher, self._limits)

@@ -80,6 +80,4 @@ class Gateway:
         except (ReplicaConnectError, EngineError, NoReplicaError):
             call.unheard.pop()  # it refused, or was never asked; one that failed may have worked for it before
             raise
-        if notes.tokens is not None:
-            call.unheard.pop()
         slot.succeed()

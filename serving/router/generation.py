@@ -74,9 +74,10 @@ class Generation:
         if self.traces is not None:
             call.trace = self.traces.begin(path, headers, call.arrived_ns)
         ending = Ending(Outcome.FAILED, 500, "internal_error")
+        reply.on_whole = lambda: self.accountant.finish_whole(call, Ending.of_whole(reply.status, reply.first_byte_ns))
         try:
             await self._serve_admitted(call, scope, headers, receive, reply)
-            ending = Ending(Outcome.COMPLETED, reply.status, "", reply.first_byte_ns)
+            ending = Ending.of_whole(reply.status, reply.first_byte_ns)
         except ServingError as error:
             ending = Ending.from_error(error, call, reply.status, reply.first_byte_ns)
             if not reply.has_begun:

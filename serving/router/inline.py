@@ -69,8 +69,6 @@ class Inline:
                 call.unheard.pop()  # it refused
             slot.fail(error)
             raise
-        if notes.tokens is not None:
-            call.unheard.pop()
         slot.succeed()
 
     def _scope(self, request: RoutedRequest, request_id: str) -> Scope:

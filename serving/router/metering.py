@@ -53,6 +53,8 @@ class Call:
     trace: RequestTrace | None = None
     credit_nanodollars: int = 0
     """That its client may have taken off the price."""
+    is_finished: bool = False
+    """Whether its end has been taken down: nothing that comes after it changes the record."""
 
     @property
     def tokens(self) -> TokenCounts | None:
@@ -81,6 +83,11 @@ class Ending:
     first_byte_ns: int = 0
 
     @classmethod
+    def of_whole(cls, status: int, first_byte_ns: int) -> Ending:
+        """An answer of which nothing is missing."""
+        return cls(Outcome.COMPLETED, status, "", first_byte_ns)
+
+    @classmethod
     def from_error(cls, error: ServingError, call: Call, status: int, first_byte_ns: int) -> Ending:
         """A request that no replica got was refused; what failed later failed."""
         outcome = Outcome.FAILED if call.asked and error.http_status >= 500 else Outcome.REFUSED
@@ -95,11 +102,23 @@ class Accountant:
     """Makes one record of every call, at once when its tokens are known, else as soon as its engine has told them."""
 
     def __init__(
-        self, fetch_usage: FetchUsage, on_record: Callable[[Call, RequestRecord], None], router_id: str = ""
+        self,
+        fetch_usage: FetchUsage,
+        on_record: Callable[[Call, RequestRecord], None],
+        router_id: str = "",
+        on_promise: Callable[[Call, RequestRecord], None] = lambda call, record: None,
     ) -> None:
+        """Args:
+        fetch_usage: asks a replica what it counted.
+        on_record: gets the record of every call, once.
+        router_id: stands in the records.
+        on_promise: gets the record of a whole answer that is about to leave while earlier tries of it are still asked
+            for; what is recorded later differs from it in those only.
+        """
         self._fetch_usage = fetch_usage
         self._router_id = router_id
         self._on_record = on_record
+        self._on_promise = on_promise
         self._asking: set[asyncio.Task[None]] = set()
 
     @property
@@ -107,8 +126,21 @@ class Accountant:
         """Calls that have ended and whose tokens are not known yet."""
         return len(self._asking)
 
+    def finish_whole(self, call: Call, ending: Ending) -> None:
+        """Take a call whose answer is whole, before its last bytes leave: its record is on disk when this returns."""
+        if call.tokens is None:
+            return  # its engine must be asked first
+        call.unheard.pop()
+        if call.unheard:
+            record = _build_record(call, ending, time.time_ns(), call.tokens)
+            self._on_promise(call, replace(record, router_id=self._router_id))
+        self.finish(call, ending)
+
     def finish(self, call: Call, ending: Ending) -> None:
-        """Take a call that has ended; returns at once."""
+        """Take a call that has ended; returns at once. One that was taken before stays as it was."""
+        if call.is_finished:
+            return
+        call.is_finished = True
         ended_ns = time.time_ns()
         if not call.unheard:
             record = _build_record(call, ending, ended_ns, call.tokens or TokenCounts())
@@ -129,8 +161,9 @@ class Accountant:
         )
         tries = list(zip(call.unheard, told, strict=True))
         last = call.tokens
-        if last is None and call.unheard[-1] is call.asked[-1]:
-            last = tries.pop()[1]
+        if call.unheard[-1].replica_id == call.asked[-1].replica_id:
+            told_last = tries.pop()[1]  # the same as was told in the stream, if that broke behind its usage
+            last = last or told_last
         lost = tuple(
             LostTry(replica.replica_id, counts.num_prompt_tokens, counts.num_completion_tokens)
             for replica, counts in tries

@@ -88,6 +88,8 @@ class StreamAnnotator:
     """Cuts a stream of server-sent events into whole frames, finds the one with usage and adds the notes.
 
     Only that frame is looked into: others pass byte for byte, and are held back no longer than until they are whole.
+    It is the engine's last but `[DONE]`: from there on everything waits for `flush`, so that a client reads what its
+    answer costs only when the answer is whole and in the books.
     """
 
     def __init__(self, notes: UsageNotes, *, shows_usage: bool) -> None:
@@ -99,6 +101,8 @@ class StreamAnnotator:
         self._shows_usage = shows_usage
         self._partial = b""
         self._last = b""
+        self._tail = b""
+        self._has_tail = False
         self.error: ServingError | None = None
         """What the engine has told of instead of going on. vLLM ends such a stream like any other, with `[DONE]`;
         nothing that comes from then on is passed."""
@@ -129,16 +133,35 @@ class StreamAnnotator:
         if _FINISH in chunk and not self._notes.finish_reason:
             start = chunk.index(_FINISH) + len(_FINISH)
             self._notes.finish_reason = chunk[start : chunk.index(b'"', start)].decode()
-        if _USAGE not in chunk:
-            return chunk
-        *frames, rest = chunk.split(_FRAME_END)
-        return b"".join(self._annotate(frame + _FRAME_END) for frame in frames) + rest
+        if _USAGE in chunk:
+            return self._take_usage(chunk)
+        if self._has_tail:
+            self._tail += chunk
+            return b""
+        return chunk
 
     def flush(self) -> bytes:
-        """What is left when the engine has closed the stream: an unfinished frame, passed as it is."""
+        """What is left when the engine has closed the stream: the usage and what came behind it, or an unfinished
+        frame, passed as it is; nothing of a stream that failed."""
         left, self._partial = self._partial if self.error is None else b"", b""
         self._last = left or self._last
-        return left
+        tail, self._tail = self._tail if self.error is None else b"", b""
+        return tail + left
+
+    def _take_usage(self, chunk: bytes) -> bytes:
+        """Gives what may go to the client at once, and keeps the rest."""
+        out = b""
+        *frames, rest = chunk.split(_FRAME_END)
+        for frame in frames:
+            annotated = self._annotate(frame + _FRAME_END)
+            if self._has_tail:
+                self._tail += annotated
+            else:
+                out += annotated
+        if self._has_tail:
+            self._tail += rest
+            return out
+        return out + rest
 
     def _take_error(self, chunk: bytes) -> bytes:
         """Note the error; gives what came before it."""
@@ -149,12 +172,14 @@ class StreamAnnotator:
         return before
 
     def _annotate(self, frame: bytes) -> bytes:
+        """The frame as the client gets it: with the cost, if it is the one with usage, and that begins the tail."""
         if _USAGE not in frame or not frame.startswith(_DATA):
             return frame
         event = _decode(frame[len(_DATA) :])
         # With continuous usage every chunk counts; the cost stands in the last one, which has no choices.
         if not isinstance(event.get("usage"), dict) or event.get("choices"):
             return frame
+        self._has_tail = True
         self._notes.take(event["usage"])
         return _DATA + orjson.dumps(event) + _FRAME_END if self._shows_usage else b""
 

@@ -10,6 +10,7 @@ Only imported when there is an endpoint: what is off costs a request one compari
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Mapping
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -75,6 +76,9 @@ class RequestTrace:
     def __init__(self, tracer: Tracer, span: Span) -> None:
         self._tracer = tracer
         self._span = span
+        self._is_trying = False
+        self._tried_ns = 0
+        self._record: RequestRecord | None = None
 
     @contextlib.contextmanager
     def trying(self, replica_id: str) -> Iterator[dict[str, str]]:
@@ -84,16 +88,27 @@ class RequestTrace:
         span = self._tracer.start_span("engine", context=context, kind=SpanKind.CLIENT, attributes=attributes)
         headers: dict[str, str] = {}
         _PROPAGATOR.inject(headers, context=set_span_in_context(span))
+        self._is_trying = True
         try:
             yield headers
         except ServingError as error:
             _mark_failed(span, error.code or type(error).__name__)
             raise
         finally:
-            span.end()
+            self._is_trying = False
+            self._tried_ns = time.time_ns()
+            span.end(self._tried_ns)
+            if self._record is not None:
+                self._end(self._record)
 
     def end(self, record: RequestRecord) -> None:
-        """The request has ended and is accounted for."""
+        """The request has ended and is accounted for; its span lasts until its last bytes have left."""
+        if self._is_trying:
+            self._record = record
+        else:
+            self._end(record)
+
+    def _end(self, record: RequestRecord) -> None:
         span = self._span
         tokens = record.tokens
         span.set_attributes(
@@ -118,7 +133,7 @@ class RequestTrace:
             _mark_failed(span, record.error_code)
         elif record.error_code:
             span.set_attribute("error.type", record.error_code)
-        span.end(record.ended_ns)
+        span.end(max(record.ended_ns, self._tried_ns))
 
 
 def _mark_failed(span: Span, code: str) -> None:

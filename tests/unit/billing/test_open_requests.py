@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from serving.billing.ledger import Ledger
@@ -81,6 +83,36 @@ async def test_a_record_has_what_all_replicas_say() -> None:
     assert record.lost_tries == (LostTry("a", 9, 4),)
     assert record.num_wasted_tokens == 8
     assert (await close_request(make_open("r", "gone"), ask, 7)).is_estimated
+
+
+async def test_an_answer_that_may_have_left_keeps_the_record_that_was_made_for_it(tmp_path: Path) -> None:
+    async def ask(replica_id: str, request_id: str) -> TokenCounts | None:
+        assert replica_id == "a", "the one that answered has told already"
+        return COUNTS
+
+    promised = make_record(request_id="r", outcome=Outcome.COMPLETED, cost_nanodollars=77, num_wasted_tokens=1)
+    table = OpenRequests(tmp_path / "open")
+    table.put(make_open("r", "a", "b"))
+    table.put(msgspec.structs.replace(make_open("r", "a"), num_tries=2, promised=promised))
+    (found,) = table.read()
+    record = await close_request(found, ask, 7)
+    assert record == dataclasses.replace(promised, num_wasted_tokens=5, lost_tries=(LostTry("a", 9, 4),))
+
+
+@pytest.mark.parametrize("is_promise_first", [True, False])
+def test_a_promise_counts_also_while_its_request_is_there_twice(tmp_path: Path, is_promise_first: bool) -> None:
+    """Killed between the new place and the end of the old one."""
+    promised = make_record(request_id="r")
+    requests = [make_open("r", "a"), msgspec.structs.replace(make_open("r", "a"), promised=promised)]
+    places = []
+    for request in reversed(requests) if is_promise_first else requests:
+        table = OpenRequests(tmp_path / "one")
+        table.put(request)
+        places.append((tmp_path / "one").read_bytes().ljust(2048, b"\0"))
+        table.remove("r")
+        table.close()
+    (tmp_path / "both").write_bytes(b"".join(places))
+    assert [request.promised for request in read_open_requests(tmp_path / "both")] == [promised]
 
 
 async def test_whoever_adopts_a_spool_closes_what_its_router_left_open(make_settings: MakeSettings) -> None:

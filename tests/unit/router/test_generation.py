@@ -13,8 +13,9 @@ from typing import Any
 import httpx
 import orjson
 import pytest
+from starlette.types import Message
 
-from serving.billing.records import Outcome, RequestRecord, TokenCounts
+from serving.billing.records import LostTry, Outcome, RequestRecord, TokenCounts
 from serving.directory import Snapshot
 from serving.http_server import HttpServer
 from serving.router.app import RouterApp
@@ -126,6 +127,77 @@ async def test_a_whole_answer_leaves_its_counts() -> None:
         record = await recorded.only()
     assert (record.outcome, record.tokens, record.finish_reason) == (Outcome.COMPLETED, COUNTED, "stop")
     assert (record.cost_nanodollars, record.is_stream, record.num_wasted_tokens) == (80_000, False, 0)
+
+
+async def ask_app(recorded: Recorded, **fields: Any) -> list[tuple[bytes, int]]:
+    """What the app sends, piece by piece, and how many records there were before each."""
+    body: list[Message] = [{"type": "http.request", "body": chat_body(**fields), "more_body": False}]
+    seen: list[tuple[bytes, int]] = []
+
+    async def receive() -> Message:
+        if not body:
+            await asyncio.Event().wait()
+        return body.pop()
+
+    async def send(message: Message) -> None:
+        seen.append((message.get("body", b""), len(recorded.records)))
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [], "query_string": b""}
+    await recorded.router.app(scope, receive, send)
+    return seen
+
+
+@pytest.mark.parametrize("asks_for_usage", [True, False])
+@pytest.mark.parametrize("is_stream", [True, False])
+async def test_whoever_has_all_of_an_answer_finds_it_in_the_books(is_stream: bool, asks_for_usage: bool) -> None:
+    script = streams(TEXT, LAST, USAGE_FRAME, DONE) if is_stream else answers(orjson.dumps(ANSWER))
+    options = {"stream_options": {"include_usage": asks_for_usage}} if is_stream else {}
+    async with recording(Engine(script)) as recorded:
+        seen = await ask_app(recorded, stream=is_stream, **options)
+        assert len(recorded.records) == 1
+    assert {number for data, number in seen if TEXT in data or LAST in data} <= {0}
+    last = [number for data, number in seen if b"[DONE]" in data or b"estimated_cost" in data]
+    assert last == [1]
+
+
+async def test_an_answer_after_a_lost_try_is_promised_before_it_leaves() -> None:
+    may_tell = asyncio.Event()
+
+    async def loses(exchange: Exchange) -> None:
+        if exchange.asked.path.startswith("/usage/"):
+            await may_tell.wait()
+            await answers(orjson.dumps(TOLD))(exchange)
+        else:
+            await hang_up(exchange)
+
+    bad = Engine(loses, "bad", max_num_seqs=1000, tells_usage=True)
+    async with recording(bad, Engine(answers(orjson.dumps(ANSWER)), "good")) as recorded:
+        promised: list[RequestRecord] = []
+        recorded.router.app._accountant._on_promise = lambda call, record: promised.append(record)
+        while not promised:
+            recorded.records.clear()
+            await ask_app(recorded)
+        assert not recorded.records, "the lost try has not been told yet"
+        may_tell.set()
+        record = await recorded.only()
+    (promise,) = promised
+    assert (promise.outcome, promise.tokens, promise.cost_nanodollars) == (Outcome.COMPLETED, COUNTED, 80_000)
+    assert dataclasses.replace(record, num_wasted_tokens=0, lost_tries=(), ended_ns=promise.ended_ns) == promise
+    assert record.lost_tries == (LostTry("bad", 300, 40),)
+
+
+async def test_a_stream_that_breaks_behind_its_usage_is_counted_once() -> None:
+    async def breaks(exchange: Exchange) -> None:
+        await exchange.start()
+        await exchange.chunk(TEXT + USAGE_FRAME)
+        await exchange.die()
+
+    async with recording(Engine(telling(breaks), tells_usage=True)) as recorded:
+        response = await recorded.router.chat(stream=True, stream_options={"include_usage": True})
+        record = await recorded.only()
+    assert b"estimated_cost" not in response.content, "it costs nothing"
+    assert (record.outcome, record.tokens, record.cost_nanodollars) == (Outcome.FAILED, COUNTED, 0)
+    assert (record.lost_tries, record.num_wasted_tokens) == ((), 500)
 
 
 @pytest.mark.parametrize("frames", [(), (TEXT, TEXT)], ids=["before the answer", "in the middle"])

@@ -41,7 +41,9 @@ from .stack import (
 PRICE = Price(input_picodollars=30_000, output_picodollars=100_000)
 REQUEST = RoutedRequest("/v1/chat/completions", "nano", b'{"as": "it came"}', is_stream=False, wants_stream_usage=False)
 STREAM = dataclasses.replace(REQUEST, is_stream=True)
+COUNTING = dataclasses.replace(STREAM, wants_stream_usage=True)
 ANSWER = orjson.dumps({"choices": [], "usage": USAGE})
+TEXT, USAGE_FRAME, DONE = b"data: {}\n\n", b"data: " + ANSWER + b"\n\n", b"data: [DONE]\n\n"
 
 
 class Client:
@@ -105,6 +107,46 @@ async def test_an_error_is_sent_in_openai_shape_with_its_status() -> None:
     await Reply(client.send).send_error(error)
     assert client.status == 400
     assert orjson.loads(client.body) == error.body()
+
+
+@pytest.mark.parametrize(
+    ("request_", "script"),
+    [
+        (REQUEST, answers(ANSWER)),
+        (STREAM, streams(TEXT, USAGE_FRAME, DONE)),
+        (COUNTING, streams(TEXT, USAGE_FRAME, DONE)),
+    ],
+)
+async def test_an_answer_is_told_to_be_whole_before_a_client_can_know(request_: RoutedRequest, script: Script) -> None:
+    client = Client()
+    seen: list[bytes] = []
+    relay = Relay(RouterSettings(), None)
+    await relay.start()
+    reply = Reply(client.send)
+    reply.on_whole = lambda: seen.append(client.body if client.messages else b"")
+    async with Engine(script) as engine:
+        await relay.relay(request_, "r-1", engine.record, UsageNotes(PRICE), reply)
+    await relay.close()
+    (before,) = seen
+    assert before == (TEXT if request_.is_stream else b"")
+    assert client.body != before
+    assert client.is_complete
+
+
+@pytest.mark.parametrize("script", [streams(TEXT), streams(TEXT, USAGE_FRAME), dies_after(TEXT)])
+async def test_what_breaks_is_never_told_to_be_whole(script: Script) -> None:
+    client = Client()
+    relay = Relay(RouterSettings(), None)
+    await relay.start()
+    reply = Reply(client.send)
+    reply.on_whole = lambda: pytest.fail("it is not")
+    async with Engine(script) as engine:
+        with pytest.raises(ReplicaUnreachableError) as caught:
+            await relay.relay(COUNTING, "r-1", engine.record, UsageNotes(PRICE), reply)
+        await reply.end_with_error(caught.value)
+    await relay.close()
+    assert b"estimated_cost" not in client.body, "a broken answer costs nothing"
+    assert client.is_complete
 
 
 async def test_the_engine_gets_the_body_as_it_came_and_the_stacks_own_key() -> None:

@@ -70,15 +70,16 @@ def test_however_a_stream_is_split_only_its_final_usage_changes(
 ) -> None:
     stream = b"".join(sent for sent, _ in frames) + unfinished
     ends = list(itertools.accumulate(len(sent) for sent, _ in frames))
+    begin = next((number for number, (sent, shown) in enumerate(frames) if sent != shown), len(frames))
     annotator = annotator_for()
     fed, got = 0, b""
     for piece in data.draw(splits(stream)):
         got += annotator.feed(piece)
         fed += len(piece)
-        # Whole frames are out at once, unfinished ones are not.
-        num_whole = sum(end <= fed for end in ends)
+        # Whole frames are out at once, unfinished ones and what comes from the usage on are not.
+        num_whole = min(begin, sum(end <= fed for end in ends))
         assert got == b"".join(expected for _, expected in frames[:num_whole])
-    assert annotator.flush() == unfinished
+    assert annotator.flush() == b"".join(expected for _, expected in frames[begin:]) + unfinished
     assert annotator.flush() == b""
 
 
@@ -100,7 +101,9 @@ def test_a_frame_is_not_held_back_for_the_next_one() -> None:
     "event", [{"usage": USAGE}, {"choices": [], "usage": USAGE}, {"choices": None, "usage": USAGE}]
 )
 def test_the_final_frame_carries_the_cost(event: dict[str, Any]) -> None:
-    out = annotator_for().feed(frame(event))
+    annotator = annotator_for()
+    assert annotator.feed(frame(event)) == b"", "who has read it must have all of the answer"
+    out = annotator.flush()
     assert json.loads(out.removeprefix(b"data: ")) == {**event, "usage": {**USAGE, "estimated_cost": COST}}
     assert out.endswith(b"}\n\n")
 
@@ -197,7 +200,9 @@ def test_who_did_not_ask_for_usage_does_not_get_its_frame() -> None:
     annotator = StreamAnnotator(notes, shows_usage=False)
     text, last, done = frame(chunk("a")), frame({"choices": [], "usage": USAGE}), b"data: [DONE]\n\n"
     assert annotator.feed(text + last[:9]) == text
-    assert annotator.feed(last[9:] + done) == done
+    assert annotator.feed(last[9:] + done) == b""
+    assert annotator.is_done
+    assert annotator.flush() == done
     assert notes.tokens == TokenCounts(num_prompt_tokens=1000, num_completion_tokens=500)
     assert notes.bill(TokenCounts(1000, 0, 0, 500), Outcome.COMPLETED) == (80_000, 0)
 
