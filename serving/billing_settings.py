@@ -119,9 +119,9 @@ class BillingSettings(Frozen):
     """`postgresql://user:password@host/database`, or `sqlite:////absolute/file`; None is `ledger.db` in `directory`."""
     migrate_on_start: bool = True
     """Bring the database to this version's schema; else `serving billing migrate` has to."""
-    flush_s: Annotated[float, Field(gt=0, le=60)] = 1.0
+    flush_s: Annotated[float, Field(gt=0, le=60)] = 2.0
     """Longest time that a record waits for others to go into the database with."""
-    batch_rows: Annotated[int, Field(ge=1, le=512)] = 256
+    batch_rows: Annotated[int, Field(ge=1, le=512)] = 512
     write_timeout_s: Annotated[float, Field(gt=0, le=600)] = 30.0
     replica_hour_dollars: dict[Name, Dollars] = Field(default_factory=dict)
     """What one replica of a model costs an hour, by the model's name: its GPUs, or its part of a node."""

@@ -20,6 +20,7 @@ import logging
 import os
 import re
 import time
+from collections import deque
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,7 @@ _JOURNAL = ".journal"
 _OPEN = "open"
 _DAMAGED = ".damaged"
 _PIECE_BYTES = 2 * MAX_PAYLOAD_BYTES
+_MAX_KEPT = 4096
 
 
 class SpoolFullError(Exception):
@@ -51,6 +53,9 @@ class _Segment:
     """Nothing is appended any more."""
     is_synced: bool = False
     damaged_bytes: int = 0
+    kept: deque[tuple[RequestRecord, int]] | None = None
+    """Its records that are not committed, with their sizes on disk, where all of them are still in memory: whoever
+    has written them need not decode them. None: they are read from the disk."""
 
 
 @dataclass(slots=True)
@@ -72,6 +77,9 @@ class Spool:
     """How far the first segment is committed."""
     _read_bytes: int = 0
     """How far it has been read."""
+    _num_kept: int = 0
+    _num_read_kept: int = 0
+    """How many of the kept records that was."""
     _read_damage_bytes: int = 0
 
     def __post_init__(self) -> None:
@@ -108,6 +116,12 @@ class Spool:
         self.size_bytes += num_bytes
         self.num_written += 1
         segment.is_synced = False
+        if segment.kept is not None:
+            segment.kept.append((record, num_bytes))
+            self._num_kept += 1
+            if self._num_kept > _MAX_KEPT:  # the database is away: memory must not grow with what waits for it
+                self._num_kept -= len(segment.kept)
+                segment.kept = None
         return num_bytes
 
     def read(self, limit: int) -> list[RequestRecord]:
@@ -116,9 +130,11 @@ class Spool:
         The same ones again until `commit`.
         """
         self._read_bytes = self._offset_bytes
-        self._read_damage_bytes = 0
+        self._read_damage_bytes = self._num_read_kept = 0
         while self._segments:
             segment = self._segments[0]
+            if segment.kept:
+                return self._read_kept(segment.kept, limit)
             piece = os.pread(segment.fd, min(_PIECE_BYTES, segment.size_bytes - self._read_bytes), self._read_bytes)
             is_end = self._read_bytes + len(piece) >= segment.size_bytes
             found = decode_frames(piece, limit=limit, is_end=is_end)
@@ -141,11 +157,22 @@ class Spool:
         first.damaged_bytes += self._read_damage_bytes
         self.damaged_bytes += self._read_damage_bytes
         self._read_damage_bytes = 0
+        if first.kept is not None:
+            for _ in range(self._num_read_kept):
+                first.kept.popleft()
+            self._num_kept -= self._num_read_kept
+        self._num_read_kept = 0
         self.size_bytes -= self._read_bytes - self._offset_bytes
         self._offset_bytes = self._read_bytes
         if first.is_sealed and self._offset_bytes >= first.size_bytes:
             self._drop(self._segments.pop(0))
             self._offset_bytes = self._read_bytes = 0
+
+    def _read_kept(self, kept: deque[tuple[RequestRecord, int]], limit: int) -> list[RequestRecord]:
+        first = list(itertools.islice(kept, limit))
+        self._num_read_kept = len(first)
+        self._read_bytes += sum(num_bytes for _, num_bytes in first)
+        return [record for record, _ in first]
 
     def take_unsynced(self) -> tuple[int, ...]:
         """Descriptors, for `sync_and_close` in another thread, of what was written since the last call."""
@@ -179,7 +206,7 @@ class Spool:
         last = int(self._segments[-1].path.stem) if self._segments else 0
         path = self.directory / f"{max(time.time_ns(), last + 1):020d}{_JOURNAL}"
         fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        segment = _Segment(path, fd, 0, is_sealed=False)
+        segment = _Segment(path, fd, 0, is_sealed=False, kept=deque())
         self._segments.append(segment)
         return segment
 

@@ -74,14 +74,21 @@ class ScriptedStack:
         )
 
     def descendants(self) -> list[psutil.Process]:
-        return [
-            process
-            for process in psutil.Process(self.running.pid).children(recursive=True)
-            if process.status() != psutil.STATUS_ZOMBIE
-        ]
+        """Those that live at this moment."""
+        found = []
+        for process in psutil.Process(self.running.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ends while it is looked at
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
 
     def find(self, name: str) -> list[psutil.Process]:
-        return [process for process in self.descendants() if name in " ".join((process.name(), *process.cmdline()))]
+        found = []
+        for process in self.descendants():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if name in " ".join((process.name(), *process.cmdline())):
+                    found.append(process)
+        return found
 
     def stop(self) -> None:
         if self.process is not None and self.process.poll() is None:

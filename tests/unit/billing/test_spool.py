@@ -5,7 +5,10 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from serving.billing import spool as spools
 from serving.billing.frames import encode_frame
 from serving.billing.records import RequestRecord
 from serving.billing.spool import Spool, SpoolFullError, adopt_spool, open_spool, read_spools, sync_and_close
@@ -71,6 +74,36 @@ def test_a_segment_is_deleted_when_all_of_it_is_committed(tmp_path: Path) -> Non
     assert len(journals(tmp_path)) == 1
     assert spool.size_bytes == SIZE
     spool.close()
+
+
+@given(st.lists(st.tuples(st.sampled_from(("append", "read", "commit")), st.integers(1, 12)), max_size=40))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_what_is_in_memory_and_what_is_not_come_out_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[tuple[str, int]]
+) -> None:
+    monkeypatch.setattr(spools, "_MAX_KEPT", 20)  # a segment takes about as many
+    spool = open_spool(tmp_path, "r", SETTINGS)
+    waiting: list[RequestRecord] = []
+    num_made = num_read = 0
+    for step, count in steps:
+        if step == "append":
+            waiting += fill(spool, count, num_made)
+            num_made += count
+        elif step == "read":
+            found = spool.read(count)
+            assert found == waiting[: len(found)]
+            assert found or not waiting
+            num_read = len(found)
+        else:
+            spool.commit()
+            del waiting[:num_read]
+            num_read = 0
+        assert spool.size_bytes >= len(waiting)
+    spool.read(1)
+    assert take(spool) == waiting
+    assert spool.is_empty
+    spool.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("num_committed", [0, 3, 40])
