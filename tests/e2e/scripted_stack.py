@@ -97,14 +97,19 @@ class ScriptedStack:
 
 
 @contextlib.contextmanager
-def run_scripted_stack(folder: Path, script: Mapping[str, Any], **sections: Any) -> Iterator[ScriptedStack]:
-    """One model `m` of scripted engines, ready; stopped with the context. `sections` are merged into the settings."""
+def run_scripted_stack(folder: Path, script: Mapping[str, Any] | None, **sections: Any) -> Iterator[ScriptedStack]:
+    """One model `m` of scripted engines, ready; stopped with the context. `sections` are merged into the settings.
+
+    Without a script the model's section must say what vLLM runs.
+    """
     port = free_port()
     settings: dict[str, Any] = {
-        "models": {"m": {"checkpoint": "scripted", "cpus_per_replica": 0.1, "script": dict(script)}},
+        "models": {"m": {"checkpoint": "scripted", "cpus_per_replica": 0.1}},
         "router": {"port": port, "cpus_per_replica": 0.1, "report_s": 0.25},
         "engine": {"heartbeat_s": 0.5, "lease_s": 5, "drain_s": 20},
     }
+    if script is not None:
+        settings["models"]["m"]["script"] = dict(script)
     for name, section in sections.items():
         (settings["models"]["m"] if name == "model" else settings.setdefault(name, {})).update(section)
     stack = ScriptedStack(folder, settings, port)

@@ -10,6 +10,7 @@ import signal
 import sqlite3
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import aiohttp
 import orjson
 import psutil
 import pytest
+import yaml
 
+from e2e.conftest import ROOT
 from e2e.scripted_stack import ScriptedStack, run_scripted_stack, wait_until
 
 NUM_REQUESTS = 200
@@ -66,7 +69,7 @@ async def ask(session: aiohttp.ClientSession, url: str, number: int) -> tuple[st
     """The request's id and cost when the answer came whole; None for those that leave, are refused or fail."""
     is_stream, leaves_s = bool(number % 2), None
     body: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hello " * (1 + number % 50)}]}
-    body |= {"max_tokens": 5 + number % 30, "stream": is_stream}
+    body |= {"max_tokens": 5 + number % 30, "stream": is_stream, "ignore_eos": True}
     if is_stream:
         body["stream_options"] = {"include_usage": True}
     if number % 7 == 0:
@@ -194,9 +197,22 @@ def check_rows(folder: Path, seen: list[tuple[str, float]]) -> None:
     assert total == [(sum(row[1] for row in rows.values()), len(rows))], "the months' sums are those of the rows"
 
 
-def start(folder: Path, script: dict[str, Any], num_replicas: int, num_routers: int) -> Any:
+def check_outcomes(folder: Path) -> Counter[str]:
+    """Requests have ended in every way there is, one of them with its router."""
+    outcomes = Counter(dict(Books(folder).read("SELECT outcome, count(*) FROM requests GROUP BY 1")))
+    lost = Books(folder).read("SELECT count(*) FROM requests WHERE error_code = 'router_lost'")
+    print(outcomes, lost)
+    for outcome in ("completed", "aborted", "failed", "refused"):
+        assert outcomes[outcome], outcome
+    assert lost[0][0], "the killed router had something in hand"
+    return outcomes
+
+
+def start(
+    folder: Path, script: dict[str, Any] | None, num_replicas: int, num_routers: int, **more: Any
+) -> AbstractContextManager[ScriptedStack]:
     billing = {"directory": str(folder / "billing"), "flush_s": 0.2, "spool": {"adopt_s": 0.5}}
-    model = {"num_replicas": num_replicas, "price": PRICES}
+    model = {"num_replicas": num_replicas, "price": PRICES, **more}
     return run_scripted_stack(folder, script, model=model, router={"num_replicas": num_routers}, billing=billing)
 
 
@@ -208,15 +224,24 @@ async def test_engines_and_ledger_agree_after_aborts_failures_and_a_killed_route
         printed = await asyncio.to_thread(reconcile, stack)
         print(printed)
         check_rows(tmp_path / "billing", seen)
-        outcomes = Counter(dict(Books(tmp_path / "billing").read("SELECT outcome, count(*) FROM requests GROUP BY 1")))
-        lost = Books(tmp_path / "billing").read("SELECT count(*) FROM requests WHERE error_code = 'router_lost'")
-        print(outcomes, lost)
-        for outcome in ("completed", "aborted", "failed", "refused"):
-            assert outcomes[outcome], outcome
-        assert lost[0][0], "the killed router had something in hand"
+        outcomes = check_outcomes(tmp_path / "billing")
         report = stack.command("billing", "report", "--config", str(stack.config), "--by", "outcome", "-f", "json")
         assert json.loads(report.stdout)["total"]["num_requests"] == sum(outcomes.values())
         print(stack.command("billing", "report", "--config", str(stack.config), "--by", "day,model,outcome").stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+async def test_vllm_and_ledger_agree_after_aborts_and_a_killed_router(tmp_path: Path) -> None:
+    local = yaml.safe_load((ROOT / "configs/local.yaml").read_text())["models"]["nano"]
+    model = {name: local[name] for name in ("checkpoint", "cpus_per_replica", "engine_args", "env")}
+    with start(tmp_path, None, 1, 2, **model) as stack:
+        await learn_replicas(stack)
+        seen = await ask_many(stack, range(NUM_REQUESTS), kill_at=(NUM_REQUESTS // 2,))
+        await asyncio.to_thread(settle, stack, tmp_path / "billing", 2)
+        print(await asyncio.to_thread(reconcile, stack))
+        check_rows(tmp_path / "billing", seen)
+        check_outcomes(tmp_path / "billing")
 
 
 @pytest.mark.slow
