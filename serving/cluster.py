@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import psutil
@@ -18,12 +18,16 @@ from serving.errors import ServingError
 from serving.settings import Settings
 from serving.versions import max_replicas
 
+logger = logging.getLogger(__name__)
+
 _LEFTOVER_GRACE_S = 5.0
 _LOST_GRACE_S = 1.0
 _PROBE_S = 1.0
 _MAX_PROBES = 3
 # The processes without which a cluster of our own is none.
 _HEAD = ("gcs_server", "raylet")
+SLOW_START = "timed out during startup"
+"""In the words of Ray 2.60.0 (`ray._private.node`), which has no class for it and no setting for its half minute."""
 # Read by Ray when it is imported or started. What the user has set stays.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -54,8 +58,6 @@ class Cluster:
 
     def start(self, settings: Settings, is_verbose: bool) -> None:
         """Join it, or start it."""
-        import ray
-
         options: dict[str, Any] = {"address": settings.ray.address or "local"}
         if self._is_own:
             self.num_cpus = settings.ray.num_cpus or needed_cpus(_with_documents(settings))
@@ -64,13 +66,15 @@ class Cluster:
                 "include_dashboard": False,
                 "object_store_memory": settings.ray.object_store_bytes or 100 * 2**20,
             }
-        ray.init(
-            **options,
-            namespace=settings.ray.namespace,
-            log_to_driver=is_verbose,
-            logging_level="warning" if is_verbose else "error",
-            configure_logging=is_verbose,
-        )
+        options |= {
+            "namespace": settings.ray.namespace,
+            "log_to_driver": is_verbose,
+            "logging_level": "warning" if is_verbose else "error",
+            "configure_logging": is_verbose,
+        }
+        _init_ray(options)
+        import ray
+
         self._address = ray.get_runtime_context().gcs_address
         if self._is_own:
             self._head = [child for child in psutil.Process().children(recursive=True) if _is_head(child)]
@@ -96,6 +100,25 @@ class Cluster:
             if self._num_failed >= _MAX_PROBES:
                 self.is_lost = True
                 raise LostError(f"the Ray cluster at {self._address} cannot be reached ({error})") from error
+
+
+def _init_ray(options: dict[str, Any]) -> None:
+    """`ray.init`, which gives a node half a minute to come up: on a machine that is too busy, a second try.
+
+    What the first one started is ended before: Ray leaves it.
+    """
+    import ray
+
+    before = set(psutil.Process().children(recursive=True))
+    try:
+        ray.init(**options)
+    except Exception as error:
+        if SLOW_START not in str(error):
+            raise
+        logger.warning("Ray has not started within its 30 s; trying once more. Is the machine overloaded?")
+        ray.shutdown()
+        _kill(set(psutil.Process().children(recursive=True)) - before)
+        ray.init(**options)
 
 
 def _is_head(process: psutil.Process) -> bool:
@@ -194,7 +217,11 @@ def _nothing_left_behind(grace_s: float = _LEFTOVER_GRACE_S) -> Iterator[None]:
         yield
     finally:
         _, alive = psutil.wait_procs(ours, timeout=grace_s)
-        for process in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(alive, timeout=_LEFTOVER_GRACE_S)
+        _kill(alive)
+
+
+def _kill(processes: Iterable[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(list(processes), timeout=_LEFTOVER_GRACE_S)

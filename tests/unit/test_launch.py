@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import contextlib
+import inspect
 import io
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -25,7 +28,9 @@ from serving.settings import AutoscalingSettings, ModelSettings, RaySettings, Se
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's own; `launch` imports it late
-    import ray.serve  # noqa: F401
+    import ray
+    import ray.serve
+    from ray._private import node
 
 
 def build_settings(**router: object) -> Settings:
@@ -103,6 +108,54 @@ def test_a_cluster_of_our_own_has_room_for_documents_that_a_reload_brings() -> N
     ours = Cluster(settings)
     ours.num_cpus = cluster.needed_cpus(cluster._with_documents(settings))
     cluster.check_room(settings.model_copy(update={"ocr": OcrSettings(enabled=True)}), ours)
+
+
+# Ray's start
+
+
+@pytest.mark.parametrize("num_failures", [1, 2])
+def test_a_ray_that_was_too_slow_is_ended_and_started_once_more(
+    monkeypatch: pytest.MonkeyPatch, num_failures: int
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def init(**options: object) -> None:
+        assert options == {"address": "local"}
+        started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))
+        if len(started) <= num_failures:
+            raise Exception(f"The current node {cluster.SLOW_START}. This could happen")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        with contextlib.nullcontext() if num_failures == 1 else pytest.raises(Exception, match=cluster.SLOW_START):
+            cluster._init_ray({"address": "local"})
+        assert len(started) == 2
+        assert not psutil.pid_exists(started[0].pid)
+        assert started[1].poll() is bystander.poll() is None
+    finally:
+        for child in (*started, bystander):
+            child.kill()
+            child.wait()
+
+
+def test_what_is_wrong_with_the_options_is_not_tried_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def init(**options: object) -> None:
+        calls.append(options)
+        raise ConnectionError("nobody there")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ConnectionError):
+        cluster._init_ray({})
+    assert len(calls) == 1
+
+
+def test_ray_still_says_so_when_it_was_too_slow() -> None:
+    assert ray.__version__ == "2.60.0", "look whether its start has a setting or an error class by now"
+    assert re.search(r'"The current node ' + cluster.SLOW_START, inspect.getsource(node))
 
 
 # The head
