@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from unit.ocr.papers import write_pdf
 
 from e2e.scripted_stack import SERVING, ScriptedStack, run_scripted_stack, wait_until
 
@@ -55,7 +56,8 @@ def mode(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     file = folder / "keys.yaml"
     keys = {"acme": make_key(file, "acme"), "small": make_key(file, "small", "--rpm", "1")}
     router = {"mode": request.param, "keys_file": str(file)}
-    with run_scripted_stack(folder, SCRIPT, router=router, model={"num_replicas": 2}) as stack:
+    ocr = {"enabled": True, "cpus_per_replica": 0.1, "directory": str(folder / "ocr")}
+    with run_scripted_stack(folder, SCRIPT, router=router, model={"num_replicas": 2}, ocr=ocr) as stack:
         yield Mode(stack, keys)
 
 
@@ -110,6 +112,18 @@ def test_a_limit_is_told_and_kept(mode: Mode) -> None:
     assert seen[0].code == "rate_limit_exceeded"
     # Two replicas may have let one through each before they knew of each other: that is paid back.
     assert 1 <= int(seen[0].response.headers["retry-after"]) <= 120
+
+
+def test_documents_and_the_page_are_where_the_greeting_says(mode: Mode, tmp_path: Path) -> None:
+    url = mode.stack.url
+    assert f"POST {url}/v1/ocr," in mode.stack.log
+    assert f"In a browser: {url}/\n" in mode.stack.log
+    assert "default-src 'none'" in httpx.get(f"{url}/").headers["content-security-policy"]
+    pdf = write_pdf(tmp_path / "x.pdf", 2, (100, 100)).read_bytes()
+    form: dict[str, Any] = {"data": {"model": "m"}, "files": {"file": ("x.pdf", pdf)}, "timeout": 60}
+    assert httpx.post(f"{url}/v1/ocr", **form).status_code == 401
+    answer = httpx.post(f"{url}/v1/ocr", **form, headers={"authorization": f"Bearer {mode.keys['acme']}"})
+    assert [page["status"] for page in answer.json()["pages"]] == ["completed"] * 2, answer.text
 
 
 def leave(mode: Mode, is_stream: bool) -> float:
