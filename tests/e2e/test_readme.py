@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -46,6 +47,24 @@ def test_the_python_client_streams_the_sample_page(stack: Stack, tmp_path: Path)
 def test_the_ocr_client_reads_the_sample_page_twice(stack: Stack) -> None:
     out = run([sys.executable, "-c", find_block("python", "OcrClient")], stack)
     assert re.fullmatch(re.escape(find_block("text", "")) + r"1 tiny [\d.e-]+\n", out)
+
+
+def test_a_book_is_read_by_the_command_and_by_curl(stack: Stack, tmp_path: Path) -> None:
+    def run_here(marker: str) -> str:
+        block = find_block("sh", marker).replace("--pages 50", "--pages 7")
+        block = block.replace(".venv/bin", str(ROOT / ".venv/bin")).replace("http://127.0.0.1:8000", stack.url)
+        given = {"cwd": tmp_path, "env": {**os.environ, "SERVING_URL": stack.url}, "timeout": 240}
+        done = subprocess.run(["bash", "-ec", block], capture_output=True, text=True, check=False, **given)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run_here("serving ocr book.pdf")
+    truth = json.loads((tmp_path / "book.json").read_text())
+    read = (tmp_path / "texts/book.md").read_text()
+    assert sum(text.splitlines()[0] in read for text in truth) >= 5
+    answer = json.loads(run_here("file=@book.pdf -F pages=1-3,7"))
+    assert [page["number"] for page in answer["pages"]] == [1, 2, 3, 7]
+    assert {page["mode"] for page in answer["pages"]} == {"tiny"}
 
 
 def test_the_settings_command_prints_what_is_in_effect() -> None:
