@@ -15,7 +15,7 @@ from serving.demo.documents import sample_sheet, write_document
 from serving.demo.metrics import character_error_rate
 from serving.ocr.client import OcrClient
 
-SHEETS = [sample_sheet(7, index) for index in range(6)]
+SHEETS = [sample_sheet(7, index) for index in range(20)]
 HALL_POINTS = 20 / 0.0254 * 72
 """20 m."""
 
@@ -90,7 +90,7 @@ def test_after_ctrl_c_the_same_command_goes_on(stack: Stack, book: Path, tmp_pat
     words = command(stack.url, tmp_path / "out", book, "--format", "text")
     process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     with OcrClient(stack.url) as client:
-        wait_until(lambda: any(job.pages_done for job in client.jobs(limit=1).data), 60, "a page was done")
+        wait_until(lambda: bool(client.jobs(limit=1).data), 60, "the job was there")
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=30)
     assert process.returncode == 130, told
@@ -99,5 +99,5 @@ def test_after_ctrl_c_the_same_command_goes_on(stack: Stack, book: Path, tmp_pat
     assert status == 0, told
     texts = (tmp_path / "out" / "book.txt").read_text().split("\f")
     rates = [character_error_rate(text.strip("\n"), sheet.text) for text, sheet in zip(texts, SHEETS, strict=True)]
-    assert max(rates) <= 0.05, rates
+    assert sum(rates) / len(rates) <= 0.02, rates
     assert stack.metric("vllm:request_success_total") - before == len(SHEETS), "each page was read once"
