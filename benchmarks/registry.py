@@ -7,6 +7,8 @@ A new one is a module with a command line that takes `--json FILE` and writes th
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -46,6 +48,13 @@ def _find_ray_llm() -> str:
     if (FOLDER / "bin" / "python").exists():
         return ""
     return "its environment (about 3 GB) is not there: make it once with `python -m benchmarks.router.ray_llm`"
+
+
+def _find_namespaces() -> str:
+    if os.getuid() != 0:
+        return "it makes network namespaces, for which it must run as root"
+    missing = [tool for tool in ("ip", "nsenter", "redis-server") if shutil.which(tool) is None]
+    return f"install {', '.join(missing)} first (iproute2, util-linux, redis-server)" if missing else ""
 
 
 BENCHMARKS: Sequence[Benchmark] = (
@@ -90,6 +99,22 @@ BENCHMARKS: Sequence[Benchmark] = (
         quick=("--seconds", "24"),
         minutes=0.9,
         about="four times more than the replicas can take",
+    ),
+    Benchmark(
+        "planning_check",
+        "benchmarks.planning",
+        ("check",),
+        minutes=7.0,
+        is_quick=False,
+        about="loads of the nano stack beside what the simulation of `serving plan` predicts",
+    ),
+    Benchmark(
+        "rehearsal",
+        "benchmarks.rehearsal",
+        minutes=12.0,
+        is_quick=False,
+        about="the Kubernetes overlay cpu-dev on nodes in network namespaces, which are killed and drained",
+        find_obstacle=_find_namespaces,
     ),
 )
 

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from random import Random
 from typing import Any
 
 import aiohttp
@@ -17,20 +16,11 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.fastpath.images import draw_page
+from benchmarks.planning.comparison import Reading
 from serving.demo.pages import CORE, sample_page
 
 _CHAT = "/v1/chat/completions"
 _TIMEOUT_S = 300.0
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """One answer."""
-
-    asked_s: float
-    took_s: float
-    num_output: int
-    num_prompt: int
 
 
 @dataclass(slots=True)
@@ -117,14 +107,3 @@ def nano_images(number: int = 24) -> Iterator[str]:
 def a4_images() -> Iterator[str]:
     """A page of text at 200 dpi."""
     return cycle([f"data:image/jpeg;base64,{base64.b64encode(draw_page()).decode()}"])
-
-
-def draw_trace(rng: Random, pages_per_s: float, seconds: float, lengths: tuple[int, int]) -> list[tuple[float, int]]:
-    """Poisson arrivals for so long; lengths are uniform in a range."""
-    trace, now_s = list[tuple[float, int]](), 0.0
-    while True:
-        gap_s = rng.expovariate(pages_per_s)
-        now_s += gap_s
-        if now_s > seconds:
-            return trace
-        trace.append((gap_s, rng.randint(*lengths)))

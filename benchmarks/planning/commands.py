@@ -57,14 +57,15 @@ def calibrate(
     json_file: JsonOption = None,
 ) -> None:
     """Measure how long an engine's work takes, for `serving plan --curve`. The engine must have nothing else to do."""
-    from benchmarks.planning.check import Calibration
+    from benchmarks.planning import check as checking
     from benchmarks.planning.clients import Reader, a4_images
+    from benchmarks.planning.comparison import Calibration
 
     reader = Reader(url.rstrip("/"), model, a4_images(), mode, key)
     grid = [(int(number), int(length)) for number in concurrency.split(",") for length in lengths.split(",")]
     calibration = Calibration()
     for _ in track(range(rounds), description="calibrating"):
-        asyncio.run(calibration.run(reader, grid))
+        asyncio.run(checking.calibrate(reader, calibration, grid))
     fit = calibration.fit(max_seqs, kv_tokens)
     Console().print(f"{fit.curve}\nmisses the measured times by {fit.worst_error:.1%} at most")
     if json_file is not None:
@@ -86,12 +87,13 @@ def check(
     The scripted engine's times are clockwork: with it only waiting and the router are put to the test.
     """
     from benchmarks.planning import check as checking
+    from benchmarks.planning.comparison import TOLERANCE, Measured
 
     console = Console()
     with checking.run_nano() if engine == "nano" else checking.run_scripted() as (reader, max_seqs, kv_tokens):
-        one = checking.Check(reader, max_seqs, kv_tokens, seconds, console.print)
-        asyncio.run(one.run(rounds))
-    fit, rows = one.compare()
+        measured = Measured(max_seqs, kv_tokens)
+        asyncio.run(checking.Check(reader, measured, seconds, console.print).run(rounds))
+    fit, rows = measured.compare()
     table = Table(
         "load", "figure", "predicted", "measured", "unit", "error", title=f"The simulation beside the {engine} stack"
     )
@@ -101,6 +103,6 @@ def check(
     console.print(table)
     console.print(f"{fit.curve}\nmisses the calibration's times by {fit.worst_error:.1%} at most")
     if json_file is not None:
-        result = checking.to_json(fit, rows, one.calibration.points())
+        result = checking.to_json(fit, rows, measured)
         json_file.write_text(json.dumps(result, indent=2) + "\n")
-    raise typer.Exit(0 if all(abs(row.error) <= checking.TOLERANCE for row in rows) else 1)
+    raise typer.Exit(0 if all(abs(row.error) <= TOLERANCE for row in rows) else 1)

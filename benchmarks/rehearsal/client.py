@@ -11,6 +11,7 @@ import contextlib
 import json
 import signal
 import time
+from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 from typing import Annotated, TextIO
@@ -108,6 +109,7 @@ def _tell(out: TextIO, load: Load, service: Service) -> None:
 def main(
     endpoints: Annotated[Path, typer.Option(help="File with the worker nodes' addresses, a line each; read anew.")],
     counts: Annotated[Path, typer.Option(help="File for the counts.")],
+    told: Annotated[Path, typer.Option(help="File for what answers told of themselves: id, tokens, cost.")],
     key_file: Annotated[Path, typer.Option(help="File with the key of the router's.")],
     streams: Annotated[int, typer.Option()] = 4,
     whole: Annotated[int, typer.Option()] = 4,
@@ -124,6 +126,7 @@ def main(
         extra={"ignore_eos": True},
     )
     asyncio.run(run(endpoints, load, counts))
+    told.write_text(json.dumps([asdict(each) for each in load.told]))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 _SHM = "512m"
 _END_S = 20.0
 
@@ -58,6 +60,16 @@ class Node:
             timeout=timeout_s,
             check=False,
         )
+
+    def run_inside(self, command: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
+        """The same, among the node's processes and with its /tmp: as a hook is run in a pod.
+
+        Raises:
+            RuntimeError: none runs.
+        """
+        if self.process is None or not (first := psutil.Process(self.process.pid).children()):
+            raise RuntimeError(f"nothing runs on {self.name}")
+        return self.run(["nsenter", "--target", str(first[0].pid), "--mount", "--pid", *command], timeout_s)
 
     def kill(self) -> None:
         """SIGKILL to all of its processes at once."""

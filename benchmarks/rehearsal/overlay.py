@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from benchmarks.rehearsal.policies import Peer, Policies
 
 OVERLAY = Path("k8s/overlays/cpu-dev")
 
@@ -21,6 +24,8 @@ class Group:
     name: str
     replicas: int
     ray_flags: tuple[str, ...]
+    drain_hook: tuple[str, ...]
+    """What a pod's container runs before it is ended."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,9 @@ class Overlay:
     """Of every node, without what comes from secrets."""
     head_flags: tuple[str, ...]
     groups: tuple[Group, ...]
+    policies: Policies
+    peers: Mapping[str, Peer]
+    """By kind of node: `head`, `redis`, `client`, and the groups' names."""
 
 
 def read_overlay(folder: Path = OVERLAY) -> Overlay:
@@ -54,21 +62,37 @@ def read_overlay(folder: Path = OVERLAY) -> Overlay:
     )
     container = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]
     groups = tuple(
-        Group(group["groupName"], group["replicas"], _flags(group["rayStartParams"]))
+        Group(
+            group["groupName"],
+            group["replicas"],
+            _flags(group["rayStartParams"]),
+            tuple(group["template"]["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]),
+        )
         for group in cluster["workerGroupSpecs"]
     )
     environment = {entry["name"]: entry["value"] for entry in container["env"] if "value" in entry}
+    policies = [entry["spec"] for entry in objects if entry["kind"] == "NetworkPolicy"]
+    namespace = next(entry["metadata"]["name"] for entry in objects if entry["kind"] == "Namespace")
     return Overlay(
-        service["serveConfigV2"], settings, environment, _flags(cluster["headGroupSpec"]["rayStartParams"]), groups
+        service["serveConfigV2"],
+        settings,
+        environment,
+        _flags(cluster["headGroupSpec"]["rayStartParams"]),
+        groups,
+        Policies(namespace, policies),
+        _read_peers(namespace, cluster, objects),
     )
 
 
+def _read_peers(namespace: str, cluster: Mapping[str, Any], objects: list[dict[str, Any]]) -> dict[str, Peer]:
+    """Clients come through the ingress controller, as they do in a cluster."""
+    (redis,) = (entry for entry in objects if entry["kind"] == "StatefulSet" and "redis" in entry["metadata"]["name"])
+    templates = {"head": cluster["headGroupSpec"]["template"], "redis": redis["spec"]["template"]}
+    templates |= {group["groupName"]: group["template"] for group in cluster["workerGroupSpecs"]}
+    peers = {name: Peer(namespace, template["metadata"]["labels"]) for name, template in templates.items()}
+    return {**peers, "client": Peer("ingress-nginx", {})}
+
+
 def _flags(parameters: Mapping[str, Any]) -> tuple[str, ...]:
-    """As KubeRay makes them: a flag each. It passes them through a shell, which takes the outer quotes off."""
-    flags = []
-    for name, value in parameters.items():
-        text = str(value)
-        if name == "resources":  # JSON in quotes for the shell
-            text = text.strip("'\"").replace("\\", "")
-        flags.append(f"--{name}={text}")
-    return tuple(flags)
+    """As KubeRay makes them: a flag each, passed through a shell."""
+    return tuple(flag for name, value in parameters.items() for flag in shlex.split(f"--{name}={value}"))

@@ -17,7 +17,7 @@ import yaml
 from serving.settings import load_settings
 
 from .crosschecks import CHECKS
-from .manifests import BIN, K8S, OVERLAYS, ROOT, Manifests, read_manifests, render
+from .manifests import BIN, K8S, OVERLAYS, ROOT, Manifests, named_secrets, read_manifests, render
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's own
@@ -262,3 +262,16 @@ def test_dockerfiles_have_no_findings(image: str) -> None:
     file = K8S / f"images/{image}.Dockerfile"
     checked = subprocess.run([BIN / "hadolint", file], capture_output=True, text=True, timeout=60, check=False)
     assert checked.returncode == 0, checked.stdout
+
+
+def test_the_guide_makes_every_secret_with_its_keys() -> None:
+    """All but the Ingress's, which is cert-manager's, say."""
+    guide = (K8S / "README.md").read_text().partition("## Install")[2].partition("## Upgrade")[0].replace("\\\n", " ")
+    made = {
+        words[words.index("generic") + 1]: {
+            word.partition("=")[2].partition("=")[0] for word in words if word.startswith("--from-")
+        }
+        for words in map(str.split, guide.splitlines())
+        if "generic" in words
+    }
+    assert made == {name: keys for name, keys in named_secrets().items() if name != "serving-tls"}
