@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -84,6 +86,7 @@ def main(
     each other against the overlay's NetworkPolicies. Needs root, iproute2 and redis-server."""
     if missing := [name for name in _TOOLS if shutil.which(name) is None]:
         raise typer.BadParameter(f"install {', '.join(missing)} first (iproute2, util-linux, redis-server)")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the network is taken down
     console, overlay = Console(width=160), read_overlay()
     with open_network() as network:
         environment, key = build_environment(overlay, network.folder, engines)

@@ -21,6 +21,7 @@ from benchmarks.rehearsal.overlay import Group, Overlay
 HEAD, REDIS = "head", "redis"
 _BIN = Path(sys.executable).parent
 _OBJECT_STORE = "--object-store-memory=80000000"
+_POLL_S = 3.0  # each look at Serve's status is a process
 _JOINED = "This command will now block"
 _PASSWORD = secrets.token_hex(16)
 
@@ -58,7 +59,7 @@ class Rehearsal:
         node = self.network.add(REDIS, {})
         flags = ["--bind", node.ip, "--requirepass", _PASSWORD, "--appendonly", "yes", "--dir", "/tmp", "--save", ""]
         node.start(["redis-server", *flags])
-        self.environment |= {"RAYREDIS_ADDRESS": f"{node.ip}:6379", "RAY_external_storage_namespace": "rehearsal"}
+        self.environment |= {"RAY_REDIS_ADDRESS": f"{node.ip}:6379", "RAY_external_storage_namespace": "rehearsal"}
 
     def start_head(self) -> None:
         """The first time or again, on the same address, as the head's Service gives it."""
@@ -148,7 +149,7 @@ class Rehearsal:
                 tails = "\n".join(f"== {node.name}\n{node.tail()}" for node in self.network.nodes.values())
                 raise RuntimeError(f"not within {within_s:.0f} s: {what}\n{status}\n{tails}")
             self.restart_ended()
-            time.sleep(1.0)
+            time.sleep(_POLL_S)
         return time.monotonic() - begin_s
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from benchmarks.rehearsal.nodes import Node
 from benchmarks.rehearsal.policies import Peer, Policies
 
-_PERIOD_S = 3.0
+_PERIOD_S = 10.0
 """A closed connection can be seen for a minute at the end that closed it."""
 
 
@@ -66,7 +66,7 @@ class Watch:
 
     def _run(self) -> None:
         while not self._ended.wait(_PERIOD_S):
-            for node in list(self.nodes()):
+            for node in [node for node in self.nodes() if node.process is not None]:
                 self.look(node.ip, node.run(["ss", "-Htan"], 20).stdout)
 
     def look(self, ip: str, text: str) -> None:

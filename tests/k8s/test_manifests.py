@@ -275,3 +275,10 @@ def test_the_guide_makes_every_secret_with_its_keys() -> None:
         if "generic" in words
     }
     assert made == {name: keys for name, keys in named_secrets().items() if name != "serving-tls"}
+
+
+def test_the_guides_migration_is_given_all_that_the_settings_ask_for() -> None:
+    guide = (K8S / "README.md").read_text().replace("\\\n", " ")
+    (command,) = (line.partition(" #")[0] for line in guide.splitlines() if "serving billing migrate --config" in line)
+    given = dict(word.split("=", 1) for word in command.split() if word.startswith("SERVING__"))
+    assert load_settings(ROOT / command.split()[-1], given).billing.database_url is not None
