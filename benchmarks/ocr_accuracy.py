@@ -1,4 +1,4 @@
-"""`python -m benchmarks.ocr_accuracy --url http://127.0.0.1:8000`: what a running stack reads, mode by mode.
+"""`python -m benchmarks.ocr_accuracy`: what a stack reads, mode by mode.
 
 Documents of `serving.demo.documents` go through the OCR service as a client's would. For each mode: character error
 rate, pages per second, dollars per 1,000 pages, and as in the paper's table the precision by length of text with the
@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 import numpy as np
 import typer
@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.fastpath.rows import Row
+from benchmarks.load.__main__ import find_stack
 from serving.demo.documents import Kind, Sheet, sample_sheet, write_document
 from serving.demo.metrics import character_error_rate
 from serving.ocr.client import DEFAULT_URL, Mode, OcrClient, Options
@@ -101,6 +102,27 @@ def build_rows(found: Sequence[Measured]) -> list[Row]:
     return rows
 
 
+def to_json(found: Sequence[Measured], seed: int, kind: Kind) -> dict[str, Any]:
+    """All of it, for a file."""
+    modes = [
+        {
+            "mode": one.mode,
+            "vision_tokens": _VISION_TOKENS[one.mode],
+            "error_percent": one.error_percent,
+            "median_percent": 100 * float(np.median(one.rates)),
+            "worst_percent": 100 * max(one.rates),
+            "num_exact": sum(rate == 0 for rate in one.rates),
+            "num_failed": one.num_failed,
+            "pages_per_s": one.pages_per_s,
+            "dollars_per_1000": one.dollars_per_1000,
+            "compression": one.compression(one.chars),
+        }
+        for one in found
+    ]
+    about = {"num_pages": len(found[0].rates), "seed": seed, "kind": kind}
+    return {**about, "modes": modes, "rows": [asdict(row) for row in build_rows(found)]}
+
+
 def build_tables(found: Sequence[Measured]) -> list[Table]:
     """By mode, and as the paper has it by length of text."""
     by_mode = Table(title="by mode")
@@ -129,20 +151,26 @@ def build_tables(found: Sequence[Measured]) -> list[Table]:
 
 
 def main(
-    url: Annotated[str, typer.Option(help="Of a running stack or OCR service.")] = DEFAULT_URL,
+    url: Annotated[
+        str, typer.Option(help="Of a running stack; without one at the default address it is started and stopped.")
+    ] = DEFAULT_URL,
     key: Annotated[str | None, typer.Option(envvar="SERVING_API_KEY", help="Its API key.")] = None,
     model: Annotated[str, typer.Option(help="The model to measure.")] = "nano",
     mode: Annotated[list[str] | None, typer.Option(help="Modes; all of them if none is given.")] = None,
     pages: Annotated[int, typer.Option(min=1, help="Pages of the book.")] = 50,
     seed: Annotated[int, typer.Option(help="Of its text.")] = 100,
     kind: Annotated[Kind, typer.Option(help="Of its text.")] = Kind.PROSE,
-    output: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
+    output: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     """Measure how well, how quickly and how cheaply a stack reads pages that the model never saw."""
     console = Console(width=130)
     sheets = [sample_sheet(seed, index, kind) for index in range(pages)]
     found: list[Measured] = []
-    with tempfile.TemporaryDirectory() as folder, OcrClient(url, api_key=key, timeout_s=3600) as client:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        find_stack(url, console) as address,
+        OcrClient(address, api_key=key, timeout_s=3600) as client,
+    ):
         book = Path(folder) / "book.pdf"
         write_document(book, sheets)
         for name in mode or _MODES:
@@ -154,7 +182,7 @@ def main(
     for table in build_tables(found):
         console.print(table)
     if output is not None:
-        output.write_text(json.dumps([asdict(row) for row in build_rows(found)], indent=1) + "\n")
+        output.write_text(json.dumps(to_json(found, seed, kind), indent=1) + "\n")
 
 
 if __name__ == "__main__":

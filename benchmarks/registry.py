@@ -101,6 +101,14 @@ BENCHMARKS: Sequence[Benchmark] = (
         about="four times more than the replicas can take",
     ),
     Benchmark(
+        "ocr_accuracy",
+        "benchmarks.ocr_accuracy",
+        ("--pages", "24"),
+        minutes=7.0,
+        is_quick=False,
+        about="what the nano checkpoint reads through the OCR service, in every mode, with cost and compression",
+    ),
+    Benchmark(
         "planning_check",
         "benchmarks.planning",
         ("check",),
