@@ -129,7 +129,7 @@ def drain_and_end(rehearsal: Rehearsal, clients: Clients, victim: str, within_s:
     hook = rehearsal.groups[victim].drain_hook
     rehearsal.say(f"{victim}: {' '.join(hook)}")
     node = rehearsal.network.nodes[victim]
-    done = node.run_inside([sys.executable, *hook[1:]], within_s)
+    done = node.run_inside([sys.executable, *hook[1:]], 3 * within_s)  # a replica starts first, and requests end
     took_s = time.time() - since_s
     rehearsal.say(f"{victim}: {(done.stdout + done.stderr).strip()[-200:]} after {took_s:.0f} s; it ends")
     if done.returncode:
