@@ -85,12 +85,18 @@ def test_a_wrong_command_is_status_two_and_no_service_is_status_three(stack: Sta
     assert (status, "could not be reached" in told) == (3, True), told
 
 
+def hear_ctrl_c() -> None:
+    """A shell's background jobs, and all below them, are started deaf to it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_after_ctrl_c_the_same_command_goes_on(stack: Stack, book: Path, tmp_path: Path) -> None:
     before = stack.metric("vllm:request_success_total")
     words = command(stack.url, tmp_path / "out", book, "--format", "text")
-    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     with OcrClient(stack.url) as client:
-        wait_until(lambda: bool(client.jobs(limit=1).data), 60, "the job was there")
+        known = {job.id for job in client.jobs().data}
+        process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=hear_ctrl_c)
+        wait_until(lambda: any(job.id not in known for job in client.jobs().data), 60, "the job was there")
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=30)
     assert process.returncode == 130, told

@@ -208,7 +208,13 @@ def test_a_run_that_was_ended_goes_on_where_it_was(
     service.page_s = 0.15
     papers = [write_pdf(tmp_path / f"{n}.pdf", 8) for n in range(3)]
     command = [*SERVING, "ocr", *papers, "--out", out, "--url", service.url, "--jobs", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "COLUMNS": "200"})
+    # A shell's background jobs, and all below them, are started deaf to Ctrl-C.
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "COLUMNS": "200"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     wait_for(lambda: len(service.reads) >= 6)
     process.send_signal(ending)
     _, told = process.communicate(timeout=30)
