@@ -50,6 +50,8 @@ class Plan:
     mistake_share: float = 0.0
     """Share of the printed characters that the decoder is told wrongly while it learns to go on from them."""
     weight_decay: float = 0.02
+    average_decay: float = 0.0
+    """What is left, after a step, of the running mean of the weights that are measured and shipped; 0 for none."""
     views: tuple[View, ...] = ()
     views_text_from: float = 0.0
     """Until then larger views train the encoder alone."""
@@ -60,19 +62,26 @@ class Plan:
 
 
 CONTINUED = Plan(
-    seed=3,
-    peak_rate=4e-4,
+    seed=4,
+    batch_pages=8,
+    peak_rate=2.5e-4,
     floor_share=0.02,
     warmup_steps=40,
-    heads_steps=60,
-    decay_from=0.6,
+    heads_steps=80,
+    decay_from=0.4,
     encoder_until=0.0,
     wide_from=0.0,
     wide_share=0.3,
-    gap_share=0.15,
-    spaced_share=0.35,
+    gap_share=0.1,
+    spaced_share=0.3,
     mistake_share=0.03,
-    views=(View(1024, 0.2, 8, has_text=False), View(1024, 0.12, 8)),
+    average_decay=0.995,
+    views=(
+        View(1024, 0.12, 4, stop=0.4, has_text=False),
+        View(1024, 0.1, 4, stop=0.4),
+        View(1024, 0.05, 4, start=0.4, has_text=False),
+        View(1024, 0.25, 4, start=0.4),
+    ),
     weights=LossWeights(line_turn=1.0, end_turn=2.0, end_label=2.0),
 )
 """A later stretch, on weights that already read pages at the native size: wide gaps and a larger view."""

@@ -12,14 +12,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from serving.demo.batches import OCR_PROMPT, Batch
 from serving.demo.config import NANO, NanoConfig
@@ -63,6 +65,14 @@ class Trainer:
         ]
         self.optimizer = torch.optim.AdamW(groups, plan.peak_rate, betas=(0.9, 0.98), fused=True)
         self.parameters = trainable
+        self.average: AveragedModel | None = None
+        if plan.average_decay:
+            self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(plan.average_decay))
+
+    @property
+    def reader(self) -> NanoOcr:
+        """The model to read with: the running mean of the weights when there is one."""
+        return cast(NanoOcr, self.average.module) if self.average else self.model
 
     def step(self, batch: Batch) -> dict[str, float]:
         """Take one optimiser step and return the loss terms and accuracies."""
@@ -71,13 +81,15 @@ class Trainer:
         rate = self.plan.heads_rate if is_heads_only else learning_rate(self.plan, self.clock.step, progress)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with torch.autocast("cpu", torch.bfloat16):
+        with _quickest_precision():
             terms = self._head_terms(batch) if is_heads_only else self._terms(batch)
         loss = torch.stack([value for name, value in terms.items() if name not in _ACCURACIES]).sum()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.average and not is_heads_only:
+            self.average.update_parameters(self.model)
         self.clock.step += 1
         values = {name: round(float(value.detach()), 4) for name, value in terms.items()}
         values["view"] = batch.pages.shape[-1] * (-1 if batch.is_part else 1)
@@ -152,7 +164,8 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Return everything that going on needs."""
-        return {
+        average = {"average": self.average.state_dict()} if self.average else {}
+        return average | {
             "model": self.model.state_dict(),
             "heads": self.heads.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -166,12 +179,28 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
         torch.set_rng_state(state["random"])
         self.clock.step, self.clock.seconds = state["step"], state["seconds"]
 
 
 _ACCURACIES = ("seen", "read", "right", "turned")
+_BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 _PRINTABLE_IDS = (encode_text(" ")[0], encode_text("~")[0] + 1)
+
+
+def _quickest_precision() -> torch.autocast:
+    """Return bfloat16 where the processor multiplies it, float32 where that is emulated, many times slower."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=not _BFLOAT16_FLAGS.isdisjoint(_processor_flags()))
+
+
+@cache
+def _processor_flags() -> frozenset[str]:
+    """Return what Linux says that the processor can do; nothing on other systems."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return frozenset(flag for line in lines if line.startswith("flags") for flag in line.split())
 
 
 def _measure(model: NanoOcr, plan: Plan, num_pages: int) -> dict[str, float]:
@@ -179,7 +208,7 @@ def _measure(model: NanoOcr, plan: Plan, num_pages: int) -> dict[str, float]:
     cases: dict[str, tuple[PageSpec, int | None]] = {"cer_core": (plan.core, None), "cer_wide": (plan.wide, None)}
     if plan.views:
         cases["cer_view"] = plan.core, plan.views[0].side_px
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), _quickest_precision():
         results = {
             name: measure_pages(model, with_chars(spec, *plan.measured_chars), num_pages, seed=1, view_px=view_px)
             for name, (spec, view_px) in cases.items()
@@ -214,7 +243,7 @@ def _stop_signals() -> Iterator[list[int]]:
 class Rhythm:
     """How often to log, measure and save, in steps, seconds and seconds; pages per measurement."""
 
-    log_steps: int = 25
+    log_steps: int = 10
     measure_s: float = 3600.0
     save_s: float = 120.0
     measured_pages: int = 16
@@ -249,7 +278,7 @@ def run_training(
                 log.write(json.dumps({"step": clock.step, "seconds": round(clock.seconds), **values}) + "\n")
             if clock.seconds - measured >= rhythm.measure_s or clock.progress >= 1:
                 measured = clock.seconds
-                rates = _measure(trainer.model, plan, rhythm.measured_pages)
+                rates = _measure(trainer.reader, plan, rhythm.measured_pages)
                 log.write(json.dumps({"step": clock.step, "seconds": round(clock.seconds), **rates}) + "\n")
             if clock.seconds - saved >= rhythm.save_s:
                 saved = clock.seconds
@@ -258,7 +287,7 @@ def run_training(
             bar.update(task, completed=min(1.0, clock.progress), step=clock.step, note=note)
         _save(trainer.state(), checkpoint)
     stream.close()
-    return trainer.model
+    return trainer.reader
 
 
 def main(

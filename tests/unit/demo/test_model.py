@@ -71,18 +71,18 @@ def test_folding_the_position_bias_into_the_product_changes_nothing() -> None:
 
 
 @torch.no_grad()
-def test_dense_experts_equal_routed_ones() -> None:
+def test_every_token_gets_its_own_experts() -> None:
     torch.manual_seed(0)
     layer = MixtureOfExperts(NanoConfig())
     x = torch.randn(5, NANO.hidden_size)
-    dense, logits = layer(x)
+    grouped, logits = layer(x)
     for row, token in enumerate(x):
         scores = logits[row].softmax(-1)
         best = scores.topk(2)
         routed = layer.shared_experts(token)[0]
         for weight, index in zip(best.values, best.indices.tolist(), strict=True):
             routed = routed + weight * layer.experts[index](token)[0]
-        torch.testing.assert_close(dense[row], routed, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(grouped[row], routed, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()

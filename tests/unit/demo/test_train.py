@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import serving.demo.train as train_module
 from serving.demo.batches import IGNORED, Batch
 from serving.demo.config import NANO, NanoConfig
 from serving.demo.export import export_weights
@@ -37,6 +38,7 @@ SMALL_PAGES = {"size_px": 128, "num_lines": (1, 3)}
 PLAN = Plan(
     batch_pages=2,
     encoder_until=0.3,
+    average_decay=0.9,
     core=replace(CORE, **SMALL_PAGES),
     wide=replace(WIDE, **SMALL_PAGES),
     measured_chars=(1, 30),
@@ -92,7 +94,7 @@ def test_a_run_logs_losses_and_error_rates(tmp_path: Path) -> None:
 def test_a_second_stretch_starts_from_weights_alone(tmp_path: Path) -> None:
     train(tmp_path / "first", 10)
     weights = tmp_path / "weights.safetensors"
-    export_weights(tmp_path / "first", weights)
+    export_weights(tmp_path / "first", weights, is_last=True)
     out = tmp_path / "second"
     run_training(out, SECOND, Clock(2, 1e9), RHYTHM, SMALL, weights)
     after_heads = torch.load(out / "training.pt", weights_only=True)["model"]
@@ -104,6 +106,34 @@ def test_a_second_stretch_starts_from_weights_alone(tmp_path: Path) -> None:
     assert {line["view"] for line in lines if "view" in line} == {128, -128, 256, 384}
     assert {line["view"] for line in lines if "text" in line} == {128, 256}
     assert lines[-1].keys() >= {"cer_core", "cer_wide", "cer_view"}
+
+
+def test_a_running_mean_of_the_weights_is_kept_and_exported(tmp_path: Path) -> None:
+    trainer = Trainer(replace(PLAN, encoder_until=0.0), Clock(100, 1e9), SMALL)
+    batch = Batch.from_pages([sample_page(PLAN.core, "train", 0, index) for index in range(2)], SMALL)
+    trainer.step(batch)
+    wanted = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+    for _ in range(3):
+        trainer.step(batch)
+        wanted = {name: 0.9 * wanted[name] + 0.1 * weight for name, weight in trainer.model.state_dict().items()}
+    assert trainer.reader is not trainer.model
+    for name, weight in trainer.reader.state_dict().items():
+        assert torch.allclose(weight, wanted[name], atol=1e-6), name
+    torch.save(trainer.state(), tmp_path / "training.pt")
+    mean, last = tmp_path / "mean.safetensors", tmp_path / "last.safetensors"
+    export_weights(tmp_path, mean)
+    export_weights(tmp_path, last, is_last=True)
+    assert torch.equal(load_file(mean)["lm_head.weight"], trainer.reader.lm_head.weight.half())
+    assert torch.equal(load_file(last)["lm_head.weight"], trainer.model.lm_head.weight.half())
+
+
+@pytest.mark.parametrize(("flags", "is_quick"), [({"avx2", "avx512f"}, False), ({"avx2", "amx_bf16"}, True)])
+def test_bfloat16_is_used_where_the_processor_has_it(
+    monkeypatch: pytest.MonkeyPatch, flags: set[str], is_quick: bool
+) -> None:
+    monkeypatch.setattr(train_module, "_processor_flags", lambda: flags)
+    with train_module._quickest_precision():
+        assert torch.is_autocast_enabled("cpu") == is_quick
 
 
 def test_exported_weights_can_be_the_mean_with_others(tmp_path: Path) -> None:
