@@ -1,7 +1,7 @@
 """Multi-page PDFs that the nano checkpoint can read: `python -m serving.demo.documents --pages 50 --out book.pdf`.
 
 A page is 3.56 inches a side, so that 144 dots per inch, the default of the OCR service, give the 512 pixels of nano's
-only mode, and its characters stand on nano's grid of 16 x 32 pixels. The text is real text of a PDF, drawn by whatever
+own mode, and its characters stand on nano's grid of 16 x 32 pixels. The text is real text of a PDF, drawn by whatever
 renders it, and not a picture of the training's own renderer. Words are of the split that training never saw: running
 text, which is what nano reads best, or with `--kind mixed` also the forms and lists of its training. Beside
 `book.pdf` a `book.json` has the true text of every page.
