@@ -167,7 +167,8 @@ def test_a_reload_tells_how_it_went(folder: Path) -> None:
 
 
 def test_a_reload_that_ends_the_process_says_so(folder: Path, spawn: Callable[[str], subprocess.Popen[bytes]]) -> None:
-    process = spawn("print(1, flush=True)\ntime.sleep(60)")
+    # Under nohup children ignore the signal, which would then be waited for in vain.
+    process = spawn("signal.signal(signal.SIGHUP, signal.SIG_DFL)\nprint(1, flush=True)\ntime.sleep(60)")
     assert reload_run(write_run(folder, process.pid), print) == "it has ended"
 
 
