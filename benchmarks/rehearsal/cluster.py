@@ -24,6 +24,9 @@ _OBJECT_STORE = "--object-store-memory=80000000"
 _POLL_S = 3.0  # each look at Serve's status is a process
 _JOINED = "This command will now block"
 _PASSWORD = secrets.token_hex(16)
+_AHEAD = -10
+"""Niceness of the head and of nodes that start. Each has a machine of its own where this is real; here it must not wait
+for engines at work: Ray gives a node's agent 15 s and the node itself 30 s to come up."""
 
 
 class Engines(StrEnum):
@@ -42,6 +45,8 @@ class Rehearsal:
     started_s: float = field(default_factory=time.monotonic)
     events: list[dict[str, Any]] = field(default_factory=list)
     groups: dict[str, Group] = field(default_factory=dict)
+    starting: set[str] = field(default_factory=set)
+    """Workers that have not joined yet."""
     endpoints: Path | None = None
 
     def tell_endpoints(self) -> None:
@@ -66,12 +71,15 @@ class Rehearsal:
         node = self.network.nodes.get(HEAD) or self.network.add(HEAD, self.environment)
         flags = [f"--node-ip-address={node.ip}", "--port=6379", f"--redis-password={_PASSWORD}", _OBJECT_STORE]
         node.start([str(_BIN / "ray"), "start", "--head", "--block", *flags, *self.overlay.head_flags])
+        node.weigh(_AHEAD)
 
     def start_worker(self, name: str, group: Group) -> None:
         node = self.network.nodes.get(name) or self.network.add(name, self.environment)
         self.groups[name] = group
         flags = [f"--address={self.network.nodes[HEAD].ip}:6379", f"--node-ip-address={node.ip}", _OBJECT_STORE]
         node.start([str(_BIN / "ray"), "start", "--block", *flags, *group.ray_flags])
+        node.weigh(_AHEAD)
+        self.starting.add(name)
         self.tell_endpoints()
 
     def start_workers(self, within_s: float) -> None:
@@ -86,6 +94,12 @@ class Rehearsal:
         name = f"{group.name}-{sum(one == group for one in self.groups.values())}"
         self.start_worker(name, group)
         return name
+
+    def settle_joined(self) -> None:
+        """Nodes that have joined share the cores as equals."""
+        for name in [name for name in self.starting if _JOINED in self.network.nodes[name].tail()]:
+            self.network.nodes[name].weigh(0)
+            self.starting.discard(name)
 
     def restart_ended(self) -> None:
         """What ends by itself is started again, as Kubernetes does with a container."""
@@ -149,6 +163,7 @@ class Rehearsal:
                 tails = "\n".join(f"== {node.name}\n{node.tail()}" for node in self.network.nodes.values())
                 raise RuntimeError(f"not within {within_s:.0f} s: {what}\n{status}\n{tails}")
             self.restart_ended()
+            self.settle_joined()
             time.sleep(_POLL_S)
         return time.monotonic() - begin_s
 

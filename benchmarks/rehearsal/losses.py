@@ -87,11 +87,12 @@ class Loss:
         """Nothing lost, and nobody left in silence.
 
         Streams that an engine of a killed node answered may be broken if they are told so. Connections to its HAProxy
-        are lost with it (all workers have one), and their clients ask again. The head has neither, and a node that is
-        drained has none of either any more when it ends.
+        are lost with it (all workers have one), and a request that another node's HAProxy had given to its router fails
+        with Serve's status for that, 500; their clients ask again. The head has neither, and a node that is drained has
+        none of either any more when it ends.
         """
         is_excused = self.end is End.KILLED and self.victim != HEAD
-        excused = {"complete", "refused"} | ({"reset"} if is_excused else set())
+        excused = {"complete", "refused"} | ({"reset", "failed"} if is_excused else set())
         streams = set(_nonzero(self.seen["streams"])) - {"told"}
         told_is_fine = is_excused or not self.seen["streams"].get("told")
         whole = set(_nonzero(self.seen["whole"]))
@@ -166,13 +167,13 @@ def build_table(losses: list[Loss]) -> Table:
     table = Table(title="What clients saw")
     for column in ("node", "end", "whole again, s", "longest pause, s", "whole: complete", "asked again", "lost"):
         table.add_column(column, justify="left" if column in ("node", "end") else "right")
-    for column in ("streams: complete", "told", "reset", "refused", "silent"):
+    for column in ("streams: complete", "told", "reset", "failed", "refused", "silent"):
         table.add_column(column, justify="right")
     for loss in losses:
         whole, streams = loss.seen["whole"], loss.seen["streams"]
         again = sum(number for name, number in whole.items() if name != "complete")
         figures = [f"{loss.healed_s:.0f}", f"{loss.longest_pause_s:.1f}", whole.get("complete", 0), again]
         figures += [loss.seen["lost"]]
-        figures += [streams.get(name, 0) for name in ("complete", "told", "reset", "refused", "silent")]
+        figures += [streams.get(name, 0) for name in ("complete", "told", "reset", "failed", "refused", "silent")]
         table.add_row(loss.victim, loss.end, *map(str, figures))
     return table

@@ -32,6 +32,8 @@ class Node:
     folder: Path
     environment: Mapping[str, str]
     process: subprocess.Popen[bytes] | None = None
+    told_before: int = 0
+    """Bytes in the log when the first process of now was started."""
 
     def start(self, command: Sequence[str]) -> None:
         """Run it as the first process of the node, with fresh /tmp and /dev/shm; its output goes to the node's log."""
@@ -41,6 +43,7 @@ class Node:
             f"exec {shlex.join(command)}"
         )
         outside = ["ip", "netns", "exec", self.namespace, "unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        self.told_before = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(
                 [*outside, "sh", "-c", inside],
@@ -49,6 +52,15 @@ class Node:
                 stderr=out,
                 start_new_session=True,
             )
+
+    def weigh(self, niceness: int) -> None:
+        """How the cores of this machine are shared with other nodes: 0 for an equal part, -20 for the largest.
+
+        By the kernel's groups of a session each (`/proc/PID/autogroup`); without them processes count, not nodes.
+        """
+        if self.process is not None and self.process.poll() is None:
+            with contextlib.suppress(FileNotFoundError):
+                Path(f"/proc/{self.process.pid}/autogroup").write_text(str(niceness))
 
     def run(self, command: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
         """Run a command in the node's network, beside the node's processes."""
@@ -84,7 +96,10 @@ class Node:
         return self.folder / "log.txt"
 
     def tail(self, size: int = 2000) -> str:
-        return self.log.read_text(errors="replace")[-size:] if self.log.exists() else ""
+        """The end of what it has told since it was started."""
+        if not self.log.exists():
+            return ""
+        return self.log.read_bytes()[self.told_before :][-size:].decode(errors="replace")
 
 
 @dataclass

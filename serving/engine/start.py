@@ -14,6 +14,7 @@ from typing import Any
 
 from serving.engine.arguments import build_arguments
 from serving.engine.scripted import ScriptedEngine, run_scripted
+from serving.engine.serve_log import keep_serve_log
 from serving.engine.usage import EngineUsage, SequenceCounts, UsageApp
 from serving.errors import SettingsError
 from serving.settings import NANO, ScriptSettings, Settings
@@ -95,6 +96,8 @@ async def _run_vllm(
     private = await asyncio.to_thread(_import_vllm)
     flags = build_arguments(name, model, settings.engine, checkpoint, settings.telemetry.traces_url)
     arguments = _parse(private, flags)
+    with keep_serve_log():
+        private.configure_logging(arguments)
     say("starting the engine process and loading weights")
     private.end_streams_with_usage()
     private.write_text_chunks()

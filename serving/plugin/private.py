@@ -64,6 +64,14 @@ def parse_server_args(arguments: list[str]) -> Any:
     return make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
 
 
+def configure_logging(arguments: Any) -> None:
+    """Configure vLLM's logging now, so that starting the engine does not; it is done once per process."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.logger import configure_logging_if_needed
+
+    configure_logging_if_needed(AsyncEngineArgs.from_cli_args(arguments).create_logging_config())
+
+
 @contextlib.asynccontextmanager
 async def run_engine(arguments: Any) -> AsyncIterator[tuple[Any, Any]]:
     """Start an `AsyncLLM` and build vLLM's own OpenAI app around it: yields (engine, ASGI app).

@@ -137,7 +137,8 @@ def _check_ray_ports(made: Manifests) -> Iterator[str]:
         groups = {"head": made.cluster["headGroupSpec"], **made.groups}
         for name, group in groups.items():
             wanted = {key: int(value) for key, value in group["rayStartParams"].items() if key.endswith("port")}
-            wanted |= {"gcs": 6379, "dashboard": 8265, "direct-ingress-first": 30000, "direct-ingress-last": 31000}
+            wanted |= {"gcs": 6379, "dashboard": 8265, "fallback-proxy": 8500}
+            wanted |= {"direct-ingress-first": 30000, "direct-ingress-last": 31000}
             wanted.pop("metrics-export-port")
             for what, port in wanted.items():
                 if not _is_within(port, open_ports):

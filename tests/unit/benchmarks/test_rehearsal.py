@@ -32,10 +32,12 @@ def test_the_overlay_is_taken_to_the_letter(overlay: Overlay) -> None:
         ("engines-0", End.KILLED, {"complete": 9, "told": 2}, 0, True),
         ("engines-0", End.KILLED, {"complete": 9, "silent": 1}, 0, False),
         ("cpu-0", End.KILLED, {"complete": 9, "reset": 1}, 0, True),
+        ("cpu-0", End.KILLED, {"complete": 9, "failed": 1}, 0, True),
         ("cpu-0", End.KILLED, {"complete": 9, "silent": 1}, 0, False),
         ("head", End.KILLED, {"complete": 9}, 0, True),
         ("head", End.KILLED, {"complete": 9, "told": 1}, 0, False),
         ("head", End.KILLED, {"complete": 9, "reset": 1}, 0, False),
+        ("head", End.KILLED, {"complete": 9, "failed": 1}, 0, False),
         ("head", End.KILLED, {"complete": 9}, 1, False),
         ("cpu-1", End.DRAINED, {"complete": 9, "refused": 1}, 0, True),
         ("cpu-1", End.DRAINED, {"complete": 9, "reset": 1}, 0, False),
@@ -62,6 +64,7 @@ def test_counts_between_two_readings() -> None:
         ("cpu", "engines", 40_000, (32_768, 60_999)),
         ("cpu", "head", 6379, (6379, 6383)),
         ("engines", "cpu", 30_001, (30_000, 31_000)),  # HAProxy of an engine's node to a router
+        ("engines", "head", 8500, (8500, 8500)),  # HAProxy of a node to Serve's proxy behind the routers
         ("head", "redis", 6379, (6379, 6379)),
         ("client", "cpu", 8000, (8000, 8000)),
         ("client", "cpu", 40_000, None),
