@@ -27,13 +27,13 @@ from serving.plugin.processor import (
     DeepseekOCRMultiModalProcessor,
     DeepseekOCRProcessingInfo,
 )
+from serving.plugin.sam_cpu import turn_weights
 from serving.plugin.vision import (
     MlpProjector,
     SamEncoder,
     VisionSizes,
     build_clip,
     encode_views,
-    normalise,
     views_per_batch,
 )
 
@@ -71,11 +71,10 @@ class DeepseekOCRForCausalLM(nn.Module, SupportsMultiModal, SupportsPP, Supports
             raise ValueError(f"config.json: tile_tag {config.tile_tag!r} is not supported, only '2D' is")
         processor_config = vllm_config.model_config.hf_image_processor_config
         self.config = config
-        self.image_mean = tuple(processor_config.get("image_mean", _HALF))
-        self.image_std = tuple(processor_config.get("image_std", _HALF))
+        mean, std = (tuple(processor_config.get(key, _HALF)) for key in ("image_mean", "image_std"))
         with mark_image_tower(self, vllm_config):
             self.vision_sizes = VisionSizes.from_config(config.vision_config)
-            self.sam_model = SamEncoder(self.vision_sizes)
+            self.sam_model = SamEncoder(self.vision_sizes, mean, std)
             self.vision_model = build_clip(
                 self.vision_sizes, vllm_config.quant_config, maybe_prefix(prefix, "vision_model")
             )
@@ -118,16 +117,13 @@ class DeepseekOCRForCausalLM(nn.Module, SupportsMultiModal, SupportsPP, Supports
                 continue
             views = torch.cat([stacks[place] for place in places])
             encoded = [
-                encode_views(self.sam_model, self.vision_model, self.projector, self._normalise(part, dtype))
+                encode_views(self.sam_model, self.vision_model, self.projector, part)
                 for part in views.split(views_per_batch(self.vision_sizes, size, dtype, views.device))
             ]
             parts = torch.cat(encoded).split([len(stacks[place]) for place in places])
             for place, part in zip(places, parts, strict=True):
                 features[place] = part
         return features
-
-    def _normalise(self, pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return normalise(pixels, self.image_mean, self.image_std, dtype)
 
     def _assemble(self, page: torch.Tensor, tiles: torch.Tensor, grid: TileGrid) -> torch.Tensor:
         """One page's features in the order of its placeholders: (num_tokens, hidden)."""
@@ -160,7 +156,10 @@ class DeepseekOCRForCausalLM(nn.Module, SupportsMultiModal, SupportsPP, Supports
         return self.language_model.compute_logits(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        loaded = AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        if self.image_newline.device.type == "cpu" and isinstance(self.sam_model, SamEncoder):
+            turn_weights(self.sam_model)
+        return loaded
 
     def get_mm_mapping(self) -> MultiModelKeys:
         return MultiModelKeys.from_string_field(

@@ -6,6 +6,7 @@ themselves are vLLM's.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,17 +17,17 @@ from transformers import CLIPVisionConfig
 from vllm.model_executor.layers.conv import Conv2dLayer
 
 from serving.plugin.private import encoder_layers
+from serving.plugin.sam_cpu import EncoderTables, build_tables, run_encoder
 
 ImageEncoderViT, DeepCLIPVisionTransformer, MlpProjector = encoder_layers()
 
-_CPU_BIAS_BYTES = 32 * 2**20
+_CPU_PATCHES = 4096
 _DEVICE_BIAS_BYTES = 512 * 2**20
-"""Bounds on SAM's relative position bias, the largest intermediate, when views are encoded together. A CPU gains
-nothing from larger batches and loses its caches to them (5% slower at 96 MiB, measured at the nano sizes)."""
+"""Bounds on views that are encoded together: a CPU loses its caches to larger batches, a device its memory to SAM's
+relative position bias, the largest intermediate."""
 
-_WIDEST_CONVOLUTION = 256
-"""Up to this width a CPU embeds patches faster by a convolution over the picture as it is: 8 ms of 62 less for six
-tiles of 640 pixels through a whole encoder of width 64. At the published 768 it is slower."""
+_HALF = (0.5, 0.5, 0.5)
+Channels = tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +87,10 @@ class VisionSizes:
 
 
 class SamEncoder(ImageEncoderViT):  # type: ignore[misc, valid-type]  # Any to mypy
-    """vLLM's SAM-style encoder, the compressor's channels from the sizes: (n, 3, s, s) -> (n, c, s/64, s/64)."""
+    """vLLM's SAM-style encoder, the compressor's channels from the sizes: uint8 (n, 3, s, s) -> (n, c, s/64, s/64)."""
 
-    def __init__(self, sizes: VisionSizes) -> None:
+    def __init__(self, sizes: VisionSizes, mean: Channels = _HALF, std: Channels = _HALF) -> None:
+        """mean, std: of each channel, as parts of 255; pixels are normalised by them."""
         super().__init__(
             img_size=sizes.image_size,
             patch_size=sizes.sam_patch_size,
@@ -107,11 +109,30 @@ class SamEncoder(ImageEncoderViT):  # type: ignore[misc, valid-type]  # Any to m
         halve = partial(Conv2dLayer, kernel_size=3, stride=2, padding=1, bias=False)
         self.net_2 = halve(sizes.sam_neck_channels, first)
         self.net_3 = halve(first, second)
-        if sizes.sam_width <= _WIDEST_CONVOLUTION:
-            # On a CPU vLLM unfolds the patches into a copy of the picture and multiplies that.
-            self.patch_embed.proj.enable_linear = False
-            self.patch_embed.register_forward_hook(_lay_out)
+        self._mean, self._std = mean, std
         self._positions: dict[tuple[int, int, int], torch.Tensor] = {}
+        self._tables: dict[int, EncoderTables] = {}
+        self._tables_of: tuple[tuple[int, int], ...] = ()
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        dtype = self.patch_embed.proj.weight.dtype
+        if pixels.device.type == "cpu" and dtype == torch.float32:
+            return run_encoder(self, pixels, self._tables_for(pixels.shape[-1]))
+        return super().forward(normalise(pixels, self._mean, self._std, dtype))
+
+    def _tables_for(self, side: int) -> EncoderTables:
+        """What the weights come to at a size of views, made once per size and not for every batch.
+
+        The second key tells weights that were loaded anew or changed in place.
+        """
+        distances = ((block.attn.rel_pos_h, block.attn.rel_pos_w) for block in self.blocks)
+        weights = (self.pos_embed, *self.patch_embed.parameters(), *itertools.chain.from_iterable(distances))
+        now = tuple((weight.data_ptr(), weight._version) for weight in weights)
+        if now != self._tables_of:
+            self._tables, self._tables_of = {}, now
+        if side not in self._tables:
+            self._tables[side] = build_tables(self, side, self._mean, self._std)
+        return self._tables[side]
 
     def get_abs_pos(self, abs_pos: torch.Tensor, tgt_size: int) -> torch.Tensor:
         """The position table at another size, resampled once per size and not for every batch.
@@ -125,11 +146,6 @@ class SamEncoder(ImageEncoderViT):  # type: ignore[misc, valid-type]  # Any to m
             self._positions = {old: value for old, value in self._positions.items() if old[1:] == key[1:]}
             self._positions[key] = positions
         return positions
-
-
-def _lay_out(module: nn.Module, given: tuple[torch.Tensor, ...], patches: torch.Tensor) -> torch.Tensor:
-    """A convolution's channels lie apart; every layer that follows wants those of a patch side by side."""
-    return patches.contiguous()
 
 
 def build_clip(sizes: VisionSizes, quant_config: Any, prefix: str) -> nn.Module:
@@ -148,7 +164,7 @@ def build_clip(sizes: VisionSizes, quant_config: Any, prefix: str) -> nn.Module:
 
 
 def encode_views(sam: nn.Module, clip: nn.Module, projector: nn.Module, views: torch.Tensor) -> torch.Tensor:
-    """Features of square views of one size: (n, 3, s, s) normalised -> (n, (s/64)^2, hidden)."""
+    """Features of square views of one size: uint8 (n, 3, s, s) -> (n, (s/64)^2, hidden)."""
     compressed = sam(views)
     semantic = clip(views, compressed)
     features = torch.cat((semantic[:, 1:], compressed.flatten(2).permute(0, 2, 1)), dim=-1)
@@ -156,15 +172,14 @@ def encode_views(sam: nn.Module, clip: nn.Module, projector: nn.Module, views: t
 
 
 def views_per_batch(sizes: VisionSizes, view_size: int, dtype: torch.dtype, device: torch.device) -> int:
-    """How many views of this many pixels per side go through the encoder together within the memory bound."""
+    """How many views of this many pixels per side go through the encoder together within the bounds."""
     num_patches = (view_size // sizes.sam_patch_size) ** 2
-    bias_bytes = sizes.sam_heads * num_patches**2 * dtype.itemsize
-    return max(1, (_CPU_BIAS_BYTES if device.type == "cpu" else _DEVICE_BIAS_BYTES) // bias_bytes)
+    if device.type == "cpu":
+        return max(1, _CPU_PATCHES // num_patches)
+    return max(1, _DEVICE_BIAS_BYTES // (sizes.sam_heads * num_patches**2 * dtype.itemsize))
 
 
-def normalise(
-    pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype
-) -> torch.Tensor:
+def normalise(pixels: torch.Tensor, mean: Channels, std: Channels, dtype: torch.dtype) -> torch.Tensor:
     """uint8 (n, 3, h, w) to the encoder's floats, in float32 first so that a narrow dtype rounds once."""
     shape = (1, 3, 1, 1)
     # (x / 255 - mean) / std in two passes over the pixels instead of three.

@@ -13,8 +13,10 @@ from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.models.deepencoder import build_sam_vit_b
 
+from benchmarks.stock import patch_sizes
 from serving.demo.config import NANO, build_model_config
-from serving.plugin.vision import SamEncoder, VisionSizes, views_per_batch
+from serving.plugin.sam_cpu import embed_patches, turn_weights
+from serving.plugin.vision import SamEncoder, VisionSizes, normalise, views_per_batch
 
 # `vision_config` of deepseek-ai/DeepSeek-OCR
 PUBLISHED = {
@@ -77,12 +79,12 @@ def test_towers_that_do_not_fit_each_other_are_refused() -> None:
         read(config)
 
 
-def test_views_are_batched_within_the_memory_bound() -> None:
+def test_views_are_batched_within_the_bounds() -> None:
     published, nano = read(PUBLISHED), read(build_model_config()["vision_config"])
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert views_per_batch(published, 640, torch.bfloat16, gpu) == 8
     assert views_per_batch(published, 1024, torch.float32, gpu) == 1
-    assert views_per_batch(nano, 512, torch.float32, cpu) == 2
+    assert [views_per_batch(nano, size, torch.float32, cpu) for size in (512, 640, 1024)] == [4, 2, 1]
     assert views_per_batch(nano, 512, torch.float32, gpu) > 8
     assert views_per_batch(published, 4096, torch.float32, cpu) == 1  # one view goes through whatever its size
 
@@ -99,17 +101,77 @@ def test_the_position_table_is_resampled_once_per_size_and_again_when_it_changes
     torch.testing.assert_close(encoder.get_abs_pos(encoder.pos_embed, 20), 2 * small)
 
 
+MEAN, STD = (0.5, 0.4, 0.3), (0.5, 0.25, 0.2)
+
+
+def build_pair(**sizes: Any) -> tuple[SamEncoder, nn.Module]:
+    """Ours, and vLLM's own with the same random weights."""
+    wanted = dataclasses.replace(NANO, **sizes)
+    stock = types.ModuleType("stock")
+    patch_sizes(stock, wanted)
+    theirs: nn.Module = stock.build_sam_vit_b()
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    ours = SamEncoder(read(build_model_config(wanted)["vision_config"]), MEAN, STD)
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def random_pixels(count: int, size: int) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
+
+
 @torch.no_grad()
-@pytest.mark.parametrize(("width", "is_linear"), [(96, False), (768, True)])
-def test_patches_are_embedded_the_same_either_way(width: int, is_linear: bool) -> None:
-    sizes = dataclasses.replace(read(build_model_config()["vision_config"]), sam_width=width)
-    embed = SamEncoder(sizes).patch_embed
-    assert embed.proj.enable_linear is is_linear
-    for parameter in embed.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
-    views = torch.randn(2, 3, 64, 48)
-    found = embed(views)
-    assert found.shape == (2, 4, 3, width)
-    assert found.is_contiguous()
-    embed.proj.enable_linear = not is_linear
-    torch.testing.assert_close(embed(views), found, atol=1e-5, rtol=0)
+@pytest.mark.parametrize("size", [256, 512, 640])
+@pytest.mark.parametrize("window", [8, 14], ids=["windows that fit", "windows that do not"])
+@pytest.mark.parametrize("is_turned", [False, True])
+def test_features_of_bytes_are_those_of_vllms_own_encoder(size: int, window: int, is_turned: bool) -> None:
+    ours, theirs = build_pair(sam_window=window, sam_layers=2)
+    if is_turned:
+        turn_weights(ours)
+    pixels = random_pixels(2, size)
+    wanted = theirs(normalise(pixels, MEAN, STD, torch.float32))
+    found = ours(pixels)
+    assert found.shape == wanted.shape
+    assert wanted.std() > 0.01
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("view", ["a part of a larger buffer", "every other byte", "patches of 8 pixels"])
+def test_patches_are_cut_however_the_bytes_lie(view: str) -> None:
+    pixels = random_pixels(2, 64)
+    if view == "a part of a larger buffer":
+        pixels = torch.randint(0, 256, (7 + pixels.numel(),), dtype=torch.uint8)[7:].view(pixels.shape)
+    elif view == "every other byte":
+        pixels = random_pixels(2, 128)[..., ::2, ::2]
+    patch = 8 if view == "patches of 8 pixels" else 16
+    weight, bias = torch.randn(3 * patch**2, 5) / 2000, torch.randn(64 // patch, 64 // patch, 5)
+    wanted = nn.functional.conv2d(pixels.float(), weight.t().reshape(5, 3, patch, patch), stride=patch)
+    found = embed_patches(pixels, weight, bias)
+    torch.testing.assert_close(found, wanted.permute(0, 2, 3, 1) + bias, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_weights_that_change_in_place_or_are_loaded_anew_change_the_features() -> None:
+    ours, theirs = build_pair(sam_layers=1, sam_global_layers=())
+    turn_weights(ours)
+    pixels = random_pixels(1, 256)
+    floats = normalise(pixels, MEAN, STD, torch.float32)
+    torch.testing.assert_close(ours(pixels), theirs(floats), atol=1e-4, rtol=0)
+    for encoder in (ours, theirs):
+        encoder.patch_embed.proj.weight.mul_(2)
+        encoder.blocks[0].attn.rel_pos_h.mul_(3)
+    torch.testing.assert_close(ours(pixels), theirs(floats), atol=1e-4, rtol=0)
+    other, _ = build_pair(sam_layers=1, sam_global_layers=())
+    for encoder in (ours, theirs):
+        encoder.load_state_dict(other.state_dict())
+    torch.testing.assert_close(ours(pixels), theirs(floats), atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_other_dtypes_go_through_vllms_own_layers() -> None:
+    ours, theirs = build_pair(sam_layers=1, sam_global_layers=())
+    pixels = random_pixels(1, 64)
+    wanted = theirs.double()(normalise(pixels, MEAN, STD, torch.float64))
+    torch.testing.assert_close(ours.double()(pixels), wanted, atol=1e-6, rtol=0)

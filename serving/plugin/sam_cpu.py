@@ -1,0 +1,189 @@
+"""The arithmetic of vLLM's SAM-style encoder, laid out for a CPU: the same features from fewer passes over memory.
+
+Works on the modules and weights of vLLM's own encoder, in float32. What differs:
+
+- Patches are cut out of the bytes and normalised within the embedding's weights: no picture in floats is ever written.
+- Products read weights that lie as they want them, and add to residuals where they are.
+- Both relative positions of a query come from one product with the table of distances, of which every query then reads
+  its own stretch; vLLM gathers a table for every pair of places.
+- Windows are cut and glued in the copies that part the heads and join them.
+- The neck's channels stay side by side, where PyTorch's own layer norm reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_PATCHES_AT_ONCE = 1024
+"""Patches whose floats and hidden values are made at once, few enough for the caches."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderTables:
+    """What the encoder's weights come to for views of one size.
+
+    weight: (3 * p * p, width) of the patch embedding, for bytes as they are.
+    bias: (s/p, s/p, width) of the same, the positions in it.
+    distances: of each block, as `run_block` takes them.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    distances: tuple[tuple[Tensor, Tensor], ...]
+
+
+def build_tables(encoder: Any, size: int, mean: Sequence[float], std: Sequence[float]) -> EncoderTables:
+    """For square views of this many pixels per side, normalised as (pixel / 255 - mean) / std."""
+    projection = encoder.patch_embed.proj
+    shape = (1, -1, 1, 1)
+    scale, offset = torch.tensor(std).view(shape), torch.tensor(mean).view(shape)
+    weight = (projection.weight / (255 * scale)).flatten(1).t().contiguous()
+    bias = projection.bias - (projection.weight * (offset / scale)).flatten(1).sum(1)
+    side = size // projection.kernel_size[0]
+    distances = []
+    for block in encoder.blocks:
+        places = block.window_size or side
+        distances.append(tuple(distance_table(table, places) for table in (block.attn.rel_pos_h, block.attn.rel_pos_w)))
+    return EncoderTables(weight, encoder.get_abs_pos(encoder.pos_embed, side)[0] + bias, tuple(distances))
+
+
+def run_encoder(encoder: Any, pixels: Tensor, tables: EncoderTables) -> Tensor:
+    """All of vLLM's `ImageEncoderViT`: uint8 (n, 3, s, s) -> (n, c, s/64, s/64)."""
+    patches = embed_patches(pixels, tables.weight, tables.bias)
+    for block, distances in zip(encoder.blocks, tables.distances, strict=True):
+        run_block(block, patches, distances)
+    return run_neck(encoder, patches)
+
+
+def turn_weights(encoder: Any) -> None:
+    """Lay the weights of the encoder's blocks out as its products read them; their shapes and values stay.
+
+    A product is a third faster when the outputs lie side by side: 125 GFLOP/s instead of 95 on one core with AVX-512.
+    """
+    for block in encoder.blocks:
+        for layer in (block.attn.qkv, block.attn.proj, block.mlp.lin1, block.mlp.lin2):
+            layer.weight.data = layer.weight.data.t().contiguous().t()
+
+
+def embed_patches(pixels: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """uint8 (n, 3, s, s) -> (n, s/p, s/p, width), p * p pixels to a patch.
+
+    Args:
+        weight: (3 * p * p, width), for bytes as they are.
+        bias: (s/p, s/p, width), the positions in it.
+    """
+    count, channels, side, _ = pixels.shape
+    places, width = len(bias), bias.shape[-1]
+    patch = side // places
+    line = torch.complex128.itemsize
+    if patch == line and pixels.is_contiguous() and pixels.storage_offset() % line == 0:
+        # A line of a patch is copied in one piece.
+        lines = pixels.view(torch.complex128).view(count, channels, places, patch, places)
+        cut = lines.permute(0, 2, 4, 1, 3).contiguous().view(torch.uint8)
+    else:
+        cut = pixels.reshape(count, channels, places, patch, places, patch).permute(0, 2, 4, 1, 3, 5).contiguous()
+    embedded = bias.expand(count, *bias.shape).clone().view(-1, width)
+    floats = weight.new_empty(_PATCHES_AT_ONCE, len(weight))
+    parts = cut.view(-1, len(weight)).split(_PATCHES_AT_ONCE)
+    for part, result in zip(parts, embedded.split(_PATCHES_AT_ONCE), strict=True):
+        result.addmm_(floats[: len(part)].copy_(part), weight)
+    return embedded.view(count, places, places, width)
+
+
+def run_block(block: Any, patches: Tensor, tables: tuple[Tensor, Tensor]) -> None:
+    """One of the encoder's blocks, in place.
+
+    Args:
+        block: vLLM's `Block`, its weights turned.
+        patches: (n, side, side, width), contiguous.
+        tables: distances of rows and of columns as `distance_table` makes them.
+    """
+    flat = patches.view(-1, patches.shape[-1])
+    attention, lin1, lin2 = block.attn, block.mlp.lin1, block.mlp.lin2
+    qkv = flat.new_empty(len(flat), len(attention.qkv.weight))
+    for part, result in zip(flat.split(_PATCHES_AT_ONCE), qkv.split(_PATCHES_AT_ONCE), strict=True):
+        torch.mm(block.norm1(part), attention.qkv.weight.t(), out=result).add_(attention.qkv.bias)
+    attend = _attend_in_windows if block.window_size else _attend_globally
+    joined = attend(attention, qkv.view(*patches.shape[:3], -1), tables, block.window_size or patches.shape[1])
+    hidden = flat.new_empty(_PATCHES_AT_ONCE, len(lin1.weight))
+    for part, attended in zip(flat.split(_PATCHES_AT_ONCE), joined.split(_PATCHES_AT_ONCE), strict=True):
+        part.add_(attention.proj.bias).addmm_(attended, attention.proj.weight.t())
+        inner = torch.mm(block.norm2(part), lin1.weight.t(), out=hidden[: len(part)]).add_(lin1.bias)
+        part.add_(lin2.bias).addmm_(torch.ops.aten.gelu_(inner), lin2.weight.t())
+
+
+def distance_table(table: Tensor, side: int) -> Tensor:
+    """A table of relative positions (distances, head) for this many places, transposed, nearest query last."""
+    if len(table) != 2 * side - 1:
+        table = F.interpolate(table.t()[None], size=2 * side - 1, mode="linear")[0].t()
+    return table.flip(0).t().contiguous()
+
+
+def _distances(queries: Tensor, tables: tuple[Tensor, Tensor], side: int) -> tuple[Tensor, Tensor]:
+    """Bias of each query (n, side * side, head) for each row and each column: two views (n, side, side, side).
+
+    A product with the whole table has the bias for every distance; which of them are a query's own depends on its
+    place, and the next place's begin one further to the left.
+    """
+    count, reach = len(queries), 2 * side - 1
+    flat = queries.reshape(-1, queries.shape[-1])
+    by_row, by_column = (flat @ table for table in tables)
+    page = side * side * reach
+    shape = (count, side, side, side)
+    rows = by_row.as_strided(shape, (page, side * reach - 1, reach, 1), side - 1)
+    columns = by_column.as_strided(shape, (page, side * reach, reach - 1, 1), side - 1)
+    return rows, columns
+
+
+def _attend_in_windows(attention: Any, qkv: Tensor, tables: tuple[Tensor, Tensor], window: int) -> Tensor:
+    """(n, h, w, 3 * width) -> (n * h * w, width), every window by itself."""
+    count, height, width, _ = qkv.shape
+    heads = attention.num_heads
+    high, wide = -(-height // window), -(-width // window)
+    if (high * window, wide * window) != (height, width):
+        # vLLM fills windows up with zeros before the projection, which makes its bias of them.
+        filled = attention.qkv.bias.expand(count, high * window, wide * window, -1).contiguous()
+        filled[:, :height, :width] = qkv
+        qkv = filled
+    parts = qkv.view(count, high, window, wide, window, 3, heads, -1).permute(5, 0, 1, 3, 6, 2, 4, 7)
+    query, key, value = parts.reshape(3, count * high * wide * heads, window * window, -1)
+    rows, columns = _distances(query, tables, window)
+    scores = torch.add(rows[..., None], columns[..., None, :]).view(len(query), window * window, -1)
+    scores.baddbmm_(query, key.transpose(1, 2), alpha=attention.scale)
+    joined = torch.bmm(torch.softmax(scores, -1), value)
+    joined = joined.view(count, high, wide, heads, window, window, -1).permute(0, 1, 4, 2, 5, 3, 6)
+    joined = joined.reshape(count, high * window, wide * window, -1)[:, :height, :width]
+    return joined.reshape(count * height * width, -1)
+
+
+def _attend_globally(attention: Any, qkv: Tensor, tables: tuple[Tensor, Tensor], side: int) -> Tensor:
+    """(n, side, side, 3 * width) -> (n * side * side, width), every page by itself."""
+    heads, places = attention.num_heads, side * side
+    joined = qkv.new_empty(len(qkv), places, heads, qkv.shape[-1] // (3 * heads))
+    for page, result in zip(qkv, joined, strict=True):  # the bias of one page is what fits into the last cache
+        query, key, value = page.view(places, 3, heads, -1).permute(1, 2, 0, 3).contiguous()
+        rows, columns = _distances(query, tables, side)
+        bias = torch.add(rows[..., None], columns[..., None, :]).view(1, heads, places, places)
+        attended = F.scaled_dot_product_attention(query[None], key[None], value[None], bias)
+        result.copy_(attended[0].transpose(0, 1))
+    return joined.view(len(qkv) * places, -1)
+
+
+def run_neck(encoder: Any, patches: Tensor) -> Tensor:
+    """(n, side, side, width) -> (n, c, side/4, side/4), channels side by side in memory up to the last."""
+    narrow, first, wide, second = encoder.neck
+    features = F.linear(patches, narrow.weight.flatten(1))
+    features = wide(_normalise_channels(first, features).permute(0, 3, 1, 2))
+    features = _normalise_channels(second, features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    compressed: Tensor = encoder.net_3(encoder.net_2(features))
+    return compressed
+
+
+def _normalise_channels(norm: Any, features: Tensor) -> Tensor:
+    return F.layer_norm(features, norm.weight.shape, norm.weight, norm.bias, norm.eps)
