@@ -104,7 +104,10 @@ def test_the_position_table_is_resampled_once_per_size_and_again_when_it_changes
 MEAN, STD = (0.5, 0.4, 0.3), (0.5, 0.25, 0.2)
 
 
-def build_pair(**sizes: Any) -> tuple[SamEncoder, nn.Module]:
+HALF = (0.5, 0.5, 0.5)
+
+
+def build_pair(mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD, **sizes: Any) -> tuple[SamEncoder, nn.Module]:
     """Ours, and vLLM's own with the same random weights."""
     wanted = dataclasses.replace(NANO, **sizes)
     stock = types.ModuleType("stock")
@@ -112,7 +115,7 @@ def build_pair(**sizes: Any) -> tuple[SamEncoder, nn.Module]:
     theirs: nn.Module = stock.build_sam_vit_b()
     for parameter in theirs.parameters():
         nn.init.normal_(parameter, std=0.1)
-    ours = SamEncoder(read(build_model_config(wanted)["vision_config"]), MEAN, STD)
+    ours = SamEncoder(read(build_model_config(wanted)["vision_config"]), mean, std)
     ours.load_state_dict(theirs.state_dict())
     return ours, theirs
 
@@ -138,6 +141,19 @@ def test_features_of_bytes_are_those_of_vllms_own_encoder(size: int, window: int
 
 
 @torch.no_grad()
+def test_padding_is_embedded_as_exactly_as_by_vllms_own_encoder() -> None:
+    ours, theirs = build_pair(HALF, HALF, sam_layers=1)
+    for parameter in (theirs.pos_embed, theirs.patch_embed.proj.bias):
+        parameter.zero_()  # what remains is almost nothing, and layer norm makes it as large as print
+    ours.load_state_dict(theirs.state_dict())
+    pixels = torch.full((1, 3, 256, 256), 127, dtype=torch.uint8)
+    found, stock = ours(pixels), theirs(normalise(pixels, HALF, HALF, torch.float32))
+    exact = theirs.double()(normalise(pixels, HALF, HALF, torch.float64))
+    error, stock_error = ((each - exact).abs().max() for each in (found, stock))
+    assert error <= 4 * stock_error + 1e-6
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("view", ["a part of a larger buffer", "every other byte", "patches of 8 pixels"])
 def test_patches_are_cut_however_the_bytes_lie(view: str) -> None:
     pixels = random_pixels(2, 64)
@@ -147,7 +163,7 @@ def test_patches_are_cut_however_the_bytes_lie(view: str) -> None:
         pixels = random_pixels(2, 128)[..., ::2, ::2]
     patch = 8 if view == "patches of 8 pixels" else 16
     weight, bias = torch.randn(3 * patch**2, 5) / 2000, torch.randn(64 // patch, 64 // patch, 5)
-    wanted = nn.functional.conv2d(pixels.float(), weight.t().reshape(5, 3, patch, patch), stride=patch)
+    wanted = nn.functional.conv2d(pixels.float() - 128, weight.t().reshape(5, 3, patch, patch), stride=patch)
     found = embed_patches(pixels, weight, bias)
     torch.testing.assert_close(found, wanted.permute(0, 2, 3, 1) + bias, atol=1e-4, rtol=0)
 
