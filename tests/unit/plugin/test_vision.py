@@ -107,7 +107,10 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.5, 0.25, 0.2)
 HALF = (0.5, 0.5, 0.5)
 
 
-def build_pair(mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD, **sizes: Any) -> tuple[SamEncoder, nn.Module]:
+Channels = tuple[float, ...]
+
+
+def build_pair(mean: Channels = MEAN, std: Channels = STD, **sizes: Any) -> tuple[SamEncoder, nn.Module]:
     """Ours, and vLLM's own with the same random weights."""
     wanted = dataclasses.replace(NANO, **sizes)
     stock = types.ModuleType("stock")
