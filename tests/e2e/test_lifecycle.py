@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import openai
 import psutil
+import pytest
 
 from e2e.conftest import ROOT, Stack, stop
 
@@ -69,6 +70,7 @@ def test_a_taken_port_is_refused_at_once_with_what_to_do() -> None:
     assert "PORT=" in done.stdout
 
 
+@pytest.mark.slow
 def test_engine_arguments_that_vllm_refuses_end_the_start_with_the_reason() -> None:
     done = subprocess.run(
         [ROOT / ".venv/bin/serving", "up", "--config", "configs/local.yaml"],
@@ -89,7 +91,7 @@ def test_engine_arguments_that_vllm_refuses_end_the_start_with_the_reason() -> N
 
 
 def test_sigterm_ends_the_stack_as_ctrl_c_does(start_stack: Callable[..., Stack]) -> None:
-    stack = start_stack()
+    stack = start_stack(SERVING__MODELS__NANO__SCRIPT__TOKENS_PER_S="30")  # an engine by script starts sooner
     everything = stack.descendants()
     (command,) = (process for process in everything if "serving" in process.name() and "up" in process.cmdline())
     command.terminate()

@@ -102,10 +102,7 @@ def test_the_position_table_is_resampled_once_per_size_and_again_when_it_changes
 
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.5, 0.25, 0.2)
-
-
 HALF = (0.5, 0.5, 0.5)
-
 
 Channels = tuple[float, ...]
 
