@@ -62,7 +62,7 @@ class Plan:
 
 
 CONTINUED = Plan(
-    seed=4,
+    seed=5,
     batch_pages=8,
     peak_rate=2.5e-4,
     floor_share=0.02,
@@ -73,16 +73,11 @@ CONTINUED = Plan(
     wide_from=0.0,
     wide_share=0.3,
     gap_share=0.1,
-    spaced_share=0.3,
+    spaced_share=0.45,
     mistake_share=0.03,
     average_decay=0.995,
-    views=(
-        View(1024, 0.12, 4, stop=0.4, has_text=False),
-        View(1024, 0.1, 4, stop=0.4),
-        View(1024, 0.05, 4, start=0.4, has_text=False),
-        View(1024, 0.25, 4, start=0.4),
-    ),
-    weights=LossWeights(line_turn=1.0, end_turn=2.0, end_label=2.0),
+    views=(View(1024, 0.2, 4),),
+    weights=LossWeights(line_turn=1.0, end_turn=1.0, end_label=2.0),
 )
 """A later stretch, on weights that already read pages at the native size: wide gaps and a larger view."""
 

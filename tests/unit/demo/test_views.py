@@ -19,7 +19,7 @@ from serving.demo.model import NanoOcr
 from serving.demo.pages import CORE, Page, sample_page
 from serving.plugin.images import build_views
 from serving.plugin.selection import MODES
-from serving.plugin.vision import SamEncoder, VisionSizes
+from serving.plugin.vision import SamEncoder, VisionSizes, normalise
 
 SIZES = (512, 640, 1024, 1280)
 
@@ -62,8 +62,10 @@ def test_the_first_encoder_is_the_serving_sides(model: NanoOcr, size: int) -> No
     sizes = VisionSizes.from_config(types.SimpleNamespace(**build_model_config()["vision_config"]))
     served = SamEncoder(sizes)
     served.load_state_dict(model.model.sam_model.state_dict())
-    pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(size))
-    torch.testing.assert_close(model.model.sam_model(pixels)[1], served(pixels), atol=1e-3, rtol=1e-3)
+    shape, random = (1, 3, size, size), torch.Generator().manual_seed(size)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=random)
+    floats = normalise(pixels, (0.5,) * 3, (0.5,) * 3, torch.float32)
+    torch.testing.assert_close(model.model.sam_model(floats)[1], served(pixels), atol=1e-3, rtol=1e-3)
 
 
 @torch.no_grad()
