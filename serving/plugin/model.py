@@ -157,7 +157,7 @@ class DeepseekOCRForCausalLM(nn.Module, SupportsMultiModal, SupportsPP, Supports
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         loaded = AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
-        if self.image_newline.device.type == "cpu" and isinstance(self.sam_model, SamEncoder):
+        if isinstance(self.sam_model, SamEncoder) and self.sam_model.is_ours(self.image_newline.device):
             turn_weights(self.sam_model)
         return loaded
 

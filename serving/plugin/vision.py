@@ -115,10 +115,13 @@ class SamEncoder(ImageEncoderViT):  # type: ignore[misc, valid-type]  # Any to m
         self._tables_of: tuple[tuple[int, int], ...] = ()
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        dtype = self.patch_embed.proj.weight.dtype
-        if pixels.device.type == "cpu" and dtype == torch.float32:
+        if self.is_ours(pixels.device):
             return run_encoder(self, pixels, self._tables_for(pixels.shape[-1]))
-        return super().forward(normalise(pixels, self._mean, self._std, dtype))
+        return super().forward(normalise(pixels, self._mean, self._std, self.patch_embed.proj.weight.dtype))
+
+    def is_ours(self, device: torch.device) -> bool:
+        """Whether `sam_cpu` does the arithmetic there, and not vLLM's own layers."""
+        return device.type == "cpu" and self.patch_embed.proj.weight.dtype == torch.float32
 
     def _tables_for(self, side: int) -> EncoderTables:
         """What the weights come to at a size of views, made once per size and not for every batch.

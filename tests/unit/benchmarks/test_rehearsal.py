@@ -31,6 +31,7 @@ def test_the_overlay_is_taken_to_the_letter(overlay: Overlay) -> None:
     [
         ("engines-0", End.KILLED, {"complete": 9, "told": 2}, 0, True),
         ("engines-0", End.KILLED, {"complete": 9, "silent": 1}, 0, False),
+        ("engines-0", End.KILLED, {"complete": 9, "failed": 1}, 0, False),
         ("cpu-0", End.KILLED, {"complete": 9, "reset": 1}, 0, True),
         ("cpu-0", End.KILLED, {"complete": 9, "failed": 1}, 0, True),
         ("cpu-0", End.KILLED, {"complete": 9, "silent": 1}, 0, False),

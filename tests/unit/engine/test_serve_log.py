@@ -16,7 +16,6 @@ from serving.engine.serve_log import keep_serve_log
 REPLICA = """
 import logging, sys
 from logging.handlers import MemoryHandler
-from serving.demo.build import build_checkpoint
 from serving.engine.serve_log import keep_serve_log
 from serving.plugin import private
 from vllm.engine.arg_utils import AsyncEngineArgs
