@@ -25,6 +25,9 @@ from torch import Tensor
 _PATCHES_AT_ONCE = 1024
 """Patches whose floats and hidden values are made at once, few enough for the caches."""
 
+_BIAS_BYTES = 16 * 2**20
+"""Bias of global attention that is made before it is read, little enough for the last cache."""
+
 _CENTRE = 128
 
 
@@ -169,15 +172,23 @@ def _attend_in_windows(attention: Any, qkv: Tensor, tables: tuple[Tensor, Tensor
 
 
 def _attend_globally(attention: Any, qkv: Tensor, tables: tuple[Tensor, Tensor], side: int) -> Tensor:
-    """(n, side, side, 3 * width) -> (n * side * side, width), every page by itself."""
+    """(n, side, side, 3 * width) -> (n * side * side, width), every page by itself, some rows of queries at once."""
     heads, places = attention.num_heads, side * side
     joined = qkv.new_empty(len(qkv), places, heads, qkv.shape[-1] // (3 * heads))
-    for page, result in zip(qkv, joined, strict=True):  # the bias of one page is what fits into the last cache
+    step = max(1, min(side, _BIAS_BYTES // (heads * side * places * qkv.itemsize)))
+    memory = qkv.new_empty(heads, step, side, side, side)
+    for page, result in zip(qkv, joined, strict=True):
         query, key, value = page.view(places, 3, heads, -1).permute(1, 2, 0, 3).contiguous()
         rows, columns = _distances(query, tables, side)
-        bias = torch.add(rows[..., None], columns[..., None, :]).view(1, heads, places, places)
-        attended = F.scaled_dot_product_attention(query[None], key[None], value[None], bias)
-        result.copy_(attended[0].transpose(0, 1))
+        for start in range(0, side, step):
+            part = slice(start, min(start + step, side))
+            bias = memory[:, : part.stop - start]
+            torch.add(rows[:, part, ..., None], columns[:, part, :, None], out=bias)
+            places_of = slice(start * side, part.stop * side)
+            attended = F.scaled_dot_product_attention(
+                query[None, :, places_of], key[None], value[None], bias.flatten(1, 2).flatten(2)[None]
+            )
+            result[places_of] = attended[0].transpose(0, 1)
     return joined.view(len(qkv) * places, -1)
 
 

@@ -15,6 +15,7 @@ from vllm.model_executor.models.deepencoder import build_sam_vit_b
 
 from benchmarks.stock import patch_sizes
 from serving.demo.config import NANO, build_model_config
+from serving.plugin import sam_cpu
 from serving.plugin.sam_cpu import embed_patches, turn_weights
 from serving.plugin.vision import SamEncoder, VisionSizes, normalise, views_per_batch
 
@@ -138,6 +139,20 @@ def test_features_of_bytes_are_those_of_vllms_own_encoder(size: int, window: int
     assert found.shape == wanted.shape
     assert wanted.std() > 0.01
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_rows", [1, 3, 16], ids=["a row at a time", "the last part is smaller", "all rows"])
+def test_attention_over_the_page_is_vllms_own_however_much_bias_is_made_at_once(
+    monkeypatch: pytest.MonkeyPatch, num_rows: int
+) -> None:
+    ours, theirs = build_pair(sam_layers=2)
+    assert ours.blocks[1].window_size == 0
+    places = 16 * 16
+    monkeypatch.setattr(sam_cpu, "_BIAS_BYTES", num_rows * NANO.sam_heads * 16 * places * 4)
+    pixels = random_pixels(2, 256)
+    wanted = theirs(normalise(pixels, MEAN, STD, torch.float32))
+    torch.testing.assert_close(ours(pixels), wanted, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
