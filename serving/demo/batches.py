@@ -1,7 +1,7 @@
 """Batches of rendered pages with everything the training losses look at, as tensors."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
@@ -61,10 +61,6 @@ class Batch:
     """int64 [b, g, 2]: whether text follows below the even and the odd line that a row of vision tokens shows."""
     is_near_end: Tensor
     """bool [b, g, 2]: whether that line is the page's last or the one before, where it is easiest to be wrong."""
-    has_text: bool = True
-    """Whether the decoder learns from the batch."""
-    is_part: bool = False
-    """Whether `pages` and `patch_chars` are parts of a view; all else is then without meaning."""
 
     @classmethod
     def from_pages(cls, pages: Sequence[Page], sizes: NanoConfig = NANO, view_px: int | None = None) -> Self:
@@ -97,15 +93,6 @@ class Batch:
             is_more=torch.from_numpy(shown.astype(np.int64)),
             is_near_end=torch.from_numpy((steps == 0) | (steps == -1)),
         )
-
-    def cut_part(self, sizes: NanoConfig, number: int) -> Self:
-        """Return one of the parts of native size, on whose borders the encoder's windows end as well."""
-        native, window = sizes.sam_side, sizes.sam_window
-        choices = (self.patch_chars.shape[-1] - native) // window + 1
-        top, left = window * (number % choices), window * (number // choices % choices)
-        patches = self.patch_chars[:, top : top + native, left : left + native]
-        y, x, side = top * sizes.patch_size, left * sizes.patch_size, sizes.image_size
-        return replace(self, pages=self.pages[:, y : y + side, x : x + side], patch_chars=patches, is_part=True)
 
 
 @dataclass(frozen=True)

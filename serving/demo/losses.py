@@ -76,13 +76,8 @@ def _char_loss(logits: Tensor, labels: Tensor, end_label: float) -> tuple[Tensor
 def encoder_losses(
     encoded: EncodedPages, heads: TrainingHeads, batch: Batch, weights: LossWeights
 ) -> dict[str, Tensor]:
-    """Return the weighted terms `patches`, `cells` and `more`, and the accuracies `seen` (patches) and `read` (cells).
-
-    A part has those of its patches alone.
-    """
+    """Return the weighted terms `patches`, `cells`, `more`, and the accuracies `seen` (patches) and `read` (cells)."""
     patches, seen = _char_loss(heads.patch_char(encoded.patches), batch.patch_chars, weights.end_label)
-    if batch.is_part:
-        return {"patches": weights.patches * patches, "seen": seen}
     cells, right = _char_loss(heads.read_cells(encoded.cells), batch.cell_chars, weights.end_label)
     more = _more_loss(heads.more(encoded.cells), batch)
     terms = {"patches": weights.patches * patches, "cells": weights.cells * cells, "more": weights.more * more}

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from serving.demo.texts import Random, Split, sample_lines, sample_spaced_lines
+from serving.demo.texts import Random, Split, sample_full_line, sample_lines, sample_spaced_lines
 
 PITCH_PX = 16
 LINE_PX = 32
@@ -48,6 +48,8 @@ class PageSpec:
     """Share of pages with empty rows between some lines; they are not part of the text."""
     spaced_share: float = 0.0
     """Share of pages that are forms and tables with wide gaps inside their lines."""
+    full_share: float = 0.0
+    """Share of pages whose last line, and some of the others, ends at most two characters before the right edge."""
     num_lines: tuple[int, int] = (1, 14)
     num_chars: tuple[int, int] = (1, 400)
     size_px: int = 512
@@ -177,9 +179,25 @@ def _sample_text(spec: PageSpec, split: Split, random: Random) -> tuple[list[str
         width = max(1, max_columns - left - (int(random.integers(0, 12)) if random.random() < 0.5 else 0))
         is_spaced = spec.spaced_share > 0 and random.random() < spec.spaced_share
         lines = (sample_spaced_lines if is_spaced else sample_lines)(random, split, num_lines, width)
+        if spec.full_share > 0 and random.random() < spec.full_share:
+            lines = _with_full_lines(lines, max_columns - left, split, random)
         if low <= sum(map(len, lines)) <= high:
             return lines, left, top
     raise ValueError(f"no page fits {spec}")
+
+
+def _with_full_lines(lines: list[str], width: int, split: Split, random: Random) -> list[str]:
+    """Return the lines with the last one, and a share of the others, replaced by full ones.
+
+    Behind such a line there is no paper that could tell a reader whether another follows.
+    """
+    share = random.uniform(0, 0.5)
+    is_full = [*(random.random(len(lines) - 1) < share), True]
+    lengths = width - random.integers(0, 3, len(lines))
+    return [
+        sample_full_line(random, split, int(length)) if full else line
+        for line, full, length in zip(lines, is_full, lengths, strict=True)
+    ]
 
 
 def sample_page(spec: PageSpec, split: Split, seed: int, index: int) -> Page:

@@ -9,20 +9,11 @@ from serving.demo.pages import CORE, WIDE, PageSpec
 
 @dataclass(frozen=True)
 class View:
-    """A size that pages are also trained at, with its share of the steps between two points of progress.
-
-    A part is a piece of the view, of the native size, that trains the encoder's patches alone: glyphs of another size
-    are learnt for a fraction of a whole view's cost.
-    """
+    """A size that pages are also trained at, with its share of the steps."""
 
     side_px: int
     share: float
     pages: int
-    start: float = 0.0
-    stop: float = 1.0
-    is_part: bool = False
-    has_text: bool = True
-    """Whether the decoder learns from it as well; a view that trains the encoder alone shows full pages."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +38,13 @@ class Plan:
     wide_share: float = 0.3
     gap_share: float = 0.0
     spaced_share: float = 0.0
+    full_share: float = 0.0
     mistake_share: float = 0.0
     """Share of the printed characters that the decoder is told wrongly while it learns to go on from them."""
     weight_decay: float = 0.02
     average_decay: float = 0.0
     """What is left, after a step, of the running mean of the weights that are measured and shipped; 0 for none."""
     views: tuple[View, ...] = ()
-    views_text_from: float = 0.0
-    """Until then larger views train the encoder alone."""
     core: PageSpec = CORE
     wide: PageSpec = WIDE
     measured_chars: tuple[int, int] = (100, 350)
@@ -62,9 +52,9 @@ class Plan:
 
 
 CONTINUED = Plan(
-    seed=5,
+    seed=6,
     batch_pages=8,
-    peak_rate=2.5e-4,
+    peak_rate=1.5e-4,
     floor_share=0.02,
     warmup_steps=40,
     heads_steps=80,
@@ -73,7 +63,8 @@ CONTINUED = Plan(
     wide_from=0.0,
     wide_share=0.3,
     gap_share=0.1,
-    spaced_share=0.45,
+    spaced_share=0.35,
+    full_share=0.25,
     mistake_share=0.03,
     average_decay=0.995,
     views=(View(1024, 0.2, 4),),
@@ -104,12 +95,12 @@ def learning_rate(plan: Plan, step: int, progress: float) -> float:
     return plan.peak_rate * share * min(1.0, (step + 1 - plan.heads_steps) / plan.warmup_steps)
 
 
-def view_of(step: int, plan: Plan, progress: float) -> View | None:
+def view_of(step: int, plan: Plan) -> View | None:
     """Return the view of a step, None for the native one; any stretch of steps has the plan's shares."""
     if step < plan.heads_steps:
         return None
     place = step * 0.618034 % 1
-    for view in (view for view in plan.views if view.start <= progress < view.stop):
+    for view in plan.views:
         if place < view.share:
             return view
         place -= view.share
@@ -122,15 +113,12 @@ def training_spec(index: int, plan: Plan, progress: float) -> PageSpec:
     return _sometimes_long(plan.wide if is_wide else plan.core, index, plan)
 
 
-def view_spec(index: int, plan: Plan, is_full: bool) -> PageSpec:
-    """Return what a page of another view may look like: a core page, or a full one."""
-    if not is_full:
-        return _sometimes_long(plan.core, index, plan)
-    most = plan.core.num_lines[1]
-    return replace(plan.core, num_lines=(most - 1, most), margin_share=0.0)
+def view_spec(index: int, plan: Plan) -> PageSpec:
+    """Return what a page of another view may look like: a core page."""
+    return _sometimes_long(plan.core, index, plan)
 
 
 def _sometimes_long(spec: PageSpec, index: int, plan: Plan) -> PageSpec:
-    spec = replace(spec, gap_share=plan.gap_share, spaced_share=plan.spaced_share)
+    spec = replace(spec, gap_share=plan.gap_share, spaced_share=plan.spaced_share, full_share=plan.full_share)
     most = spec.num_lines[1]
     return replace(spec, num_lines=((most + 1) // 2, most)) if index % 2 else spec

@@ -1,7 +1,6 @@
 """Batches for training, rendered on the way in a thread of their own."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 
 import torch
 
@@ -25,7 +24,7 @@ def render_group(plan: Plan, group: int, progress: float, sizes: NanoConfig) -> 
     batches = [pages[i : i + plan.batch_pages] for i in range(0, len(pages), plan.batch_pages)]
     order = torch.randperm(_GROUP, generator=torch.Generator().manual_seed(group)).tolist()
     steps = range(group * _GROUP, (group + 1) * _GROUP)
-    views = [view_of(step, plan, progress) for step in steps]
+    views = [view_of(step, plan) for step in steps]
     return [
         render_view(plan, view, step, sizes) if view else Batch.from_pages(batches[i], sizes)
         for i, view, step in zip(order, views, steps, strict=True)
@@ -33,12 +32,10 @@ def render_group(plan: Plan, group: int, progress: float, sizes: NanoConfig) -> 
 
 
 def render_view(plan: Plan, view: View, step: int, sizes: NanoConfig) -> Batch:
-    """Return the batch of a step that is not at the native size; parts are cut from full pages."""
-    pages = []
-    for index in range(_VIEW_PAGES + step * view.pages, _VIEW_PAGES + (step + 1) * view.pages):
-        pages.append(sample_page(view_spec(index, plan, view.is_part or not view.has_text), "train", plan.seed, index))
-    batch = replace(Batch.from_pages(pages, sizes, view.side_px), has_text=view.has_text)
-    return batch.cut_part(sizes, step) if view.is_part else batch
+    """Return the batch of a step that is not at the native size."""
+    indices = range(_VIEW_PAGES + step * view.pages, _VIEW_PAGES + (step + 1) * view.pages)
+    pages = [sample_page(view_spec(index, plan), "train", plan.seed, index) for index in indices]
+    return Batch.from_pages(pages, sizes, view.side_px)
 
 
 class BatchStream:

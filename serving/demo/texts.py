@@ -179,6 +179,15 @@ def sample_spaced_lines(random: Random, split: Split, num_lines: int, width: int
     return lines
 
 
+def sample_full_line(random: Random, split: Split, length: int) -> str:
+    """Return words of exactly `length` characters, the last one cut, that neither begin nor end in a space."""
+    line = _sentence_word(random, split)
+    while len(line) < length:
+        line = f"{line} {_token(random, split, is_prose=False)}"
+    line = line[:length]
+    return line if not line.endswith(" ") else line[:-1] + _choose(random, string.ascii_lowercase)
+
+
 def sample_lines(random: Random, split: Split, num_lines: int, width: int) -> list[str]:
     """Return `num_lines` lines of at most `width` characters: a paragraph, a list or a form, chosen at random.
 

@@ -92,7 +92,7 @@ class Trainer:
             self.average.update_parameters(self.model)
         self.clock.step += 1
         values = {name: round(float(value.detach()), 4) for name, value in terms.items()}
-        values["view"] = batch.pages.shape[-1] * (-1 if batch.is_part else 1)
+        values["view"] = batch.pages.shape[-1]
         return values | {"loss": round(float(loss.detach()), 4), "norm": round(float(norm), 3), "rate": round(rate, 6)}
 
     def _terms(self, batch: Batch) -> dict[str, Tensor]:
@@ -105,10 +105,7 @@ class Trainer:
         else:
             encoded = self.model.encode(batch.pages)
             terms = encoder_losses(encoded, self.heads, batch, self.plan.weights)
-        if batch.is_part or not batch.has_text:
-            return terms
-        is_native = batch.pages.shape[-1] == self.model.sizes.image_size
-        if progress < (self.plan.encoder_until if is_native else self.plan.views_text_from):
+        if progress < self.plan.encoder_until:
             return terms
         terms |= self._text_terms(encoded.cells, batch)
         return terms if self.clock.step % _OTHER_EVERY else terms | {"other": self._other_loss()}
