@@ -184,11 +184,11 @@ def _attend_globally(attention: Any, qkv: Tensor, tables: tuple[Tensor, Tensor],
             part = slice(start, min(start + step, side))
             bias = memory[:, : part.stop - start]
             torch.add(rows[:, part, ..., None], columns[:, part, :, None], out=bias)
-            places_of = slice(start * side, part.stop * side)
+            queries = slice(start * side, part.stop * side)
             attended = F.scaled_dot_product_attention(
-                query[None, :, places_of], key[None], value[None], bias.flatten(1, 2).flatten(2)[None]
+                query[None, :, queries], key[None], value[None], bias.view(1, heads, -1, places)
             )
-            result[places_of] = attended[0].transpose(0, 1)
+            result[queries] = attended[0].transpose(0, 1)
     return joined.view(len(qkv) * places, -1)
 
 
