@@ -76,7 +76,7 @@ def _pad(page: Pixels, view: Pixels, padding: Colour) -> None:
         view[channel, top : top + height, :left] = value
         view[channel, top : top + height, left + width :] = value
     if width and height:
-        view[:, top : top + height, left : left + width] = to_planes(_resample(page, (width, height)))
+        split_channels(_resample(page, (width, height)), view[:, top : top + height, left : left + width])
 
 
 def _contained(size: Size, side: int) -> Size:
@@ -90,9 +90,11 @@ def _contained(size: Size, side: int) -> Size:
 def _cut(page: Pixels, layout: Layout, tiles: Pixels) -> None:
     """Stretch the page over the whole grid and cut it, row by row."""
     side, grid = layout.mode.image_size, layout.grid
-    planes = to_planes(_resample(page, (grid.columns * side, grid.rows * side)))
-    target = tiles.reshape(grid.rows, grid.columns, 3, side, side)
-    np.copyto(target, planes.reshape(3, grid.rows, side, grid.columns, side).transpose(1, 3, 0, 2, 4))
+    stretched = _resample(page, (grid.columns * side, grid.rows * side))
+    bands = stretched.reshape(grid.rows, side, grid.columns, side, 3)
+    for place, tile in enumerate(tiles.reshape(-1, 3, side, side)):
+        row, column = divmod(place, grid.columns)
+        split_channels(bands[row, :, column], tile)
 
 
 def _resample(page: Pixels, target: Size) -> Pixels:
@@ -102,9 +104,7 @@ def _resample(page: Pixels, target: Size) -> Pixels:
     return resample(page, target)
 
 
-def to_planes(pixels: Pixels) -> Pixels:
-    """(height, width, 3) to (3, height, width), contiguous."""
-    planes = np.empty((3, *pixels.shape[:2]), np.uint8)
+def split_channels(pixels: Pixels, planes: Pixels) -> None:
+    """(height, width, 3) into (3, height, width); both may be parts of something larger."""
     # Not numpy's transposition, which is several times as slow on single bytes.
     cv2.split(pixels, list(planes))
-    return planes
