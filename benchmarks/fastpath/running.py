@@ -23,7 +23,11 @@ CONCURRENCY = 16
 VLLM_SERVER = "vllm.entrypoints.launchers.api_server.entry"
 STOCK_SERVER = "benchmarks.stock_server"
 STOCK_NAME = "vLLM 0.32 server, stock code"
-PIPELINE = {"VLLM_MEDIA_CONNECTOR": "serving", "SERVING_IMAGE_WORKERS": "1"}
+PIPELINE = {
+    "VLLM_MEDIA_CONNECTOR": "serving",
+    "SERVING_IMAGE_WORKERS": "1",
+    "SERVING_ENCODER_THREADS": "2",
+}
 """How the plugin's server is set beside its defaults."""
 STOCK_GUARD = ("--logits-processors", "vllm.model_executor.models.deepseek_ocr:NGramPerReqLogitsProcessor")
 GUARD_REQUEST = {"vllm_xargs": {"ngram_size": 30, "window_size": 90, "whitelist_token_ids": [1000, 1001]}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,12 +29,13 @@ from serving.plugin.processor import (
     DeepseekOCRProcessingInfo,
 )
 from serving.plugin.sam_cpu import turn_weights
+from serving.plugin.view_threads import ViewThreads
 from serving.plugin.vision import (
     MlpProjector,
     SamEncoder,
     VisionSizes,
     build_clip,
-    encode_views,
+    project_views,
     views_per_batch,
 )
 
@@ -88,6 +90,7 @@ class DeepseekOCRForCausalLM(nn.Module, SupportsMultiModal, SupportsPP, Supports
                 hf_config=config.text_config,
                 prefix=maybe_prefix(prefix, "language_model"),
             )
+        self._threads = ViewThreads.from_environ()
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
 
     def embed_multimodal(self, **kwargs: Any) -> MultiModalEmbeddings | None:
@@ -109,21 +112,35 @@ class DeepseekOCRForCausalLM(nn.Module, SupportsMultiModal, SupportsPP, Supports
 
         Views of one size go through the encoder together, whoever they belong to, as many as the memory bound allows.
         """
-        dtype = self.image_newline.dtype
+        places: dict[int, list[int]] = {}  # of every size of views, which stacks have it
+        for place, stack in enumerate(stacks):
+            if len(stack):
+                places.setdefault(stack.shape[-1], []).append(place)
+        batches = {
+            size: self._split([stacks[place] for place in having], self._views_per_batch(size))
+            for size, having in places.items()
+        }
+        in_order = [*itertools.chain.from_iterable(batches.values())]
+        # On a device, streams belong to threads: there the calling one does it all.
+        threads = self._threads if self.sam_model.is_ours(self.image_newline.device) else ViewThreads(1)
+        compressed = threads.map(self.sam_model, in_order)
+        encoded = (
+            project_views(self.vision_model, self.projector, *pair) for pair in zip(in_order, compressed, strict=True)
+        )
         features: list[torch.Tensor] = [self.image_newline.new_empty((0, 0, 0))] * len(stacks)
-        for size in {stack.shape[-1] for stack in stacks}:
-            places = [place for place, stack in enumerate(stacks) if stack.shape[-1] == size and len(stack)]
-            if not places:
-                continue
-            views = torch.cat([stacks[place] for place in places])
-            encoded = [
-                encode_views(self.sam_model, self.vision_model, self.projector, part)
-                for part in views.split(views_per_batch(self.vision_sizes, size, dtype, views.device))
-            ]
-            parts = torch.cat(encoded).split([len(stacks[place]) for place in places])
-            for place, part in zip(places, parts, strict=True):
+        for size, having in places.items():
+            parts = torch.cat([*itertools.islice(encoded, len(batches[size]))])
+            for place, part in zip(having, parts.split([len(stacks[place]) for place in having]), strict=True):
                 features[place] = part
         return features
+
+    @staticmethod
+    def _split(stacks: list[torch.Tensor], size: int) -> tuple[torch.Tensor, ...]:
+        """Batches of so many views, of whichever stacks; pixels are not copied when there is one stack."""
+        return (stacks[0] if len(stacks) == 1 else torch.cat(stacks)).split(size)
+
+    def _views_per_batch(self, view_size: int) -> int:
+        return views_per_batch(self.vision_sizes, view_size, self.image_newline.dtype, self.image_newline.device)
 
     def _assemble(self, page: torch.Tensor, tiles: torch.Tensor, grid: TileGrid) -> torch.Tensor:
         """One page's features in the order of its placeholders: (num_tokens, hidden)."""

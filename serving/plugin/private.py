@@ -241,6 +241,28 @@ def remember_environment() -> None:
     enable_envs_cache()
 
 
+def read_bodies_with_orjson() -> None:
+    """Have Starlette's requests, and so vLLM's server, parse bodies with orjson: a page in a third of the time.
+
+    What orjson refuses (NaN, UTF-16, a body that is no JSON) goes through the standard library as before, and has its
+    errors. Whole numbers beyond 64 bits become floats.
+    """
+    from starlette.requests import Request
+
+    original = getattr(Request.json, "__wrapped__", Request.json)
+
+    @functools.wraps(original)
+    async def json(self: Any) -> Any:
+        if not hasattr(self, "_json"):  # where Starlette keeps it for whoever asks again
+            try:
+                self._json = orjson.loads(await self.body())
+            except orjson.JSONDecodeError:
+                return await original(self)
+        return self._json
+
+    Request.json = json  # type: ignore[method-assign]
+
+
 def write_text_chunks() -> None:
     """Have vLLM's server write the chunks of a stream that hold text and nothing else without models of pydantic's.
 

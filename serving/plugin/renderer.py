@@ -18,6 +18,7 @@ from serving.plugin import (
 )
 from serving.plugin.pages import EncodedPage
 from serving.plugin.pipeline import image_pipeline
+from serving.plugin.private import read_bodies_with_orjson
 from serving.plugin.processor import DeepseekOCRMultiModalProcessor
 
 
@@ -29,6 +30,7 @@ class PageRenderer(HfRenderer):
         self._has_pages = isinstance(self.mm_processor, DeepseekOCRMultiModalProcessor)
         if self._has_pages:
             # This constructor runs in API processes only.
+            read_bodies_with_orjson()
             image_pipeline().start()
             repetition.count_stops(config.model_config.max_model_len)
 

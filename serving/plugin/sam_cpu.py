@@ -45,6 +45,7 @@ class EncoderTables:
     distances: tuple[tuple[Tensor, Tensor], ...]
 
 
+@torch.no_grad()
 def build_tables(encoder: Any, size: int, mean: Sequence[float], std: Sequence[float]) -> EncoderTables:
     """For square views of this many pixels per side, normalised as (pixel / 255 - mean) / std."""
     projection = encoder.patch_embed.proj
@@ -61,6 +62,7 @@ def build_tables(encoder: Any, size: int, mean: Sequence[float], std: Sequence[f
     return EncoderTables(weight, encoder.get_abs_pos(encoder.pos_embed, side)[0] + bias, tuple(distances))
 
 
+@torch.no_grad()  # vLLM's first run on a CPU has gradients on, which forbid some of what is done in place
 def run_encoder(encoder: Any, pixels: Tensor, tables: EncoderTables) -> Tensor:
     """All of vLLM's `ImageEncoderViT`: uint8 (n, 3, s, s) -> (n, c, s/64, s/64)."""
     patches = embed_patches(pixels, tables.weight, tables.bias)
@@ -90,13 +92,16 @@ def embed_patches(pixels: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     places, width = len(bias), bias.shape[-1]
     patch = side // places
     line = torch.complex128.itemsize
-    if patch == line and pixels.is_contiguous() and pixels.storage_offset() % line == 0:
+    if patch == line:
+        if not (pixels.is_contiguous() and pixels.storage_offset() % line == 0 == pixels.data_ptr() % line):
+            pixels = pixels.clone(memory_format=torch.contiguous_format)
         # A line of a patch is copied in one piece.
         lines = pixels.view(torch.complex128).view(count, channels, places, patch, places)
-        cut = lines.permute(0, 2, 4, 1, 3).contiguous().view(torch.uint8)
+        cut = lines.permute(0, 2, 4, 1, 3).clone(memory_format=torch.contiguous_format).view(torch.uint8)
     else:
-        cut = pixels.reshape(count, channels, places, patch, places, patch).permute(0, 2, 4, 1, 3, 5).contiguous()
-    cut = cut.bitwise_xor(_CENTRE).view(torch.int8)  # a byte less 128, whose highest bit is the sign
+        cut = pixels.reshape(count, channels, places, patch, places, patch).permute(0, 2, 4, 1, 3, 5)
+        cut = cut.clone(memory_format=torch.contiguous_format)
+    cut = cut.bitwise_xor_(_CENTRE).view(torch.int8)  # a byte less 128, whose highest bit is the sign
     embedded = bias.expand(count, *bias.shape).clone().view(-1, width)
     floats = weight.new_empty(_PATCHES_AT_ONCE, len(weight))
     parts = cut.view(-1, len(weight)).split(_PATCHES_AT_ONCE)

@@ -111,8 +111,7 @@ class SamEncoder(ImageEncoderViT):  # type: ignore[misc, valid-type]  # Any to m
         self.net_3 = halve(first, second)
         self._mean, self._std = mean, std
         self._positions: dict[tuple[int, int, int], torch.Tensor] = {}
-        self._tables: dict[int, EncoderTables] = {}
-        self._tables_of: tuple[tuple[int, int], ...] = ()
+        self._tables: tuple[tuple[tuple[int, int], ...], dict[int, EncoderTables]] = (), {}
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         if self.is_ours(pixels.device):
@@ -126,16 +125,18 @@ class SamEncoder(ImageEncoderViT):  # type: ignore[misc, valid-type]  # Any to m
     def _tables_for(self, side: int) -> EncoderTables:
         """What the weights come to at a size of views, made once per size and not for every batch.
 
-        The second key tells weights that were loaded anew or changed in place.
+        Addresses and versions tell weights that were loaded anew or changed in place.
         """
         distances = ((block.attn.rel_pos_h, block.attn.rel_pos_w) for block in self.blocks)
         weights = (self.pos_embed, *self.patch_embed.parameters(), *itertools.chain.from_iterable(distances))
         now = tuple((weight.data_ptr(), weight._version) for weight in weights)
-        if now != self._tables_of:
-            self._tables, self._tables_of = {}, now
-        if side not in self._tables:
-            self._tables[side] = build_tables(self, side, self._mean, self._std)
-        return self._tables[side]
+        known, tables = self._tables  # both at once: several threads may be here
+        if known != now:
+            tables = {}
+            self._tables = now, tables
+        if side not in tables:
+            tables[side] = build_tables(self, side, self._mean, self._std)
+        return tables[side]
 
     def get_abs_pos(self, abs_pos: torch.Tensor, tgt_size: int) -> torch.Tensor:
         """The position table at another size, resampled once per size and not for every batch.
@@ -166,9 +167,16 @@ def build_clip(sizes: VisionSizes, quant_config: Any, prefix: str) -> nn.Module:
     return DeepCLIPVisionTransformer(config=config, quant_config=quant_config, prefix=prefix)
 
 
-def encode_views(sam: nn.Module, clip: nn.Module, projector: nn.Module, views: torch.Tensor) -> torch.Tensor:
-    """Features of square views of one size: uint8 (n, 3, s, s) -> (n, (s/64)^2, hidden)."""
-    compressed = sam(views)
+def project_views(clip: nn.Module, projector: nn.Module, views: torch.Tensor, compressed: torch.Tensor) -> torch.Tensor:
+    """Features of square views of one size, from what SAM made of them.
+
+    Args:
+        views: uint8 (n, 3, s, s).
+        compressed: (n, c, s/64, s/64).
+
+    Returns:
+        (n, (s/64)^2, hidden).
+    """
     semantic = clip(views, compressed)
     features = torch.cat((semantic[:, 1:], compressed.flatten(2).permute(0, 2, 1)), dim=-1)
     return projector(features)

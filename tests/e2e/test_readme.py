@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
 
-from e2e.conftest import ROOT, Stack
+from e2e.conftest import ROOT, Stack, free_port
 
 README = (ROOT / "README.md").read_text()
 
@@ -65,6 +68,36 @@ def test_a_book_is_read_by_the_command_and_by_curl(stack: Stack, tmp_path: Path)
     answer = json.loads(run_here("file=@book.pdf -F pages=1-3,7"))
     assert [page["number"] for page in answer["pages"]] == [1, 2, 3, 7]
     assert {page["mode"] for page in answer["pages"]} == {"tiny"}
+
+
+@pytest.mark.slow  # compiles the decoder, as vLLM does when it is not told otherwise
+def test_a_bare_vllm_server_reads_the_sample_page(tmp_path: Path) -> None:
+    block = find_block("sh", "vllm.entrypoints").replace("checkpoints/nano", str(tmp_path / "nano"))
+    build, serve = block.split("\n", 1)
+    command = f"{build} --out {tmp_path / 'nano'}\nexec {serve.split('#')[0].strip()} --port {free_port()}"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        server = subprocess.Popen(["bash", "-ec", command], cwd=ROOT, env=environment, stdout=out, stderr=out)
+    try:
+        url = f"http://127.0.0.1:{command.rsplit(' ', 1)[1]}"
+        deadline = time.monotonic() + 400
+        while server.poll() is None and time.monotonic() < deadline and not is_up(url):
+            time.sleep(1)
+        assert is_up(url), log.read_text()[-3000:]
+        asked = find_block("sh", "sample.png").replace("http://127.0.0.1:8000", url)
+        asked = asked.replace('{"model": "nano",', f'{{"model": "{tmp_path / "nano"}", "temperature": 0,')
+        answer = json.loads(run(["bash", "-c", asked]))
+        assert answer["choices"][0]["message"]["content"] + "\n" == find_block("text", "")
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def is_up(url: str) -> bool:
+    with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
+        return True
+    return False
 
 
 def test_the_settings_command_prints_what_is_in_effect() -> None:

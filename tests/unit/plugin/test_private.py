@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import vllm
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vllm.model_executor.models.interfaces import SupportsMultiModal
 
@@ -191,6 +193,64 @@ def test_calls_of_tools_are_looked_for_in_chunks_of_text_too(text_chunks: tuple[
     text = chat.ChatCompletionResponseStreamChoice(index=0, delta=chat.DeltaMessage(content="x"), **NOTHING)
     request = ChatCompletionRequest(messages=[], parallel_tool_calls=False)
     assert maybe_filter_parallel_tool_calls(text, request) is text
+
+
+@pytest.fixture
+def _bodies_with_orjson() -> Iterator[None]:
+    from starlette.requests import Request
+
+    own = Request.json
+    private.read_bodies_with_orjson()
+    private.read_bodies_with_orjson()
+    assert Request.json.__wrapped__ is own  # type: ignore[attr-defined]
+    yield
+    Request.json = own  # type: ignore[method-assign]
+
+
+def parse_body(body: bytes) -> Any:
+    from starlette.requests import Request
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def ask() -> Any:
+        request = Request({"type": "http", "method": "POST", "headers": []}, receive)
+        parsed = await request.json()
+        assert await request.json() is parsed
+        return parsed
+
+    return asyncio.run(ask())
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(),
+    lambda values: st.lists(values, max_size=4) | st.dictionaries(st.text(), values, max_size=4),
+    max_leaves=12,
+)
+
+
+@pytest.mark.usefixtures("_bodies_with_orjson")
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@given(value=st.dictionaries(st.text(), VALUES, max_size=4), encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]))
+def test_bodies_are_what_the_standard_library_reads(value: dict[str, Any], encoding: str) -> None:
+    for is_ascii in (True, False):
+        body = json.dumps(value, ensure_ascii=is_ascii).encode(encoding)
+        assert repr(parse_body(body)) == repr(json.loads(body))  # NaN is not equal to itself
+
+
+@pytest.mark.usefixtures("_bodies_with_orjson")
+def test_half_a_surrogate_in_a_body_is_read_as_before() -> None:
+    assert parse_body(b'{"a": "\\ud800"}') == {"a": "\ud800"}
+
+
+@pytest.mark.usefixtures("_bodies_with_orjson")
+@pytest.mark.parametrize("body", [b"", b"{", b'{"a": 1}}', b"\xff\xfe\xfd", b'"\x01"'])
+def test_bodies_that_are_no_json_fail_as_in_the_standard_library(body: bytes) -> None:
+    with pytest.raises(ValueError) as wanted:  # noqa: PT011 - whichever it is
+        json.loads(body)
+    with pytest.raises(type(wanted.value)) as found:
+        parse_body(body)
+    assert str(found.value) == str(wanted.value)
 
 
 def test_the_environment_is_read_once_when_it_shall_be() -> None:

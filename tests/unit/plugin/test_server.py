@@ -34,6 +34,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "SERVING_IMAGE_WORKERS": "1",
         "SERVING_IMAGE_QUEUE": "1",
         "SERVING_IMAGE_QUEUE_TIMEOUT_S": str(QUEUE_TIMEOUT_S),
+        "SERVING_ENCODER_THREADS": "2",
     }
     checkpoint = write_checkpoint(tmp_path_factory.mktemp("checkpoint"), NEARLY_FREE)
     with run_server(VLLM_SERVER, checkpoint, environment=environment) as server:

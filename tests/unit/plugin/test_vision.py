@@ -141,6 +141,15 @@ def test_features_of_bytes_are_those_of_vllms_own_encoder(size: int, window: int
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
 
 
+def test_gradients_may_be_on() -> None:
+    ours, theirs = build_pair(sam_layers=2)
+    turn_weights(ours)
+    pixels = random_pixels(2, 256)
+    found = ours(pixels)
+    assert not found.requires_grad
+    torch.testing.assert_close(found, theirs(normalise(pixels, MEAN, STD, torch.float32)).detach(), atol=1e-4, rtol=0)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("num_rows", [1, 3, 16], ids=["a row at a time", "the last part is smaller", "all rows"])
 def test_attention_over_the_page_is_vllms_own_however_much_bias_is_made_at_once(
@@ -169,10 +178,16 @@ def test_padding_is_embedded_as_exactly_as_by_vllms_own_encoder() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("view", ["a part of a larger buffer", "every other byte", "patches of 8 pixels"])
+@pytest.mark.parametrize(
+    "view", ["part of a larger buffer", "off a word's begin", "every other byte", "patches of 8 pixels"]
+)
 def test_patches_are_cut_however_the_bytes_lie(view: str) -> None:
     pixels = random_pixels(2, 64)
-    if view == "a part of a larger buffer":
+    if view == "off a word's begin":
+        pixels = torch.frombuffer(bytearray(1 + pixels.numel()), dtype=torch.uint8, offset=1).view(pixels.shape)
+        pixels.random_(256)
+        assert pixels.storage_offset() == 0
+    elif view == "part of a larger buffer":
         pixels = torch.randint(0, 256, (7 + pixels.numel(),), dtype=torch.uint8)[7:].view(pixels.shape)
     elif view == "every other byte":
         pixels = random_pixels(2, 128)[..., ::2, ::2]
