@@ -1,4 +1,4 @@
-"""Pillow's bicubic filter bit for bit, in a fifth of its time: the same fixed-point sums, several pixels at once.
+"""Pillow's bicubic filter bit for bit, in a quarter of its time: the same fixed-point sums, several pixels at once.
 
 Pillow 13 resamples in two passes and rounds to bytes between them, with weights of 22 bits. A pass over rows sums
 whole rows, which the CPU does in its vector registers; one over columns is one over the rows of the page on its side.
