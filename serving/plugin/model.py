@@ -122,8 +122,8 @@ class DeepseekOCRForCausalLM(nn.Module, SupportsMultiModal, SupportsPP, Supports
         }
         in_order = [*itertools.chain.from_iterable(batches.values())]
         # On a device, streams belong to threads: there the calling one does it all.
-        threads = self._threads if self.sam_model.is_ours(self.image_newline.device) else ViewThreads(1)
-        compressed = threads.map(self.sam_model, in_order)
+        each = self._threads.map if self.sam_model.is_ours(self.image_newline.device) else map
+        compressed = each(self.sam_model, in_order)
         encoded = (
             project_views(self.vision_model, self.projector, *pair) for pair in zip(in_order, compressed, strict=True)
         )

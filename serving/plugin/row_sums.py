@@ -47,33 +47,29 @@ def sum_rows(rows: Bytes, bounds: Bounds, weights: Weights, result: Bytes) -> No
 
 
 @intrinsic
-def _sum_lanes(  # a compiler's callback: the values are those of the call in _sum_rows
-    _: Any, rows: Any, first: Any, stride: Any, weights: Any, row: Any, count: Any, result: Any, place: Any
-) -> Any:
-    """result[place : place + LANES] = the sum of rows[first + tap * stride :][: LANES] * weights[row, tap]."""
+def _sum_lanes(_: Any, rows: Any, stride: Any, weights: Any, result: Any) -> Any:  # a compiler's callback: types
+    """result[:LANES] = the sum of rows[tap * stride :][:LANES] * weights[tap], for each of the weights."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         source, values, target = (
-            context.make_array(signature.args[number])(context, builder, args[number]) for number in (0, 3, 6)
+            context.make_array(signature.args[number])(context, builder, args[number]) for number in (0, 2, 3)
         )
-        _, first, stride, _, row, count, _, place = args
-        row_weights = builder.gep(values.data, [builder.mul(row, cgutils.unpack_tuple(builder, values.shape)[1])])
+        (count,) = cgutils.unpack_tuple(builder, values.shape)
         sums = cgutils.alloca_once_value(builder, _all(1 << (WEIGHT_BITS - 1)))  # half of the last bit
         with cgutils.for_range(builder, count) as tap:
-            begin = builder.gep(source.data, [builder.add(first, builder.mul(tap.index, stride))])
+            begin = builder.gep(source.data, [builder.mul(tap.index, args[1])])
             pixels = builder.zext(builder.load(builder.bitcast(begin, _BYTES.as_pointer()), align=1), _INTS)
-            weight = builder.load(builder.gep(row_weights, [tap.index]))
+            weight = builder.load(builder.gep(values.data, [tap.index]))
             alone = builder.insert_element(ir.Constant(_INTS, ir.Undefined), weight, ir.Constant(_INT, 0))
             everywhere = builder.shuffle_vector(alone, ir.Constant(_INTS, ir.Undefined), _all(0))
             builder.store(builder.add(builder.load(sums), builder.mul(pixels, everywhere)), sums)
         rounded = builder.ashr(builder.load(sums), _all(WEIGHT_BITS))
         for sign, limit in ((">", _all(0)), ("<", _all(255))):
             rounded = builder.select(builder.icmp_signed(sign, rounded, limit), rounded, limit)
-        end = builder.bitcast(builder.gep(target.data, [place]), _BYTES.as_pointer())
-        builder.store(builder.trunc(rounded, _BYTES), end, align=1)
+        builder.store(builder.trunc(rounded, _BYTES), builder.bitcast(target.data, _BYTES.as_pointer()), align=1)
         return context.get_dummy_value()
 
-    return types.void(rows, first, stride, weights, row, count, result, place), generate
+    return types.void(rows, stride, weights, result), generate
 
 
 def _all(value: int) -> ir.Constant:
@@ -83,9 +79,10 @@ def _all(value: int) -> ir.Constant:
 @numba.njit(nogil=True)  # compiled in half a second at the first call; a cache would need a place to write to
 def _sum_rows(rows: Bytes, bounds: Bounds, weights: Weights, result: Bytes) -> None:
     length = rows.shape[1]
-    source, target = rows.reshape(-1), result.reshape(-1)
+    source = rows.reshape(-1)
     for row in range(len(result)):
         first, count = bounds[row]
+        window, row_weights, target = source[first * length :], weights[row, :count], result[row]
         for begin in range(0, length, LANES):
             place = min(begin, length - LANES)  # the last overlaps the one before
-            _sum_lanes(source, first * length + place, length, weights, row, count, target, row * length + place)
+            _sum_lanes(window[place:], length, row_weights, target[place:])
