@@ -6,22 +6,25 @@ import contextlib
 import logging
 import math
 import os
-import signal
 import socket
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
 
 from serving.errors import ServingError
 from serving.settings import Settings
+from serving.supervisor import SignalRequests, end_descendants, reap_adopted
 from serving.versions import max_replicas
 
 logger = logging.getLogger(__name__)
 
 _LEFTOVER_GRACE_S = 5.0
-_LOST_GRACE_S = 1.0
+_LOST_GRACE_S = 0.5
+_URGENT_GRACE_S = 3.0
+_SHUTDOWN_S = 10.0
+_POLL_S = 0.25
 _PROBE_S = 1.0
 _MAX_PROBES = 3
 # The processes without which a cluster of our own is none.
@@ -50,6 +53,8 @@ class Cluster:
     def __init__(self, settings: Settings) -> None:
         self._is_own = settings.ray.address is None
         self._head: list[psutil.Process] = []
+        self._children: list[psutil.Process] = []
+        """All processes that `ray.init` started; Ray itself waits for their ends."""
         self._address = ""
         self._num_failed = 0
         self.num_cpus = 0
@@ -78,6 +83,7 @@ class Cluster:
         self._address = ray.get_runtime_context().gcs_address
         if self._is_own:
             self._head = [child for child in psutil.Process().children(recursive=True) if _is_head(child)]
+            self._children = psutil.Process().children()
 
     def check(self) -> None:
         """To be called now and then: Ray's own calls wait for minutes for a cluster that has gone.
@@ -85,6 +91,8 @@ class Cluster:
         Raises:
             LostError: it is no longer there.
         """
+        if self._is_own:
+            reap_adopted([child.pid for child in self._children])
         gone = next((process for process in self._head if not _is_alive(process)), None)
         if gone is not None:
             self.is_lost = True
@@ -100,6 +108,19 @@ class Cluster:
             if self._num_failed >= _MAX_PROBES:
                 self.is_lost = True
                 raise LostError(f"the Ray cluster at {self._address} cannot be reached ({error})") from error
+
+    def check_whole(self) -> None:
+        """The same while the stack stops, when the end of a minor process means that all were signalled at once.
+
+        A service manager does that; raylet then takes seconds to end, and its replicas go on meanwhile.
+
+        Raises:
+            LostError: the cluster is no longer there, or not for long.
+        """
+        self.check()
+        if not all(map(_is_alive, self._children)):
+            self.is_lost = True
+            raise LostError("processes of Ray's were told to end as well")
 
 
 def _init_ray(options: dict[str, Any]) -> None:
@@ -117,7 +138,11 @@ def _init_ray(options: dict[str, Any]) -> None:
             raise
         logger.warning("Ray has not started within its 30 s; trying once more. Is the machine overloaded?")
         ray.shutdown()
-        _kill(set(psutil.Process().children(recursive=True)) - before)
+        started = set(psutil.Process().children(recursive=True)) - before
+        for process in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(list(started), timeout=_LEFTOVER_GRACE_S)
         ray.init(**options)
 
 
@@ -134,31 +159,72 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 @contextlib.contextmanager
-def run_cluster(settings: Settings, is_verbose: bool, stop_apps: Callable[[], None]) -> Iterator[Cluster]:
-    """Ray while the context lasts. `stop_apps` is called at its end, unless the cluster was lost."""
+def run_cluster(
+    settings: Settings, is_verbose: bool, requests: SignalRequests, stop_apps: Callable[[bool], None]
+) -> Iterator[Cluster]:
+    """Ray while the context lasts.
+
+    Args:
+        settings: the whole of them.
+        is_verbose: whether the logs of Ray's processes are shown.
+        requests: what signals ask for; taken again here, since `ray.init` installs handlers of its own.
+        stop_apps: called at the end unless the cluster was lost. Given True it must not wait for running requests;
+            otherwise it may take as long as they do, and is abandoned when the cluster dies or the stop becomes urgent.
+    """
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    import ray
-    import ray.serve  # sets up its logger when imported, so before that is quietened
+    import ray.serve  # noqa: F401  # sets up its logger when imported, so before that is quietened
 
     if not is_verbose:
         for name in ("ray", "ray.serve"):
             logging.getLogger(name).setLevel(logging.ERROR)
     cluster = Cluster(settings)
-    cluster.start(settings, is_verbose)
     try:
-        yield cluster
+        cluster.start(settings, is_verbose)
+        requests.listen()
+        try:
+            yield cluster
+        finally:
+            _stop(cluster, requests, stop_apps)
     finally:
-        # A second Ctrl-C must not cut the clean-up short.
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
-        grace_s = _LOST_GRACE_S if cluster.is_lost else _LEFTOVER_GRACE_S
-        with _nothing_left_behind(grace_s) if settings.ray.address is None else contextlib.nullcontext():
-            if cluster.is_lost:
-                _within(_LOST_GRACE_S, ray.shutdown)
-            else:
-                stop_apps()
-                ray.shutdown()
+        if settings.ray.address is None:
+            end_descendants(_LOST_GRACE_S if cluster.is_lost or requests.urgent.is_set() else _LEFTOVER_GRACE_S)
+
+
+def _stop(cluster: Cluster, requests: SignalRequests, stop_apps: Callable[[bool], None]) -> None:
+    """Stop the applications, then Ray. Neither may hold up the end of a cluster that has died."""
+    import ray
+
+    is_stopped = False
+    if not (cluster.is_lost or requests.urgent.is_set()):
+        is_stopped = _watch(cluster, requests, lambda: stop_apps(False))
+    if not (is_stopped or cluster.is_lost):
+        _within(_URGENT_GRACE_S, lambda: stop_apps(True))
+    _within(_LOST_GRACE_S if cluster.is_lost else _SHUTDOWN_S, ray.shutdown)
+
+
+def _watch(cluster: Cluster, requests: SignalRequests, action: Callable[[], None]) -> bool:
+    """Do it while the cluster lives and nobody is in a hurry. Returns whether it was finished.
+
+    Ray's own calls wait a minute for a cluster that has gone, and then abort the process.
+    """
+    is_finished = threading.Event()
+
+    def act() -> None:
+        action()
+        is_finished.set()
+
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_POLL_S)
+        try:
+            cluster.check_whole()
+        except LostError:
+            break
+        if requests.urgent.is_set():
+            break
+    return is_finished.is_set()
 
 
 def _within(seconds: float, action: Callable[[], object]) -> None:
@@ -207,21 +273,3 @@ def check_room(settings: Settings, cluster: Cluster) -> None:
     wanted = needed_cpus(settings)
     if 0 < cluster.num_cpus < wanted:
         raise ServingError(f"these settings need {wanted} CPUs of Ray's, which was started with {cluster.num_cpus}")
-
-
-@contextlib.contextmanager
-def _nothing_left_behind(grace_s: float = _LEFTOVER_GRACE_S) -> Iterator[None]:
-    """End whatever of our descendants outlives a shutdown, by process, never by name."""
-    ours = psutil.Process().children(recursive=True)
-    try:
-        yield
-    finally:
-        _, alive = psutil.wait_procs(ours, timeout=grace_s)
-        _kill(alive)
-
-
-def _kill(processes: Iterable[psutil.Process]) -> None:
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(list(processes), timeout=_LEFTOVER_GRACE_S)

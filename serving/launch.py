@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from serving.directory import EMPTY, Snapshot
 from serving.errors import ServingError, SettingsError
 from serving.lifecycle import ROUTER_APP, RunFile, app_names
 from serving.settings import Settings, load_settings
+from serving.supervisor import SignalRequests, supervise
 
 _POLL_S = 0.25
 _ERROR_LINE = re.compile(r"^[\w.]+(?:Error|Exception|Exit): ", re.MULTILINE)  # how a traceback ends
@@ -30,50 +28,41 @@ _FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 _FIXED = ("ray", "router.host", "router.port", "router.mode", "router.behind_serve", "engine.api_key", "engine.lease_s")
 
 
-@dataclass(slots=True)
-class Wishes:
-    """What signals have asked for."""
+class _Console(Console):
+    """Goes on when nobody can be told any more: a closed terminal must not cut the clean-up short."""
 
-    stop: threading.Event = field(default_factory=threading.Event)
-    reload: threading.Event = field(default_factory=threading.Event)
-
-    def listen(self) -> None:
-        """Take the signals. To be called again after `ray.init`, which takes SIGTERM's for itself."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: self.stop.set())
-        has_terminal = sys.stdout.isatty()
-        signal.signal(signal.SIGHUP, lambda *_: self._hang_up(has_terminal))
-
-    def _hang_up(self, had_terminal: bool) -> None:
-        """SIGHUP asks for a reload, unless it is the news that our terminal was closed."""
-        (self.stop if had_terminal and not _has_terminal() else self.reload).set()
-
-
-def _has_terminal() -> bool:
-    try:
-        return os.tcgetpgrp(sys.stdout.fileno()) >= 0
-    except OSError:
-        return False
+    def print(self, *objects: Any, **options: Any) -> None:
+        with contextlib.suppress(OSError):
+            super().print(*objects, **options)
 
 
 def run_stack(settings: Settings, *, config: Path, is_verbose: bool) -> int:
-    """Serve until SIGINT or SIGTERM; SIGHUP reads `config` again. Returns the exit status."""
-    console = Console(stderr=False, highlight=False, soft_wrap=True)
-    wishes = Wishes()
-    wishes.listen()
+    """Serve until SIGINT or SIGTERM; SIGHUP reads `config` again.
+
+    Returns:
+        The exit status: 0 when it was asked to stop and has stopped, 130 when it was asked before it was ready, 1 when
+        it could not start or was lost.
+    """
+    console = _Console(stderr=False, highlight=False, soft_wrap=True)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False)
+
+    def tell_death(name: str, num_killed: int) -> None:
+        say(f"the stack's process was ended by {name}; {num_killed} processes that it had left behind were ended")
+        if settings.ray.address is not None:
+            say(f"its applications are still on the Ray cluster: serving down --config {config} removes them")
+
     try:
-        refuse_taken_port(settings.router.host, settings.router.port)
         run_file = RunFile(settings, config)
         with run_file.kept():
-            if not _Stack(settings, config, run_file, console, wishes, is_verbose).run():
-                return 130
+            refuse_taken_port(settings.router.host, settings.router.port)
+            return supervise(
+                lambda requests: _Stack(settings, config, run_file, console, requests, is_verbose).run(), tell_death
+            )
     except (StartError, ServingError, OSError) as error:
-        console.print(f"not started: {error}", markup=False)
+        say(f"not started: {error}")
         return 1
-    except LostError:  # told when it was seen
-        return 1
-    console.print("stopped")
-    return 0
 
 
 @dataclass(slots=True)
@@ -84,33 +73,75 @@ class _Stack:
     config: Path
     run_file: RunFile
     console: Console
-    wishes: Wishes
+    requests: SignalRequests
     is_verbose: bool
 
-    def run(self) -> bool:
-        """From the start of Ray to its end. False when the user has had enough before it was ready."""
-        with run_cluster(self.settings, self.is_verbose, self._stop_apps) as cluster:
-            self.wishes.listen()
-            try:
-                with self._status("starting Ray") as say:
+    def run(self) -> int:
+        """From the start of Ray to its end, in a process of its own. Returns the exit status of `run_stack`."""
+        status, last_words = 0, "stopped"
+        try:
+            with run_cluster(self.settings, self.is_verbose, self.requests, self._stop_apps) as cluster:
+                status = self._run_on(cluster)
+                last_words = self._announce_stop(status)
+            if cluster.is_lost:
+                last_words = "stopped, not in order: Ray's processes were ended too, so requests that ran were cut off"
+        except LostError:  # told when it was noticed
+            status, last_words = 1, "stopped, because Ray was lost; start it again"
+        except (StartError, ServingError, OSError) as error:
+            status, last_words = 1, f"not started: {error}"
+        except SystemExit:  # Ray's own answer to SIGTERM, while `ray.init` runs
+            status, last_words = 130, "stopped before it was ready"
+        if self.requests.is_orphaned:
+            status, last_words = 1, "stopped, since the process that supervised it has died"
+            self.run_file.remove()
+        self.console.print(last_words, markup=False)
+        return status
+
+    def _run_on(self, cluster: Cluster) -> int:
+        """Until the stack is asked to stop."""
+        try:
+            with self._status("starting Ray") as say:
+                is_ready = False
+                if not self.requests.stop.is_set():
                     deploy(self.settings, say)
-                    if not self._wait_until_ready(self.settings, cluster, say):
-                        return False
-                self._serve(cluster)
-            except LostError as error:
-                self.console.print(f"Ray is lost: {error}. Stopping what is left; start it again.", markup=False)
-                raise
-            self.console.print("stopping: running requests are finished first ...")
-        return True
+                    is_ready = self._wait_until_ready(self.settings, cluster, say)
+        except LostError as error:
+            self._tell_loss(error)
+            raise
+        except BaseException:
+            self.requests.urgent.set()
+            raise
+        if not is_ready:
+            self.requests.urgent.set()  # nobody was served yet: there is nothing to wait for
+            return 130
+        try:
+            self._serve(cluster)
+        except LostError as error:
+            self._tell_loss(error)
+            raise
+        return 0
+
+    def _tell_loss(self, error: LostError) -> None:
+        self.console.print(f"Ray is lost: {error}. Stopping what is left ...", markup=False)
+
+    def _announce_stop(self, status: int) -> str:
+        """Tell the user that the stop has begun; gives what is to be said at its end."""
+        if status:
+            return "stopped before it was ready"
+        if self.requests.urgent.is_set():
+            self.console.print("stopping at once: running requests are cut off ...")
+        else:
+            self.console.print("stopping: running requests are finished first (a second Ctrl-C cuts them off) ...")
+        return "stopped"
 
     def _serve(self, cluster: Cluster) -> None:
         """Until somebody wants it to end."""
         self.console.print(_greeting(self.settings, _read_directory(self.settings)), markup=False)
         self.run_file.note_ready()
-        while not self.wishes.stop.wait(_POLL_S):
+        while not self.requests.stop.wait(_POLL_S):
             cluster.check()
-            if self.wishes.reload.is_set():
-                self.wishes.reload.clear()
+            if self.requests.reload.is_set():
+                self.requests.reload.clear()
                 self._reload(cluster)
 
     @contextlib.contextmanager
@@ -118,11 +149,11 @@ class _Stack:
         with self.console.status(text) as status:
             yield _teller(self.console, status.update)
 
-    def _stop_apps(self) -> None:
+    def _stop_apps(self, is_urgent: bool) -> None:
         from ray import serve
 
         for name in app_names(self.settings):
-            serve.delete(name)
+            serve.delete(name, _blocking=not is_urgent)
 
     def _reload(self, cluster: Cluster) -> None:
         """Read the settings again and put them in force; what is wrong with them leaves the old ones in force."""
@@ -162,7 +193,7 @@ class _Stack:
         from ray import serve
 
         deadline = time.monotonic() + max(model.start_timeout_s for model in settings.models.values())
-        while not self.wishes.stop.wait(_POLL_S):
+        while not self.requests.stop.wait(_POLL_S):
             cluster.check()
             found = serve.status().applications
             applications = {name: found[name] for name in app_names(settings) if name in found}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import logging
 import os
@@ -84,6 +85,7 @@ class RunFile:
 
     def __init__(self, settings: Settings, config: Path) -> None:
         self._path = run_file(settings)
+        self._port = settings.router.port
         self._run = Run(
             pid=os.getpid(),
             created_s=psutil.Process().create_time(),
@@ -95,12 +97,42 @@ class RunFile:
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[RunFile]:
-        """There while the context lasts."""
-        self._write()
+        """There while the context lasts, with the port locked for as long as a process of this run lives.
+
+        Routers share their port, so the kernel would let a second stack listen there and split the clients.
+
+        Raises:
+            ServingError: another `serving up` of this user has the port, be it one that still stops.
+        """
+        with self._lock():
+            self._write()
+            try:
+                yield self
+            finally:
+                self.remove()
+
+    def remove(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        """A forked child shares the lock; it is gone with the last of them, however they end."""
+        file = run_folder() / f"port-{self._port}.lock"  # stays: who removed it could not know who waits for it
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
-            yield self
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise ServingError(self._explain_taken()) from None
+        try:
+            yield
         finally:
-            self._path.unlink(missing_ok=True)
+            os.close(handle)
+
+    def _explain_taken(self) -> str:
+        other = next((run for run in find_runs() if run.address.endswith(f":{self._port}")), None)
+        who = f"`serving up` (pid {other.pid}, {other.config})" if other else "`serving up` that is stopping"
+        return f"port {self._port} is taken by another {who}; wait for it, stop it with `serving down`, or set PORT=..."
 
     def note_ready(self) -> None:
         self._run = dataclasses.replace(self._run, is_ready=True)

@@ -49,12 +49,17 @@ class ScriptedStack:
         self.settings["models"]["m"] |= model
         self.config.write_text(yaml.safe_dump(self.settings))
 
-    def start(self) -> None:
+    def spawn(self) -> None:
+        """Start it without waiting for anything."""
         self.write()
         with (self.folder / "serve.log").open("wb") as out:
             self.process = subprocess.Popen(
                 [SERVING, "up", "--config", self.config], cwd=ROOT, stdout=out, stderr=out, start_new_session=True
             )
+
+    def start(self) -> None:
+        """Start it and wait until it is ready."""
+        self.spawn()
         wait_until(lambda: "Ready on" in self.log or self.running.poll() is not None, _READY_WITHIN_S, "it was ready")
         assert self.running.poll() is None, self.log
 
@@ -98,7 +103,17 @@ class ScriptedStack:
 
 @contextlib.contextmanager
 def run_scripted_stack(folder: Path, script: Mapping[str, Any] | None, **sections: Any) -> Iterator[ScriptedStack]:
-    """One model `m` of scripted engines, ready; stopped with the context. `sections` are merged into the settings.
+    """One model `m` of scripted engines, ready; stopped with the context. `sections` are merged into the settings."""
+    stack = build_scripted_stack(folder, script, **sections)
+    try:
+        stack.start()
+        yield stack
+    finally:
+        stack.stop()
+
+
+def build_scripted_stack(folder: Path, script: Mapping[str, Any] | None, **sections: Any) -> ScriptedStack:
+    """The same, not started.
 
     Without a script the model's section must say what vLLM runs.
     """
@@ -112,12 +127,7 @@ def run_scripted_stack(folder: Path, script: Mapping[str, Any] | None, **section
         settings["models"]["m"]["script"] = dict(script)
     for name, section in sections.items():
         (settings["models"]["m"] if name == "model" else settings.setdefault(name, {})).update(section)
-    stack = ScriptedStack(folder, settings, port)
-    try:
-        stack.start()
-        yield stack
-    finally:
-        stack.stop()
+    return ScriptedStack(folder, settings, port)
 
 
 def wait_until(is_so: Callable[[], bool], timeout_s: float, what: str) -> None:

@@ -214,9 +214,11 @@ async def test_in_a_joined_cluster_one_replica_ends_before_the_next_and_requests
         assert not clients.failures
         assert not pids_anywhere("engine-m") & before
         print(f"no replica from {gap_s:.1f} s after the reload on; {clients.num_done} requests")
-        # The command dies without a chance to clean up: what it has left in the cluster is taken out through Ray.
-        stack.running.kill()
-        stack.running.wait()
+        # The process that talks to Ray dies without a chance to clean up: what it has left is taken out through Ray.
+        (stack_process,) = psutil.Process(stack.running.pid).children()
+        stack_process.kill()
+        assert stack.running.wait(15) == 1
+        assert stack.log.endswith(f"serving down --config {stack.config} removes them\n")
         assert ask(stack)["model"] == "m"
         done = await run(stack, "down", "--config", str(stack.config))
         assert (done.returncode, done.stderr) == (0, "")

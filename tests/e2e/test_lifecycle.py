@@ -88,14 +88,3 @@ def test_engine_arguments_that_vllm_refuses_end_the_start_with_the_reason() -> N
     assert done.returncode == 1
     assert "unrecognized arguments: --max-model-length" in done.stdout
     assert "Traceback" not in done.stdout
-
-
-def test_sigterm_ends_the_stack_as_ctrl_c_does(start_stack: Callable[..., Stack]) -> None:
-    stack = start_stack(SERVING__MODELS__NANO__SCRIPT__TOKENS_PER_S="30")  # an engine by script starts sooner
-    everything = stack.descendants()
-    (command,) = (process for process in everything if "serving" in process.name() and "up" in process.cmdline())
-    command.terminate()
-    stack.process.wait(60)
-    _, alive = psutil.wait_procs(everything, timeout=5)
-    assert not alive, [process.cmdline() for process in alive]
-    assert "stopped" in stack.log.read_text()

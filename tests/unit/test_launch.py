@@ -9,8 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ from serving.errors import ServingError, SettingsError
 from serving.ocr_settings import OcrSettings
 from serving.router_settings import RouterSettings
 from serving.settings import AutoscalingSettings, ModelSettings, RaySettings, Settings
+from serving.supervisor import SignalRequests
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's own; `launch` imports it late
@@ -189,33 +191,6 @@ def test_a_joined_cluster_is_lost_when_it_cannot_be_reached_three_times() -> Non
         ours.check()
 
 
-# Signals
-
-
-def test_signals_ask_for_an_end_or_for_the_settings_to_be_read_again() -> None:
-    wishes = launch.Wishes()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        wishes.listen()
-        signal.raise_signal(signal.SIGHUP)
-        assert (wishes.stop.is_set(), wishes.reload.is_set()) == (False, True)
-        signal.raise_signal(signal.SIGTERM)
-        assert wishes.stop.is_set()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def test_a_terminal_that_was_closed_asks_for_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    wishes = launch.Wishes()
-    monkeypatch.setattr(launch, "_has_terminal", lambda: True)
-    wishes._hang_up(had_terminal=True)
-    assert (wishes.stop.is_set(), wishes.reload.is_set()) == (False, True)
-    monkeypatch.setattr(launch, "_has_terminal", lambda: False)
-    wishes._hang_up(had_terminal=True)
-    assert wishes.stop.is_set()
-
-
 # Reading the settings again
 
 
@@ -354,31 +329,85 @@ def test_each_thing_is_said_once_and_as_it_is() -> None:
 # The end
 
 
-def test_what_outlives_a_shutdown_is_ended() -> None:
-    script = """
-import subprocess, sys
-from serving import cluster
-cluster._LEFTOVER_GRACE_S = 0.2
-stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
-child = subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE)
-child.stdout.readline()
-with cluster._nothing_left_behind(0.2):
-    pass
-print(child.pid)
-"""
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=True)
-    assert not psutil.pid_exists(int(ended.stdout))
+class Ended:
+    """Takes part in a stop: notes what was asked, and hangs as Ray's calls do when the cluster has gone."""
+
+    def __init__(self, *, hangs: bool = False) -> None:
+        self.asked: list[bool] = []
+        self._hangs = hangs
+
+    def stop_apps(self, is_urgent: bool) -> None:
+        self.asked.append(is_urgent)
+        if self._hangs and not is_urgent:
+            threading.Event().wait()
 
 
-def test_a_stranger_is_not_ended() -> None:
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Settings]]:
+    """Gives settings of a cluster that is there already, with a listener in the place of its GCS."""
+    monkeypatch.setattr(ray, "init", lambda **options: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with socket.socket() as gcs:
+        gcs.bind(("127.0.0.1", 0))
+        gcs.listen()
+        address = f"127.0.0.1:{gcs.getsockname()[1]}"
+        monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=address))
+        yield lambda: build_settings().model_copy(update={"ray": RaySettings(address=address)})
+
+
+@pytest.fixture
+def requests() -> Iterator[SignalRequests]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield SignalRequests()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_applications_are_stopped_in_order(joined: Callable[[], Settings], requests: SignalRequests) -> None:
+    ended = Ended()
+    with cluster.run_cluster(joined(), False, requests, ended.stop_apps):
+        pass
+    assert ended.asked == [False]
+
+
+def test_an_urgent_stop_does_not_wait_for_requests(joined: Callable[[], Settings], requests: SignalRequests) -> None:
+    ended = Ended(hangs=True)
+    with cluster.run_cluster(joined(), False, requests, ended.stop_apps):
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+    assert ended.asked == [True]
+
+
+def test_a_stop_that_becomes_urgent_is_cut_short(joined: Callable[[], Settings], requests: SignalRequests) -> None:
+    ended = Ended(hangs=True)
+    with cluster.run_cluster(joined(), False, requests, ended.stop_apps):
+        threading.Timer(0.3, requests.urgent.set).start()
+    assert ended.asked == [False, True]
+
+
+def test_a_cluster_that_dies_while_it_stops_is_not_waited_for(
+    joined: Callable[[], Settings], requests: SignalRequests
+) -> None:
+    ended = Ended(hangs=True)
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    try:
-        subprocess.run(
-            [sys.executable, "-c", "from serving import cluster\nwith cluster._nothing_left_behind(0.2): pass"],
-            timeout=30,
-            check=True,
-        )
-        assert child.poll() is None
-    finally:
+    with cluster.run_cluster(joined(), False, requests, ended.stop_apps) as ours:
+        ours._children = [psutil.Process(child.pid)]  # one of Ray's lesser processes
+        ours.check()
         child.kill()
-        child.wait()
+    child.wait()
+    assert ours.is_lost
+    assert ended.asked == [False]
+
+
+def test_nothing_is_stopped_on_a_cluster_that_was_never_reached(
+    joined: Callable[[], Settings], requests: SignalRequests, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**options: object) -> None:
+        raise ConnectionError("nobody there")
+
+    settings = joined()
+    monkeypatch.setattr(ray, "init", refuse)
+    ended = Ended()
+    with pytest.raises(ConnectionError), cluster.run_cluster(settings, False, requests, ended.stop_apps):
+        pass
+    assert ended.asked == []

@@ -77,9 +77,55 @@ def test_a_run_file_lasts_as_long_as_what_runs_and_is_nobody_elses(folder: Path)
         file.note_reload("no")
         (run,) = find_runs()
         assert (run.is_ready, run.num_reloads, run.reload_error) == (True, 1, "no")
-        assert len(list(folder.iterdir())) == 1, "nothing half written stays"
+        assert len(list(folder.glob("*.json*"))) == len(list(folder.iterdir())) - 1, "nothing half written stays"
     assert find_runs() == []
-    assert list(folder.iterdir()) == []
+    assert [file.name for file in folder.iterdir()] == ["port-8000.lock"]
+
+
+HOLD = """
+import os, sys
+from pathlib import Path
+from serving.lifecycle import RunFile
+from serving.router_settings import RouterSettings
+from serving.settings import ModelSettings, Settings
+
+router = RouterSettings(port=int(sys.argv[1]), host=sys.argv[2], allow_unauthenticated=True)
+with RunFile(Settings(models={"m": ModelSettings(checkpoint="x")}, router=router), Path("first.yaml")).kept():
+    if os.fork() == 0:
+        print(os.getpid(), flush=True)
+        sys.stdin.readline()
+        os._exit(0)
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_a_port_has_one_stack_until_its_last_process_has_ended(folder: Path, host: str) -> None:
+    environment = {**os.environ, "TMPDIR": str(folder.parent)}
+    held = subprocess.Popen(
+        [sys.executable, "-c", HOLD, "8000", host],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert held.stdin is not None
+    assert held.stdout is not None
+    child = psutil.Process(int(held.stdout.readline()))
+    with pytest.raises(ServingError, match=rf"port 8000 is taken by .*pid {held.pid}, .*first.yaml"):
+        RunFile(build_settings(), Path("c.yaml")).kept().__enter__()
+    with RunFile(build_settings(8001), Path("c.yaml")).kept():
+        pass
+    held.kill()
+    held.wait()
+    with pytest.raises(ServingError, match=r"port 8000 is taken by .* that is stopping"):
+        RunFile(build_settings(), Path("c.yaml")).kept().__enter__()
+    child.kill()
+    child.wait()
+    held.stdin.close()
+    held.stdout.close()
+    with RunFile(build_settings(), Path("c.yaml")).kept():
+        assert [run.pid for run in find_runs()] == [os.getpid()]
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o770, 0o701])

@@ -1,0 +1,217 @@
+"""The two processes behind `serving up`, and the promise that nothing which they started outlives them.
+
+The supervisor is the process that a user or a service manager knows. It waits, passes signals on, and cleans up. Its
+child runs the stack: it talks to Ray, and so it can hang or be aborted by Ray's C++ code. Either cleans up after the
+other:
+
+- Both adopt orphans (`PR_SET_CHILD_SUBREAPER`, Linux): an engine whose replica was killed becomes a child of the stack
+  process, or of the supervisor when that has ended too, instead of escaping to init.
+- The stack process and everything below it live in a session of their own. A signal to the process group of the
+  terminal or the service manager reaches the supervisor alone, so Ray is still there when the stack stops in order.
+- The stack process is told by the kernel when its supervisor has died (`PR_SET_PDEATHSIG`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+import psutil
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_STOP = (signal.SIGINT, signal.SIGTERM)
+_WATCHED = frozenset({*_STOP, signal.SIGHUP, signal.SIGCHLD})
+_POLL_S = 0.5
+_SWEEP_S = 5.0
+
+
+@dataclass(slots=True)
+class SignalRequests:
+    """What signals have asked the stack process for."""
+
+    stop: threading.Event = field(default_factory=threading.Event)
+    urgent: threading.Event = field(default_factory=threading.Event)
+    """Do not wait for running requests: a second signal came, or the supervisor has died."""
+    reload: threading.Event = field(default_factory=threading.Event)
+    supervisor_pid: int = field(default_factory=os.getppid)
+
+    def listen(self) -> None:
+        """Handle signals from now on. Call it again after `ray.init`, which installs a SIGTERM handler of its own."""
+        for number in _STOP:
+            signal.signal(number, lambda *_: self._stop())
+        signal.signal(signal.SIGHUP, lambda *_: self.reload.set())
+
+    def _stop(self) -> None:
+        if self.stop.is_set() or self.is_orphaned:
+            self.urgent.set()
+        self.stop.set()
+
+    @property
+    def is_orphaned(self) -> bool:
+        """Whether the supervisor has died."""
+        return os.getppid() != self.supervisor_pid
+
+
+def supervise(
+    run: Callable[[SignalRequests], int], tell_death: Callable[[str, int], None], urgent_s: float = 8.0
+) -> int:
+    """Run the stack in a child process, and end every process that it leaves behind.
+
+    Call it before any thread is started: the process forks.
+
+    Args:
+        run: the stack, until a signal asks it to stop; returns the exit status.
+        tell_death: called when the stack process was killed, after the clean-up: the name of the signal that ended it,
+            and how many processes it had left behind.
+        urgent_s: after a second request to stop, how long the stack process may take before it is killed.
+
+    Returns:
+        The exit status: that of `run`, or 1 when its process was killed.
+    """
+    adopt_orphans()
+    has_terminal = sys.stdout.isatty()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
+    supervisor_pid = os.getpid()
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        _run_child(run, supervisor_pid, mask)
+    try:
+        status = _wait(pid, has_terminal, urgent_s)
+        num_killed = end_descendants(0.0)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    if status < 0:
+        tell_death(signal.Signals(-status).name, num_killed)
+        return 1
+    return status
+
+
+def _run_child(run: Callable[[SignalRequests], int], supervisor_pid: int, mask: Collection[int]) -> None:
+    """The child's whole life; does not return."""
+    status = 1
+    try:
+        os.setsid()
+        adopt_orphans()
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        requests = SignalRequests(supervisor_pid=supervisor_pid)
+        requests.listen()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if requests.is_orphaned:  # it died before the kernel was asked to tell
+            return
+        status = run(requests)
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else 1
+    except BaseException:  # noqa: BLE001  # the process ends here, whatever it was
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(status)  # not through exit handlers: Ray's would wait for a cluster that may be gone
+
+
+def _wait(pid: int, has_terminal: bool, urgent_s: float) -> int:
+    """Pass signals on until the stack process has ended; its exit status, or minus the signal that ended it."""
+    num_stops, kill_at_s = 0, float("inf")
+    while True:
+        info = signal.sigtimedwait(_WATCHED, _POLL_S)
+        number = info.si_signo if info is not None else 0
+        status = _reap(pid)
+        if status is not None:
+            return status
+        if number == signal.SIGHUP and not (has_terminal and not _has_terminal()):
+            os.kill(pid, signal.SIGHUP)
+        elif number == signal.SIGHUP or number in _STOP:
+            num_stops += 1
+            os.kill(pid, signal.SIGTERM if number == signal.SIGHUP else number)
+            if num_stops == 2:
+                kill_at_s = time.monotonic() + urgent_s
+        if time.monotonic() > kill_at_s:
+            os.kill(pid, signal.SIGKILL)
+
+
+def _reap(pid: int) -> int | None:
+    """Collect whatever has ended; the status of `pid` if it is among them."""
+    while True:
+        try:
+            ended, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return None
+        if not ended:
+            return None
+        if ended == pid:
+            return os.waitstatus_to_exitcode(status)
+
+
+def _has_terminal() -> bool:
+    try:
+        return os.tcgetpgrp(sys.stdout.fileno()) >= 0
+    except OSError:
+        return False
+
+
+def adopt_orphans() -> None:
+    """Become the parent of descendants whose own parent has died.
+
+    Raises:
+        OSError: the kernel refuses; Linux has known this since 3.4.
+    """
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _prctl(option: int, value: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def reap_adopted(own: Collection[int]) -> None:
+    """Collect the exit statuses of adopted orphans, which would stay as zombies.
+
+    Args:
+        own: children that this process has started itself; whoever started them waits for them.
+    """
+    with contextlib.suppress(ChildProcessError):
+        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+            if ended.si_pid in own:
+                return
+            os.waitpid(ended.si_pid, os.WNOHANG)
+
+
+def end_descendants(grace_s: float) -> int:
+    """Wait up to `grace_s` for all descendants to end, then kill them. Returns how many had to be killed.
+
+    The caller adopts orphans: what a killed process leaves behind is looked for again, until nothing is left.
+    """
+    _, alive = psutil.wait_procs(_descendants(), timeout=grace_s)
+    killed: set[int] = set()
+    deadline_s = time.monotonic() + _SWEEP_S
+    while (alive := _descendants()) and time.monotonic() < deadline_s:
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+                killed.add(process.pid)
+        psutil.wait_procs(alive, timeout=_POLL_S)
+    return len(killed)
+
+
+def _descendants() -> list[psutil.Process]:
+    """Those that still run; the zombies among them that nobody else waits for are collected."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+            elif process.ppid() == os.getpid():
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(process.pid, os.WNOHANG)
+    return found
