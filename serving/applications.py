@@ -127,8 +127,14 @@ def build_engine(name: str, settings: Settings, checkpoints: Path = _CHECKPOINTS
     """The replicas of one model, with the router's checks inside where the settings want them there.
 
     Raises:
-        SettingsError: its checkpoint's folder is not there.
+        SettingsError: its checkpoint's folder is not there, or its engines would be open to the network.
     """
+    if settings.engine.needs_key:
+        raise SettingsError(
+            f"engine.host {settings.engine.host} can be reached by others and engines ask nobody for a key; set "
+            "engine.api_key (environment SERVING__ENGINE__API_KEY on every node), or engine.allow_unauthenticated: "
+            "true if the network keeps them out"
+        )
     checked = build_inline_app if settings.router.mode == "inline" else None
     return build_engine_app(name, settings, resolve_checkpoint(settings.models[name].checkpoint, checkpoints), checked)
 

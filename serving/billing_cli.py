@@ -34,6 +34,7 @@ from serving.billing.reports import (
 from serving.billing.spend import CostLine, report_costs
 from serving.billing.spool import read_spools
 from serving.errors import SettingsError
+from serving.lifecycle import read_engine_key
 from serving.settings import Settings, load_settings
 
 app = typer.Typer(
@@ -163,9 +164,7 @@ def run_reconcile(
         if counters is not None:
             readings = load_readings(counters)
         else:
-            key = settings.engine.api_key
-            api_key = key.get_secret_value() if key is not None else None
-            readings = await fetch_readings(base_urls, time_ns=time.time_ns(), api_key=api_key)
+            readings = await fetch_readings(base_urls, time_ns=time.time_ns(), api_key=read_engine_key(settings))
         await _catch_up(database, settings)
         window = Window(earlier.time_ns, _EVER.end_ns) if earlier is not None else _EVER
         async with database.reading() as connection:

@@ -14,7 +14,8 @@ from typing import Any
 import psutil
 
 from serving.errors import ServingError
-from serving.settings import Settings
+from serving.ray_access import CLOSED_METRICS, UnreachableError, check_closed, prepare_token
+from serving.settings import RaySettings, Settings
 from serving.supervisor import SignalRequests, end_descendants, reap_adopted
 from serving.versions import max_replicas
 
@@ -36,7 +37,7 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
-}
+} | CLOSED_METRICS
 
 
 class StartError(Exception):
@@ -62,7 +63,12 @@ class Cluster:
         self.is_lost = False
 
     def start(self, settings: Settings, is_verbose: bool) -> None:
-        """Join it, or start it."""
+        """Join it, or start it.
+
+        Raises:
+            StartError: it cannot be joined.
+            SettingsError: it can, by anyone.
+        """
         options: dict[str, Any] = {"address": settings.ray.address or "local"}
         if self._is_own:
             self.num_cpus = settings.ray.num_cpus or needed_cpus(_with_documents(settings))
@@ -77,7 +83,10 @@ class Cluster:
             "logging_level": "warning" if is_verbose else "error",
             "configure_logging": is_verbose,
         }
-        _init_ray(options)
+        if self._is_own:
+            _init_ray(options)
+        else:
+            _join_ray(options, settings.ray)
         import ray
 
         self._address = ray.get_runtime_context().gcs_address
@@ -146,6 +155,30 @@ def _init_ray(options: dict[str, Any]) -> None:
         ray.init(**options)
 
 
+def _join_ray(options: dict[str, Any], settings: RaySettings) -> None:
+    """`ray.init` on a cluster that is there, which may take most of a minute to find that it is not.
+
+    Raises:
+        StartError: it is not, or does not take our token; in one line.
+        SettingsError: it takes anyone.
+    """
+    import ray
+
+    address = options["address"]
+    named = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+    try:
+        if named:
+            check_closed(named, settings)
+        ray.init(**options)
+        if not named:
+            check_closed(ray.get_runtime_context().gcs_address, settings)
+    except UnreachableError as error:
+        raise StartError(str(error)) from error
+    except (ConnectionError, ray.exceptions.RayError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise StartError(f"ray.address: {address} cannot be joined: {reason}") from error
+
+
 def _is_head(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.name() in _HEAD
@@ -173,6 +206,7 @@ def run_cluster(
     """
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
+    prepare_token(settings.ray)
     import ray.serve  # noqa: F401  # sets up its logger when imported, so before that is quietened
 
     if not is_verbose:

@@ -17,8 +17,8 @@ from rich.console import Console
 from serving.cluster import Cluster, LostError, StartError, check_room, refuse_taken_port, run_cluster
 from serving.directory import EMPTY, Snapshot
 from serving.errors import ServingError, SettingsError
-from serving.lifecycle import ROUTER_APP, RunFile, app_names
-from serving.settings import Settings, load_settings
+from serving.lifecycle import ROUTER_APP, RunFile, app_names, key_file, run_file
+from serving.settings import Settings, fill_keys, keep_keys, load_settings
 from serving.supervisor import SignalRequests, supervise
 
 _POLL_S = 0.25
@@ -53,8 +53,9 @@ def run_stack(settings: Settings, *, config: Path, is_verbose: bool) -> int:
         if settings.ray.address is not None:
             say(f"its applications are still on the Ray cluster: serving down --config {config} removes them")
 
+    settings, keys = fill_keys(settings)
     try:
-        run_file = RunFile(settings, config)
+        run_file = RunFile(settings, config, keys)
         with run_file.kept():
             refuse_taken_port(settings.router.host, settings.router.port)
             return supervise(
@@ -219,7 +220,7 @@ def _read_again(before: Settings, config: Path) -> Settings:
     """
     from serving.applications import resolve_checkpoint
 
-    after = load_settings(config)
+    after = keep_keys(before, load_settings(config))
     for path in _FIXED:
         old, new = before, after
         for part in path.split("."):
@@ -320,9 +321,13 @@ def _greeting(settings: Settings, snapshot: Snapshot) -> str:
     engines = "".join(
         f"  {record.model} at {record.base_url} (vLLM's metrics: /metrics)\n" for record in snapshot.records
     )
+    metrics_key = key_file(run_file(settings), "metrics")
+    if metrics_key.exists():
+        engines += f"Prometheus brings the key in {metrics_key} as a bearer token.\n"
+    key = '-H "authorization: Bearer $SERVING_API_KEY" ' if settings.router.keys_file is not None else ""
     return (
         f"\nReady on {url}/v1, engine replicas:\n{engines}\nTry:\n\n"
-        f"  curl {url}/v1/chat/completions -H 'content-type: application/json' \\\n"
+        f"  curl {url}/v1/chat/completions -H 'content-type: application/json' {key}\\\n"
         f'    -d \'{{"model": "{model}", "max_tokens": 32, "messages": [{{"role": "user", "content": "Hello"}}]}}\'\n\n'
         f"{_tell_of_documents(settings, url)}The README shows how to send a page. Ctrl-C stops everything.\n"
     )

@@ -17,13 +17,14 @@ import signal
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from serving.errors import ServingError
+from serving.ray_access import prepare_token
 from serving.settings import Settings
 
 Say = Callable[[str], None]
@@ -80,11 +81,27 @@ def run_file(settings: Settings) -> Path:
     return run_folder() / (re.sub(r"[^A-Za-z0-9.-]", "_", address) + ".json")
 
 
+def key_file(run: Path, name: str) -> Path:
+    """Where a run's key is for other programs of its user: `engine`, or `metrics` (a `credentials_file`)."""
+    return run.with_suffix(f".{name}-key")
+
+
+def read_engine_key(settings: Settings) -> str | None:
+    """The key of the engines that run with these settings: their own, or the one that `serving up` has made."""
+    if settings.engine.api_key is not None:
+        return settings.engine.api_key.get_secret_value()
+    with contextlib.suppress(OSError):
+        return key_file(run_file(settings), "engine").read_text()
+    return None
+
+
 class RunFile:
     """The run file of this very process."""
 
-    def __init__(self, settings: Settings, config: Path) -> None:
+    def __init__(self, settings: Settings, config: Path, keys: Mapping[str, str] | None = None) -> None:
+        """`keys` were made for this run: other programs of its user find them at `key_file`."""
         self._path = run_file(settings)
+        self._keys = dict(keys or {})
         self._port = settings.router.port
         self._run = Run(
             pid=os.getpid(),
@@ -106,6 +123,8 @@ class RunFile:
         """
         with self._lock():
             self._write()
+            for name, key in self._keys.items():
+                _write_private(key_file(self._path, name), key)
             try:
                 yield self
             finally:
@@ -113,6 +132,8 @@ class RunFile:
 
     def remove(self) -> None:
         self._path.unlink(missing_ok=True)
+        for name in self._keys:
+            key_file(self._path, name).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
@@ -144,11 +165,15 @@ class RunFile:
         self._write()
 
     def _write(self) -> None:
-        text = json.dumps(dataclasses.asdict(self._run))
-        new = self._path.with_suffix(f".{os.getpid()}")
-        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w") as out:
-            out.write(text)
-        new.replace(self._path)  # whoever reads sees the old or the new, never half of one
+        _write_private(self._path, json.dumps(dataclasses.asdict(self._run)))
+
+
+def _write_private(file: Path, text: str) -> None:
+    """Replace a file at once, so that a reader sees the old or the new text, never half of one."""
+    new = file.with_suffix(f".{os.getpid()}")
+    with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w") as out:
+        out.write(text)
+    new.replace(file)
 
 
 def find_runs(config: Path | None = None) -> list[Run]:
@@ -222,6 +247,7 @@ def _wait(is_over: Callable[[], bool], timeout_s: float, say: Say) -> bool:
 
 def remove_apps(settings: Settings) -> bool:
     """Take the stack's applications out of a Ray cluster that outlived its `serving up`. False when there were none."""
+    prepare_token(settings.ray)
     import ray
     from ray import serve
 

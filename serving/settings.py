@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -124,9 +125,10 @@ class EngineSettings(Frozen):
     host: str = "127.0.0.1"
     """Address that replicas listen on and are known by; `auto` takes the node's own address."""
     api_key: SecretStr | None = None
-    """When set, engines refuse whoever does not bring it; routers do."""
+    """Engines refuse requests without it; routers bring it. None: `serving up` makes one for the run when the router
+    has keys or `host` can be reached from other machines."""
     allow_unauthenticated: bool = False
-    """Must be said before engines without a key listen on an address that others can reach."""
+    """Required to run engines without a key where one would be made: everyone who reaches an engine may use it."""
     heartbeat_s: Annotated[float, Field(gt=0, le=60)] = 1.0
     lease_s: Annotated[float, Field(gt=0, le=600)] = 10.0
     """A replica that has not been heard of for so long is no longer listed."""
@@ -137,12 +139,12 @@ class EngineSettings(Frozen):
     def _check_address(self) -> EngineSettings:
         if self.host in ("0.0.0.0", "::"):
             raise ValueError(f"host {self.host} is no address that routers could reach; auto takes the node's own")
-        if not is_loopback(self.host) and self.api_key is None and not self.allow_unauthenticated:
-            raise ValueError(
-                f"host {self.host} can be reached by others and engines ask nobody for a key; set api_key "
-                "(environment SERVING__ENGINE__API_KEY), or allow_unauthenticated: true if the network keeps them out"
-            )
         return self
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether other machines could use the engines without a key, and nobody has said that they may."""
+        return not is_loopback(self.host) and self.api_key is None and not self.allow_unauthenticated
 
     @model_validator(mode="after")
     def _check_lease(self) -> EngineSettings:
@@ -159,6 +161,8 @@ class RaySettings(Frozen):
     num_cpus: Annotated[int, Field(ge=1)] | None = None
     object_store_bytes: Annotated[int, Field(ge=75 * 2**20)] | None = None
     namespace: Name = "serving"
+    let_anyone_on_the_network_run_code: bool = False
+    """Required to use a Ray cluster without token authentication: whoever reaches its ports runs code as its user."""
 
 
 class Settings(Frozen):
@@ -225,6 +229,33 @@ def load_settings(file: Path, environ: Mapping[str, str] | None = None) -> Setti
     except ValidationError as error:
         lines = [_explain(problem, file, origins) for problem in error.errors()]
         raise SettingsError("\n".join(lines)) from error
+
+
+def fill_keys(settings: Settings) -> tuple[Settings, dict[str, str]]:
+    """Give engines and metrics ports a key where the settings name none and other users or machines could reach them.
+
+    Returns:
+        The settings for every process of the stack, and the keys that were made, `engine` and `metrics`.
+    """
+    engine, telemetry, has_keys = settings.engine, settings.telemetry, settings.router.keys_file is not None
+    keys: dict[str, str] = {}
+    if engine.needs_key or (has_keys and engine.api_key is None and not engine.allow_unauthenticated):
+        keys["engine"] = secrets.token_urlsafe(32)
+        engine = engine.model_copy(update={"api_key": SecretStr(keys["engine"])})
+    if has_keys and telemetry.metrics_key is None:
+        keys["metrics"] = secrets.token_urlsafe(32)
+        telemetry = telemetry.model_copy(update={"metrics_key": SecretStr(keys["metrics"])})
+    return settings.model_copy(update={"engine": engine, "telemetry": telemetry}), keys
+
+
+def keep_keys(before: Settings, after: Settings) -> Settings:
+    """Settings that were read again, with the keys that the running stack was given."""
+    engine, telemetry = after.engine, after.telemetry
+    if engine.api_key is None:
+        engine = engine.model_copy(update={"api_key": before.engine.api_key})
+    if telemetry.metrics_key is None:
+        telemetry = telemetry.model_copy(update={"metrics_key": before.telemetry.metrics_key})
+    return after.model_copy(update={"engine": engine, "telemetry": telemetry})
 
 
 def dump_settings(settings: Settings) -> str:

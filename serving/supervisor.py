@@ -29,7 +29,10 @@ import psutil
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _STOP = (signal.SIGINT, signal.SIGTERM)
+# From the supervisor to the stack process, which a service manager may send the others at the same time.
+_ASK_STOP, _ASK_URGENT_STOP, _ASK_RELOAD = signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP
 _WATCHED = frozenset({*_STOP, signal.SIGHUP, signal.SIGCHLD})
+_MASKED = _WATCHED | {_ASK_STOP, _ASK_URGENT_STOP}
 _POLL_S = 0.5
 _SWEEP_S = 5.0
 
@@ -46,13 +49,13 @@ class SignalRequests:
 
     def listen(self) -> None:
         """Handle signals from now on. Call it again after `ray.init`, which installs a SIGTERM handler of its own."""
-        for number in _STOP:
-            signal.signal(number, lambda *_: self._stop())
-        signal.signal(signal.SIGHUP, lambda *_: self.reload.set())
+        for number in (*_STOP, _ASK_STOP):
+            signal.signal(number, lambda *_: self.stop.set())
+        signal.signal(_ASK_URGENT_STOP, lambda *_: self._stop_at_once())
+        signal.signal(_ASK_RELOAD, lambda *_: self.reload.set())
 
-    def _stop(self) -> None:
-        if self.stop.is_set() or self.is_orphaned:
-            self.urgent.set()
+    def _stop_at_once(self) -> None:
+        self.urgent.set()
         self.stop.set()
 
     @property
@@ -79,7 +82,7 @@ def supervise(
     """
     adopt_orphans()
     has_terminal = sys.stdout.isatty()
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _MASKED)
     supervisor_pid = os.getpid()
     sys.stdout.flush()
     pid = os.fork()
@@ -102,7 +105,7 @@ def _run_child(run: Callable[[SignalRequests], int], supervisor_pid: int, mask: 
     try:
         os.setsid()
         adopt_orphans()
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        _prctl(_PR_SET_PDEATHSIG, _ASK_URGENT_STOP)
         requests = SignalRequests(supervisor_pid=supervisor_pid)
         requests.listen()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -129,10 +132,10 @@ def _wait(pid: int, has_terminal: bool, urgent_s: float) -> int:
         if status is not None:
             return status
         if number == signal.SIGHUP and not (has_terminal and not _has_terminal()):
-            os.kill(pid, signal.SIGHUP)
+            os.kill(pid, _ASK_RELOAD)
         elif number == signal.SIGHUP or number in _STOP:
             num_stops += 1
-            os.kill(pid, signal.SIGTERM if number == signal.SIGHUP else number)
+            os.kill(pid, _ASK_STOP if num_stops == 1 else _ASK_URGENT_STOP)
             if num_stops == 2:
                 kill_at_s = time.monotonic() + urgent_s
         if time.monotonic() > kill_at_s:

@@ -70,7 +70,7 @@ class Entrance:
         self._report_s = settings.router.report_s
         self._drain_s = settings.engine.drain_s
         self._server = HttpServer(app, host=host, port=0, drain_s=1, limits=settings.router.limits)
-        self._metrics = MetricsServer(app.render_metrics, app.list_targets, host)
+        self._metrics = MetricsServer(app.render_metrics, app.list_targets, host, settings.telemetry.metrics_key)
         app.metrics_url = self._metrics.url
         self._tasks: list[asyncio.Task[None]] = []
 

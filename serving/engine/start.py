@@ -18,6 +18,7 @@ from serving.engine.serve_log import keep_serve_log
 from serving.engine.usage import EngineUsage, SequenceCounts, UsageApp
 from serving.errors import SettingsError
 from serving.settings import NANO, ScriptSettings, Settings
+from serving.telemetry_settings import TelemetrySettings
 
 Say = Callable[[str], None]
 """Takes what is going on, in words for a person."""
@@ -47,7 +48,7 @@ async def run_engine(name: str, settings: Settings, checkpoint: str, say: Say) -
     model, key = settings.models[name], settings.engine.api_key
     api_key = None if key is None else key.get_secret_value()
     if model.script is not None:
-        async with _run_scripted(model.script, (name, *model.aliases), api_key) as engine:
+        async with _run_scripted(model.script, (name, *model.aliases), api_key, settings.telemetry) as engine:
             yield engine
     else:
         async with _run_vllm(name, settings, checkpoint, api_key, say) as engine:
@@ -55,14 +56,16 @@ async def run_engine(name: str, settings: Settings, checkpoint: str, say: Say) -
 
 
 @contextlib.asynccontextmanager
-async def _run_scripted(script: ScriptSettings, names: tuple[str, ...], api_key: str | None) -> AsyncIterator[Engine]:
+async def _run_scripted(
+    script: ScriptSettings, names: tuple[str, ...], api_key: str | None, telemetry: TelemetrySettings
+) -> AsyncIterator[Engine]:
     async with run_scripted(script, names, api_key=api_key) as (engine, app):
         facts = {
             "max_num_seqs": engine.max_num_seqs,
             "capacity_tokens": engine.kv_tokens,
             "max_model_len": engine.max_model_len,
         }
-        yield Engine(engine, UsageApp(app, ScriptedUsage(engine), api_key), facts, fail=lambda: None)
+        yield Engine(engine, UsageApp(app, ScriptedUsage(engine), api_key, telemetry), facts, fail=lambda: None)
 
 
 class ScriptedUsage:
@@ -114,7 +117,9 @@ async def _run_vllm(
             "image_config": _scalars(config.model_config.hf_image_processor_config),
             "image_options": _scalars(multimodal.mm_processor_kwargs or {}),
         }
-        yield Engine(client, UsageApp(app, usage, api_key), facts, fail=lambda: usage.end_all("error"))
+        yield Engine(
+            client, UsageApp(app, usage, api_key, settings.telemetry), facts, fail=lambda: usage.end_all("error")
+        )
 
 
 class _Watcher:

@@ -13,9 +13,7 @@ Served by `UsageApp` beside the engine's own routes, under the same key:
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import re
-import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -25,7 +23,9 @@ from typing import Any, Protocol
 import orjson
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serving.asgi.bearer import BearerKey
 from serving.errors import AuthenticationError, MethodNotAllowedError, RouteNotFoundError, ServingError
+from serving.telemetry_settings import TelemetrySettings
 
 _MAX_KEPT = 10_000
 _KEPT_S = 600.0
@@ -233,12 +233,28 @@ class Usage(Protocol):
 
 
 class UsageApp:
-    """ASGI middleware around an engine's app: announces requests to its usage, and serves what was counted."""
+    """ASGI middleware around an engine's app: checks the key, tells the usage of requests, serves what was counted.
 
-    def __init__(self, app: ASGIApp, usage: Usage, api_key: str | None) -> None:
+    vLLM itself asks for its key below `/v1` only; tokenizing, engine control and `/invocations` would be open.
+    """
+
+    def __init__(
+        self, app: ASGIApp, usage: Usage, api_key: str | None, telemetry: TelemetrySettings | None = None
+    ) -> None:
+        """Put it together.
+
+        Args:
+            app: the engine's own.
+            usage: what it has counted.
+            api_key: asked for on every route but `/health`, and `/metrics` where something else is said.
+            telemetry: whether `/metrics` has a key of its own, or is open.
+        """
         self._app = app
         self._usage = usage
-        self._key = None if api_key is None else _digest(api_key.encode())
+        self._key = BearerKey(api_key)
+        self._metrics_key = self._key
+        if telemetry is not None and (telemetry.metrics_key is not None or telemetry.opens_metrics):
+            self._metrics_key = BearerKey(telemetry.metrics_key)
         self.num_running = 0
         """HTTP requests that are being answered."""
         self.last_end_s = float("-inf")
@@ -257,6 +273,8 @@ class UsageApp:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
+        elif not self._lets_in(scope):
+            await _send_json(send, 401, AuthenticationError("The engine's key is wanted here.").body())
         elif scope["path"] == _PATH or scope["path"].startswith(f"{_PATH}/"):
             await self._answer(scope, send)
         elif scope["method"] == "POST":
@@ -285,12 +303,17 @@ class UsageApp:
             status, body = 200, self._find(scope)
         except ServingError as error:
             status, body = error.http_status, error.body()
-        headers = [(b"content-type", b"application/json")]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": orjson.dumps(body)})
+        await _send_json(send, status, body)
+
+    def _lets_in(self, scope: Scope) -> bool:
+        path = scope["path"]
+        if path == "/health":
+            return True
+        if path.rstrip("/") == "/metrics":
+            return self._metrics_key.lets_in(scope) or self._key.lets_in(scope)
+        return self._key.lets_in(scope)
 
     def _find(self, scope: Scope) -> dict[str, Any]:
-        self._check_key(dict(scope["headers"]).get(b"authorization", b""))
         if scope["method"] != "GET":
             raise MethodNotAllowedError(f"{_PATH} answers GET only.", "GET")
         request_id = scope["path"].removeprefix(_PATH).removeprefix("/")
@@ -299,14 +322,8 @@ class UsageApp:
             raise RouteNotFoundError("This engine knows of no such request, or does no longer.")
         return found
 
-    def _check_key(self, given: bytes) -> None:
-        scheme, _, key = given.partition(b" ")
-        if self._key is None:
-            return
-        if scheme.lower() != b"bearer" or not secrets.compare_digest(_digest(key), self._key):
-            raise AuthenticationError("The engine's key is wanted here.")
 
-
-def _digest(key: bytes) -> bytes:
-    """Of one length whatever the key's, so that comparing tells nothing."""
-    return hashlib.sha256(key).digest()
+async def _send_json(send: Send, status: int, body: dict[str, Any]) -> None:
+    headers = [(b"content-type", b"application/json")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": orjson.dumps(body)})

@@ -38,10 +38,11 @@ class OcrReplica:
         self._directory = directory
         self._report_s = settings.router.report_s
         ocr = settings.ocr
-        host = ray.util.get_node_ip_address() if ocr.host == "auto" else ocr.host
+        host, metrics_host = map(_resolve, (ocr.host, settings.telemetry.metrics_host))
         self._follows = ocr.router_url is None
         self._routers = Routers(ocr.router_url or _own_router(settings))
-        self._host = OcrHost(settings, self._routers, host, build_pages() if build_pages is not None else ())
+        pages = build_pages() if build_pages is not None else ()
+        self._host = OcrHost(settings, self._routers, host, pages, metrics_host)
         await self._host.start()
         with contextlib.suppress(ray.exceptions.RayError):
             await self._tell()
@@ -76,6 +77,10 @@ class OcrReplica:
         reports = await self._directory.announce.remote(self._host.record)
         if self._follows:
             self._routers.update([report.url for report in reports if report.url])
+
+
+def _resolve(host: str) -> str:
+    return str(ray.util.get_node_ip_address()) if host == "auto" else host
 
 
 def _own_router(settings: Settings) -> str:

@@ -19,8 +19,22 @@ from serving.telemetry.exporter import MetricsServer
 class OcrHost:
     """Starts everything, and stops it without losing what runs."""
 
-    def __init__(self, settings: Settings, routers: Routers, host: str, pages: Sequence[BaseRoute] = ()) -> None:
-        """Bind the address.
+    def __init__(
+        self,
+        settings: Settings,
+        routers: Routers,
+        host: str,
+        pages: Sequence[BaseRoute] = (),
+        metrics_host: str | None = None,
+    ) -> None:
+        """Bind the addresses.
+
+        Args:
+            settings: the whole of them.
+            routers: where pages are sent to.
+            host: address to listen on.
+            pages: routes for people.
+            metrics_host: address of the metrics' port; None takes what the settings say, which then is no `auto`.
 
         Raises:
             OSError: the address is taken or not this machine's.
@@ -33,7 +47,10 @@ class OcrHost:
         self._server = HttpServer(
             self._drainable, host=host, port=settings.ocr.port, drain_s=self._drain_s, limits=limits
         )
-        self._metrics = MetricsServer(self._service.metrics.render, list, host)
+        telemetry = settings.telemetry
+        self._metrics = MetricsServer(
+            self._service.metrics.render, list, metrics_host or telemetry.metrics_host, telemetry.metrics_key
+        )
         self.record = ServiceRecord(
             self._service.service_id,
             f"http://{f'[{host}]' if ':' in host else host}:{self._server.port}",

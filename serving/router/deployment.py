@@ -58,8 +58,9 @@ class RouterReplica:
         self._drain_s = settings.engine.drain_s
         self._server = None if settings.router.behind_serve else self._open_port(settings.router)
         await self._app.start()
-        host = ray.util.get_node_ip_address() if settings.engine.host == "auto" else settings.engine.host
-        self._metrics = MetricsServer(self._app.render_metrics, self._app.list_targets, host)
+        telemetry = settings.telemetry
+        host = ray.util.get_node_ip_address() if telemetry.metrics_host == "auto" else telemetry.metrics_host
+        self._metrics = MetricsServer(self._app.render_metrics, self._app.list_targets, host, telemetry.metrics_key)
         await self._metrics.start()
         self._app.metrics_url = self._metrics.url
         self._app.url = _reachable_url(settings.router.host, settings.router.port)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from pydantic import SecretStr
 from starlette.types import Receive, Scope, Send
 
+from serving.asgi.bearer import BearerKey
 from serving.http_server import HttpServer
 from serving.telemetry.targets import Group, render_targets
 
@@ -13,18 +15,21 @@ _TEXT = b"text/plain; version=0.0.4; charset=utf-8"
 
 
 class MetricsApp:
-    """The ASGI app: `GET /metrics`, and `GET /metrics/targets`, Prometheus' HTTP service discovery for all processes.
+    """The ASGI app: `GET /metrics`, and `GET /metrics/targets` for Prometheus' HTTP service discovery."""
 
-    Asks nobody for a key, as vLLM's does: bind it inside.
-    """
+    def __init__(
+        self, render: Callable[[], bytes], list_targets: Callable[[], list[Group]], key: SecretStr | None = None
+    ) -> None:
+        """Put it together.
 
-    def __init__(self, render: Callable[[], bytes], list_targets: Callable[[], list[Group]]) -> None:
-        """Args:
-        render: Prometheus' text format of this moment.
-        list_targets: what there is to scrape now.
+        Args:
+            render: Prometheus' text format of this moment.
+            list_targets: what there is to scrape now.
+            key: what a scrape has to bring; None lets everyone in.
         """
         self._render = render
         self._list_targets = list_targets
+        self._key = BearerKey(key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -33,6 +38,9 @@ class MetricsApp:
             await _send(send, 404, b"There are /metrics and /metrics/targets here.\n")
         elif scope["method"] not in ("GET", "HEAD"):
             await _send(send, 405, b"/metrics answers GET only.\n", (b"allow", b"GET"))
+        elif not self._key.lets_in(scope):
+            wanted = b"Bring telemetry.metrics_key as `Authorization: Bearer KEY`.\n"
+            await _send(send, 401, wanted, (b"www-authenticate", b"Bearer"))
         elif scope["path"] == "/metrics":
             await _send(send, 200, self._render())
         else:
@@ -50,18 +58,25 @@ async def _send(
 class MetricsServer:
     """`MetricsApp` on a free port."""
 
-    def __init__(self, render: Callable[[], bytes], list_targets: Callable[[], list[Group]], host: str) -> None:
+    def __init__(
+        self,
+        render: Callable[[], bytes],
+        list_targets: Callable[[], list[Group]],
+        host: str,
+        key: SecretStr | None = None,
+    ) -> None:
         """Bind it.
 
         Args:
             render: see `MetricsApp`.
             list_targets: see `MetricsApp`.
             host: an address that Prometheus can reach, not a wildcard: it becomes part of `url`.
+            key: see `MetricsApp`.
 
         Raises:
             OSError: the address is not this machine's.
         """
-        self._server = HttpServer(MetricsApp(render, list_targets), host=host, port=0, drain_s=1)
+        self._server = HttpServer(MetricsApp(render, list_targets, key), host=host, port=0, drain_s=1)
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self._server.port}/metrics"
 
     @property

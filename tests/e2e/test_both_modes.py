@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import socket
 import subprocess
 import time
@@ -14,6 +16,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 from unit.ocr.papers import write_pdf
 
@@ -31,11 +34,18 @@ class Mode:
     def client(self, tenant: str) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.stack.url}/v1", api_key=self.keys[tenant], max_retries=0, timeout=30)
 
+    def bearer(self, name: str) -> dict[str, str]:
+        """The key that the stack has made for its engines or its metrics, as its user finds it."""
+        file = Path(f"/tmp/serving-{os.getuid()}/127.0.0.1-{self.stack.port}.{name}-key")
+        assert file.stat().st_mode & 0o777 == 0o600
+        return {"authorization": f"Bearer {file.read_text()}"}
+
     def engine_metric(self, name: str) -> float:
         """The sum of a metric over the replicas."""
         total = 0.0
         for url in self.stack.engines():
-            with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
+            asked = urllib.request.Request(f"{url}/metrics", headers=self.bearer("metrics"))
+            with urllib.request.urlopen(asked, timeout=10) as answer:
                 lines = answer.read().decode().splitlines()
             total += sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name}{{"))
         return total
@@ -55,6 +65,7 @@ def mode(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp(request.param)
     file = folder / "keys.yaml"
     keys = {"acme": make_key(file, "acme"), "small": make_key(file, "small", "--rpm", "1")}
+    keys["admin"] = make_key(file, "ops", "--admin")
     router = {"mode": request.param, "keys_file": str(file)}
     ocr = {"enabled": True, "cpus_per_replica": 0.1, "directory": str(folder / "ocr")}
     with run_scripted_stack(folder, SCRIPT, router=router, model={"num_replicas": 2}, ocr=ocr) as stack:
@@ -79,6 +90,65 @@ def test_errors_have_openais_shape(mode: Mode) -> None:
     assert bad.value.param == "temperature"
     answer = httpx.get(f"{mode.stack.url}/usage")
     assert answer.status_code == 404, "what engines tell the stack is not for clients"
+
+
+def test_engines_and_metrics_of_a_stack_with_keys_ask_for_theirs(mode: Mode) -> None:
+    """On a machine of several users the ports of the stack's own are for its user and for Prometheus."""
+    engine = mode.stack.engines()[0]
+    wanted, metrics = mode.bearer("engine"), mode.bearer("metrics")
+    body = {"model": "m", "messages": MESSAGES}
+    tenant = {"authorization": f"Bearer {mode.keys['acme']}"}
+    for headers in ({}, tenant, metrics):
+        assert httpx.post(f"{engine}/v1/chat/completions", json=body, headers=headers).status_code == 401
+        for path in ("/v1/models", "/usage", "/script", "/tokenize"):
+            assert httpx.get(engine + path, headers=headers).status_code == 401, path
+    assert httpx.post(f"{engine}/v1/chat/completions", json=body, headers=wanted).status_code == 200
+    assert httpx.get(f"{engine}/health").status_code == 200
+    groups = httpx.get(f"{mode.stack.url}/metrics/targets", headers=admin(mode)).json()
+    targets = {group["labels"]["job"]: group["targets"][0] for group in groups}
+    assert set(targets) == {"router", "engine", "ocr"}
+    assert "bearer token" in mode.stack.log
+    for job, target in targets.items():
+        for headers in ({}, tenant):
+            assert httpx.get(f"http://{target}/metrics", headers=headers).status_code == 401, job
+        shown = httpx.get(f"http://{target}/metrics", headers=metrics)
+        assert shown.status_code == 200, job
+        assert "# TYPE" in shown.text
+    reconciled = mode.stack.command(
+        *(
+            "billing",
+            "reconcile",
+            "--config",
+            str(mode.stack.config),
+            "--replica",
+            f"{replica_of(mode, engine)}={engine}",
+        )
+    )
+    assert "401" not in reconciled.stdout + reconciled.stderr
+
+
+def admin(mode: Mode) -> dict[str, str]:
+    return {"authorization": f"Bearer {mode.keys['admin']}"}
+
+
+def replica_of(mode: Mode, url: str) -> str:
+    state = httpx.get(f"{mode.stack.url}/admin/state", headers=admin(mode)).json()
+    return next(replica["replica_id"] for replica in state["replicas"] if replica["base_url"] == url)
+
+
+def test_rays_own_metrics_are_served_nowhere(mode: Mode) -> None:
+    listening = {
+        connection.laddr
+        for process in mode.stack.descendants()
+        for connection in process.net_connections()
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert len(listening) > 5
+    for host, port in listening:
+        address = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+        with contextlib.suppress(httpx.HTTPError):  # most speak gRPC
+            answer = httpx.get(f"http://{address}:{port}/metrics", timeout=5)
+            assert answer.status_code != 200, (host, port, answer.text[:200])
 
 
 @pytest.mark.parametrize("is_stream", [False, True])

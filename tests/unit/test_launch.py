@@ -347,6 +347,9 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Settings]]:
     """Gives settings of a cluster that is there already, with a listener in the place of its GCS."""
     monkeypatch.setattr(ray, "init", lambda **options: None)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(cluster, "check_closed", lambda address, settings: None)  # see test_ray_access.py
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "abc")
     with socket.socket() as gcs:
         gcs.bind(("127.0.0.1", 0))
         gcs.listen()
@@ -357,7 +360,8 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Settings]]:
 
 @pytest.fixture
 def requests() -> Iterator[SignalRequests]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.getsignal(number) for number in numbers}
     yield SignalRequests()
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -365,22 +369,21 @@ def requests() -> Iterator[SignalRequests]:
 
 def test_applications_are_stopped_in_order(joined: Callable[[], Settings], requests: SignalRequests) -> None:
     ended = Ended()
-    with cluster.run_cluster(joined(), False, requests, ended.stop_apps):
+    with cluster.run_cluster(joined(), True, requests, ended.stop_apps):
         pass
     assert ended.asked == [False]
 
 
 def test_an_urgent_stop_does_not_wait_for_requests(joined: Callable[[], Settings], requests: SignalRequests) -> None:
     ended = Ended(hangs=True)
-    with cluster.run_cluster(joined(), False, requests, ended.stop_apps):
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)
+    with cluster.run_cluster(joined(), True, requests, ended.stop_apps):
+        signal.raise_signal(signal.SIGUSR2)
     assert ended.asked == [True]
 
 
 def test_a_stop_that_becomes_urgent_is_cut_short(joined: Callable[[], Settings], requests: SignalRequests) -> None:
     ended = Ended(hangs=True)
-    with cluster.run_cluster(joined(), False, requests, ended.stop_apps):
+    with cluster.run_cluster(joined(), True, requests, ended.stop_apps):
         threading.Timer(0.3, requests.urgent.set).start()
     assert ended.asked == [False, True]
 
@@ -390,7 +393,7 @@ def test_a_cluster_that_dies_while_it_stops_is_not_waited_for(
 ) -> None:
     ended = Ended(hangs=True)
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    with cluster.run_cluster(joined(), False, requests, ended.stop_apps) as ours:
+    with cluster.run_cluster(joined(), True, requests, ended.stop_apps) as ours:
         ours._children = [psutil.Process(child.pid)]  # one of Ray's lesser processes
         ours.check()
         child.kill()
@@ -403,11 +406,12 @@ def test_nothing_is_stopped_on_a_cluster_that_was_never_reached(
     joined: Callable[[], Settings], requests: SignalRequests, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(**options: object) -> None:
-        raise ConnectionError("nobody there")
+        raise ConnectionError("nobody there\nand much more")
 
     settings = joined()
     monkeypatch.setattr(ray, "init", refuse)
     ended = Ended()
-    with pytest.raises(ConnectionError), cluster.run_cluster(settings, False, requests, ended.stop_apps):
+    refused = pytest.raises(StartError, match=r"^ray.address: .* cannot be joined: nobody there$")
+    with refused, cluster.run_cluster(settings, True, requests, ended.stop_apps):
         pass
     assert ended.asked == []

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from serving.errors import SettingsError
 from serving.frozen import is_loopback
-from serving.settings import NANO, Settings, dump_settings, load_settings
+from serving.settings import NANO, Settings, dump_settings, fill_keys, keep_keys, load_settings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 WriteSettings = Callable[..., Path]
@@ -420,3 +420,73 @@ def test_loading_leaves_the_environment_alone(write_settings: WriteSettings) -> 
     before = dict(os.environ)
     load_settings(write_settings())
     assert dict(os.environ) == before
+
+
+# Keys that the settings do not name
+
+
+def build(*, has_keys: bool = False, **engine: object) -> Settings:
+    return Settings.model_validate(
+        {
+            "models": {"m": {"checkpoint": "x"}},
+            "engine": engine,
+            "router": {"keys_file": "keys.yaml"} if has_keys else {},
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "made"),
+    [
+        (build(), set()),
+        (build(has_keys=True), {"engine", "metrics"}),
+        (build(host="auto"), {"engine"}),
+        (build(host="10.0.0.1"), {"engine"}),
+        (build(host="auto", has_keys=True), {"engine", "metrics"}),
+        (build(host="auto", allow_unauthenticated=True), set()),
+        (build(allow_unauthenticated=True, has_keys=True), {"metrics"}),
+        (build(host="auto", api_key="mine", has_keys=True), {"metrics"}),
+    ],
+)
+def test_engines_and_metrics_get_keys_where_others_could_reach_them(settings: Settings, made: set[str]) -> None:
+    filled, keys = fill_keys(settings)
+    assert set(keys) == made
+    assert not filled.engine.needs_key
+    for name, key in (("engine", filled.engine.api_key), ("metrics", filled.telemetry.metrics_key)):
+        if name in made:
+            assert key is not None
+            assert key.get_secret_value() == keys[name]
+            assert len(keys[name]) > 40
+            assert keys[name] not in dump_settings(filled)
+    assert fill_keys(filled) == (filled, {})
+    assert not made or fill_keys(settings)[1] != keys
+
+
+def test_a_running_stack_keeps_its_keys() -> None:
+    before, keys = fill_keys(build(has_keys=True))
+    after = keep_keys(before, build(has_keys=True))
+    assert after.engine.api_key == before.engine.api_key
+    assert after.telemetry.metrics_key == before.telemetry.metrics_key
+    named = keep_keys(before, build(has_keys=True, api_key="mine"))
+    assert named.engine.api_key != before.engine.api_key
+
+
+@pytest.mark.parametrize(
+    ("text", "opens"),
+    [
+        ("", False),
+        ("metrics_host: auto", True),
+        ("metrics_host: auto, metrics_key: k", False),
+        ("metrics_key: k", False),
+    ],
+)
+def test_metrics_are_open_only_where_the_settings_open_them(
+    write_settings: Callable[..., Path], text: str, opens: bool
+) -> None:
+    settings = load_settings(write_settings(f"telemetry: {{{text}}}"), {})
+    assert settings.telemetry.opens_metrics is opens
+
+
+def test_metrics_have_an_address_that_prometheus_can_be_told(write_settings: Callable[..., Path]) -> None:
+    with pytest.raises(SettingsError, match=r"0\.0\.0\.0 is no address"):
+        load_settings(write_settings("telemetry: {metrics_host: 0.0.0.0}"), {})

@@ -129,7 +129,8 @@ def test_a_signal_to_every_process_at_once_still_leaves_nothing(start: Callable[
     for process in run.all:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
-    assert run.wait() == 7  # twice told, by its supervisor and by itself: it does not wait
+    assert run.wait() == 7
+    assert "in order" in run.said, "the stack process was told twice, which is not a second request"
 
 
 def test_a_second_signal_is_urgent(start: Callable[..., Run]) -> None:

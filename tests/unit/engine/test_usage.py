@@ -6,9 +6,11 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import SecretStr
 from starlette.types import Receive, Scope, Send
 
 from serving.engine.usage import EngineUsage, SequenceCounts, UsageApp
+from serving.telemetry_settings import TelemetrySettings
 
 
 class Clock:
@@ -219,13 +221,36 @@ async def test_who_does_not_bring_the_engines_key_is_told_nothing() -> None:
     app = UsageApp(App(), EngineUsage(), "sesame")
     async with client(app) as http:
         for headers in ({}, {"authorization": "Bearer open"}, {"authorization": "Basic sesame"}):
-            for path in ("/usage", "/usage/a"):
+            for path in ("/usage", "/usage/a", "/v1/models", "/invocations", "/tokenize", "/metrics", "/metrics/"):
                 answer = await http.get(path, headers=headers)
                 assert answer.status_code == 401
                 assert answer.json()["error"]["type"] == "authentication_error"
         for scheme in ("Bearer", "bearer"):
             assert (await http.get("/usage", headers={"authorization": f"{scheme} sesame"})).status_code == 200
         assert (await http.post("/usage", headers={"authorization": "Bearer sesame"})).status_code == 405
+        assert (await http.get("/health")).text == "/health"
+        assert (await http.get("/metrics", headers={"authorization": "Bearer sesame"})).text == "/metrics"
+
+
+@pytest.mark.parametrize(
+    ("telemetry", "is_open"),
+    [
+        (TelemetrySettings(), False),
+        (TelemetrySettings(metrics_host="auto"), True),
+        (TelemetrySettings(metrics_host="auto", metrics_key=SecretStr("scrape")), False),
+        (TelemetrySettings(metrics_key=SecretStr("scrape")), False),
+    ],
+)
+async def test_an_engines_metrics_are_open_only_where_the_settings_open_them(
+    telemetry: TelemetrySettings, is_open: bool
+) -> None:
+    app = UsageApp(App(), EngineUsage(), "sesame", telemetry)
+    async with client(app) as http:
+        assert ((await http.get("/metrics")).status_code == 200) is is_open
+        scrape = {"authorization": "Bearer scrape"}
+        has_key = telemetry.metrics_key is not None
+        assert ((await http.get("/metrics", headers=scrape)).status_code == 200) is (has_key or is_open)
+        assert (await http.get("/usage", headers=scrape)).status_code == 401
 
 
 def test_a_request_costs_microseconds() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import httpx
+from pydantic import SecretStr
 
 from serving.directory import ReplicaRecord, ReplicaState, RouterReport, Snapshot
 from serving.telemetry.exporter import MetricsServer
@@ -28,6 +29,20 @@ async def test_metrics_and_targets_have_a_port_of_their_own() -> None:
     finally:
         await server.stop()
     assert not server.is_serving
+
+
+async def test_metrics_with_a_key_are_for_who_brings_it() -> None:
+    server = MetricsServer(lambda: b"a 1\n", list, "127.0.0.1", SecretStr("sesame"))
+    await server.start()
+    try:
+        async with httpx.AsyncClient(trust_env=False) as client:
+            for path in ("", "/targets"):
+                refused = await client.get(server.url + path)
+                assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")
+                answer = await client.get(server.url + path, headers={"authorization": "Bearer sesame"})
+                assert answer.status_code == 200
+    finally:
+        await server.stop()
 
 
 def test_every_process_is_a_target_of_its_own() -> None:
