@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from pydantic import Field, ValidationError
 from ray.serve import Application
 
+from serving.engine.checkpoint import CHECKPOINTS_DIR, resolve_checkpoint
 from serving.engine.directory import reach_directory
 from serving.engine.replica import build_engine_app
 from serving.errors import SettingsError
@@ -31,13 +32,12 @@ from serving.lifecycle import OCR_APP, ROUTER_APP, engine_app
 from serving.ocr.deployment import build_ocr_app
 from serving.router.deployment import build_router_app
 from serving.router.inline import build_inline_app
-from serving.settings import NANO, Settings, load_settings
+from serving.settings import Settings, load_settings
 from serving.web.app import build_routes
 
 SETTINGS_VARIABLE = "SERVING_SETTINGS_FILE"
 CHECKPOINTS_VARIABLE = "SERVING_CHECKPOINTS_DIR"
 _SETTINGS_FILE = Path("/etc/serving/settings.yaml")
-_CHECKPOINTS_DIR = Path("checkpoints")
 
 
 class EntranceArgs(Frozen):
@@ -52,7 +52,7 @@ class EntranceArgs(Frozen):
 class EngineArgs(EntranceArgs):
     model: Name
     """A key of the settings' `models`."""
-    checkpoints: Path = Field(default_factory=lambda: Path(os.environ.get(CHECKPOINTS_VARIABLE, _CHECKPOINTS_DIR)))
+    checkpoints: Path = Field(default_factory=lambda: Path(os.environ.get(CHECKPOINTS_VARIABLE, CHECKPOINTS_DIR)))
     """Folder on the replicas' nodes that the nano checkpoint is written to, when it is the model's."""
 
 
@@ -99,7 +99,7 @@ def _parse(kind: type[_Args], args: dict[str, Any]) -> _Args:
         raise SettingsError("\n".join(places)) from error
 
 
-def build_all(settings: Settings, checkpoints: Path = _CHECKPOINTS_DIR) -> dict[str, Application]:
+def build_all(settings: Settings, checkpoints: Path = CHECKPOINTS_DIR) -> dict[str, Application]:
     """Every application by its name.
 
     Raises:
@@ -123,7 +123,7 @@ def build_documents(settings: Settings) -> Application:
     return build_ocr_app(settings, directory, build_routes if settings.ocr.playground else None)
 
 
-def build_engine(name: str, settings: Settings, checkpoints: Path = _CHECKPOINTS_DIR) -> Application:
+def build_engine(name: str, settings: Settings, checkpoints: Path = CHECKPOINTS_DIR) -> Application:
     """The replicas of one model, with the router's checks inside where the settings want them there.
 
     Raises:
@@ -137,19 +137,3 @@ def build_engine(name: str, settings: Settings, checkpoints: Path = _CHECKPOINTS
         )
     checked = build_inline_app if settings.router.mode == "inline" else None
     return build_engine_app(name, settings, resolve_checkpoint(settings.models[name].checkpoint, checkpoints), checked)
-
-
-def resolve_checkpoint(checkpoint: str, checkpoints: Path = _CHECKPOINTS_DIR) -> str:
-    """A folder's absolute name, since replicas run in other folders than the user's; a repository as it is.
-
-    Raises:
-        SettingsError: there is no such folder.
-    """
-    if checkpoint == NANO:
-        return str((checkpoints / NANO).absolute())
-    folder = Path(checkpoint).expanduser()
-    if folder.is_dir():
-        return str(folder.absolute())
-    if checkpoint.startswith((".", "/", "~")):
-        raise SettingsError(f"checkpoint {checkpoint}: there is no such folder")
-    return checkpoint

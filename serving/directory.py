@@ -50,6 +50,8 @@ class Snapshot:
 
     version: tuple[int, int]
     records: tuple[ReplicaRecord, ...] = ()
+    failures: tuple[tuple[str, str], ...] = ()
+    """By model: why its last replica that failed to start did, if no other start could mend it."""
 
     def ready(self, model: str) -> tuple[ReplicaRecord, ...]:
         """Replicas that may get new requests for a model."""
@@ -107,6 +109,7 @@ class Directory:
     life: int
     """Tells one directory process from the next: versions of two lives never compare equal."""
     _change: int = 0
+    _failures: dict[str, str] = field(default_factory=dict)
     _records: dict[str, ReplicaRecord] = field(default_factory=dict)
     _heard_s: dict[str, float] = field(default_factory=dict)
     _reports: dict[str, tuple[float, RouterReport]] = field(default_factory=dict)
@@ -120,6 +123,17 @@ class Directory:
         self._records[record.replica_id] = record
         self._change += 1
         return True
+
+    def fail(self, model: str, reason: str) -> None:
+        """A replica could not start, and neither could another."""
+        self._failures[model] = reason
+        self._change += 1
+
+    def forget_failures(self) -> None:
+        """What failed is started anew, with other settings perhaps."""
+        if self._failures:
+            self._failures.clear()
+            self._change += 1
 
     def remove(self, replica_id: str) -> bool:
         """A replica says goodbye; returns whether it was known."""
@@ -167,4 +181,5 @@ class Directory:
     @property
     def snapshot(self) -> Snapshot:
         records = sorted(self._records.values(), key=lambda record: record.replica_id)
-        return Snapshot(version=(self.life, self._change), records=tuple(records))
+        failures = tuple(sorted(self._failures.items()))
+        return Snapshot(version=(self.life, self._change), records=tuple(records), failures=failures)

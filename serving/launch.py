@@ -81,6 +81,8 @@ class _Stack:
         """From the start of Ray to its end, in a process of its own. Returns the exit status of `run_stack`."""
         status, last_words = 0, "stopped"
         try:
+            for warning in self._check():
+                self.console.print(f"WARNING: {warning}", markup=False)
             with run_cluster(self.settings, self.is_verbose, self.requests, self._stop_apps) as cluster:
                 status = self._run_on(cluster)
                 last_words = self._announce_stop(status)
@@ -97,6 +99,11 @@ class _Stack:
             self.run_file.remove()
         self.console.print(last_words, markup=False)
         return status
+
+    def _check(self) -> list[str]:
+        from serving.preflight import check_before_start  # with SQLAlchemy, which other commands do without
+
+        return check_before_start(self.settings)
 
     def _run_on(self, cluster: Cluster) -> int:
         """Until the stack is asked to stop."""
@@ -201,9 +208,12 @@ class _Stack:
             for name, application in applications.items():
                 if application.status in _FAILED:
                     raise StartError(f"{name} failed: {_reason(application, self.is_verbose)}")
-            for record in _read_directory(settings).records:
+            snapshot = _read_directory(settings)
+            for record in snapshot.records:
                 if record.stage:
                     say(f"{record.model}: {record.stage}")
+            for model, reason in snapshot.failures:  # Serve would try twice more
+                raise StartError(f"{model} failed: {reason}")
             is_whole = len(applications) == len(app_names(settings))
             if is_whole and all(application.status == "RUNNING" for application in applications.values()):
                 return True
@@ -218,7 +228,7 @@ def _read_again(before: Settings, config: Path) -> Settings:
     Raises:
         SettingsError: they cannot be used, or change what cannot be changed while the stack runs.
     """
-    from serving.applications import resolve_checkpoint
+    from serving.engine.checkpoint import resolve_checkpoint
 
     after = keep_keys(before, load_settings(config))
     for path in _FIXED:
@@ -270,11 +280,14 @@ def _teller(console: Console, update: Callable[[str], None]) -> Callable[[str], 
 
 def deploy(settings: Settings, say: Callable[[str], None]) -> None:
     """Hand every application to Serve, which changes what has changed. Returns before that is done."""
+    import ray
     from ray import serve
 
     from serving.applications import build_all
+    from serving.engine.directory import reach_directory
 
     say("starting the replicas")
+    ray.get(reach_directory(settings.ray.namespace, settings.engine.lease_s).forget_failures.remote())
     router = settings.router
     location = "EveryNode" if router.behind_serve else "NoServer"
     serve.start(http_options={"location": location, "host": router.host, "port": router.port})

@@ -34,6 +34,16 @@ class ReplicaDirectory:
     async def remove(self, replica_id: str) -> None:
         self._note(self._directory.remove(replica_id))
 
+    async def fail(self, model: str, reason: str) -> None:
+        """A replica could not start, and neither could another."""
+        self._directory.fail(model, reason)
+        self._note(True)
+
+    async def forget_failures(self) -> None:
+        """Before applications are deployed: what failed was another try's."""
+        self._directory.forget_failures()
+        self._note(True)
+
     async def watch(self, seen: tuple[int, int], timeout_s: float, reader: str = "") -> Snapshot:
         """The list as soon as it differs from the version `seen`, or as it is after `timeout_s`.
 

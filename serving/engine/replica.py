@@ -22,6 +22,7 @@ from serving.directory import ReplicaRecord, ReplicaState
 from serving.engine.autoscaling import build_autoscaling
 from serving.engine.directory import reach_directory
 from serving.engine.entrance import BuildCheckedApp, Entrance
+from serving.engine.failures import StartLog, explain, is_transient
 from serving.engine.start import Engine, run_engine
 from serving.http_server import HttpServer
 from serving.settings import ModelSettings, Settings
@@ -49,6 +50,10 @@ _USAGE_S = 2.0
 """How long after a request's end its router may still ask what it used."""
 
 
+class EngineStartError(Exception):
+    """The engine did not start; the message is the engine's own."""
+
+
 class EngineReplica:
     """The class behind the deployment; `build_engine_app` wraps it."""
 
@@ -67,6 +72,7 @@ class EngineReplica:
             pid=os.getpid(),
         )
         self._directory = reach_directory(settings.ray.namespace, settings.engine.lease_s)
+        self._log = StartLog()
         self._running = contextlib.AsyncExitStack()
         self._news = asyncio.Event()
         self._heartbeat = asyncio.create_task(self._tell_forever())
@@ -74,9 +80,20 @@ class EngineReplica:
         try:
             await asyncio.sleep(0)  # lets the first heartbeat out before the imports hold the loop
             await self._start(name, checkpoint)
+        except Exception as error:
+            reason = explain(error, self._log.read())
+            await self._report_failure(name, reason)
+            await self._leave()
+            raise EngineStartError(reason) from error
         except BaseException:
             await self._leave()
             raise
+
+    async def _report_failure(self, model: str, reason: str) -> None:
+        """Serve tries to start a replica again and again; whoever waits for it should not wait for what cannot be."""
+        if not is_transient(reason):
+            with contextlib.suppress(ray.exceptions.RayError):
+                await self._directory.fail.remote(model, reason)
 
     async def _start(self, name: str, checkpoint: str) -> None:
         starting = run_engine(name, self._settings, checkpoint, say=lambda stage: self._update(stage=stage))

@@ -150,3 +150,18 @@ class DirectoryMachine(RuleBasedStateMachine):
 
 
 TestDirectoryAgainstItsModel = DirectoryMachine.TestCase
+
+
+def test_a_start_that_failed_is_told_until_the_next_one() -> None:
+    directory = Directory(lease_s=1, start_lease_s=1, life=1)
+    before = directory.snapshot.version
+    directory.fail("m", "a shape that does not fit")
+    assert directory.snapshot.failures == (("m", "a shape that does not fit"),)
+    assert directory.snapshot.version > before
+    known = directory.snapshot.version
+    directory.forget_failures()
+    assert directory.snapshot.failures == ()
+    assert directory.snapshot.version > known
+    known = directory.snapshot.version
+    directory.forget_failures()
+    assert directory.snapshot.version == known

@@ -463,7 +463,7 @@ def test_engines_and_metrics_get_keys_where_others_could_reach_them(settings: Se
 
 
 def test_a_running_stack_keeps_its_keys() -> None:
-    before, keys = fill_keys(build(has_keys=True))
+    before, _ = fill_keys(build(has_keys=True))
     after = keep_keys(before, build(has_keys=True))
     assert after.engine.api_key == before.engine.api_key
     assert after.telemetry.metrics_key == before.telemetry.metrics_key

@@ -15,7 +15,7 @@ import pytest
 from serving.directory import EMPTY, ReplicaRecord, ReplicaState
 from serving.engine import replica as replica_module
 from serving.engine.directory import ReplicaDirectory
-from serving.engine.replica import EngineReplica, build_engine_app
+from serving.engine.replica import EngineReplica, EngineStartError, build_engine_app
 from serving.settings import AutoscalingSettings, EngineSettings, ModelSettings, ScriptSettings, Settings
 
 QUESTION = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
@@ -170,9 +170,7 @@ async def test_an_engine_that_dies_is_told_at_once_and_fails_its_health(start: S
 
 
 async def test_a_script_that_makes_no_sense_ends_the_start(start: Start) -> None:
-    from serving.errors import SettingsError
-
-    with pytest.raises(SettingsError, match="nonsense"):
+    with pytest.raises(EngineStartError, match="nonsense"):
         await start(failures=("nonsense",))
 
 
