@@ -9,8 +9,8 @@ from pathlib import Path
 from serving.errors import ServingError
 
 _TAIL_BYTES = 256 * 1024
-_SEE_ABOVE = "Engine core initialization failed"
-"""vLLM 0.32 (`vllm.v1.engine.utils`), of an engine process that has ended."""
+# vLLM 0.32 of an engine process (`vllm.v1.engine.utils`) and of its worker (`vllm.v1.executor.multiproc_executor`).
+_REFERS = re.compile(r"Engine core initialization failed|WorkerProc initialization failed|root cause")
 # How a traceback ends, in a log line of vLLM's or bare.
 _ERROR = re.compile(
     r"^(?:\([^)]*\) )?(?:ERROR [\d-]+ [\d:.]+ \[[^\]]*\] )?((?:\w+\.)*\w*(?:Error|Exception|Exit): \S.*)$", re.MULTILINE
@@ -50,9 +50,9 @@ def explain(error: BaseException, log: str) -> str:
     """
     if isinstance(error, ServingError):  # written for a person to read
         return str(error)
-    if _SEE_ABOVE not in str(error):
+    if not _REFERS.search(str(error)):
         return f"{type(error).__name__}: {error}"
-    found = [line for line in _ERROR.findall(log) if _SEE_ABOVE not in line]
+    found = [line for line in _ERROR.findall(log) if not _REFERS.search(line)]
     return str(found[-1]).strip() if found else UNKNOWN
 
 

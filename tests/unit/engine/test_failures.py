@@ -12,13 +12,17 @@ from serving.errors import SettingsError
 # As vLLM 0.32 logs it, shortened; taken from a checkpoint whose embedding has another shape than its configuration.
 LOG = """\
 INFO 11-30 04:20:01 [core.py:100] Initializing a V1 LLM engine
+(Worker pid=78) ERROR 11-30 04:20:08 [multiproc_executor.py:900] WorkerProc failed to start.
+(Worker pid=78) ERROR 11-30 04:20:08 [multiproc_executor.py:900] Traceback (most recent call last):
+(Worker pid=78) ERROR 11-30 04:20:08 [multiproc_executor.py:900] ValueError: a shape that does not fit
 (EngineCore pid=77) ERROR 11-30 04:20:09 [core.py:1136] EngineCore failed to start.
 (EngineCore pid=77) ERROR 11-30 04:20:09 [core.py:1136] Traceback (most recent call last):
 (EngineCore pid=77) ERROR 11-30 04:20:09 [core.py:1136]   File "core.py", line 1110, in run_engine_core
-(EngineCore pid=77) ERROR 11-30 04:20:09 [core.py:1136] ValueError: a shape that does not fit
+(EngineCore pid=77) ERROR 11-30 04:20:09 [core.py:1136] Exception: WorkerProc initialization failed due to an exception in a background process. See stack \
+trace for root cause.
 (EngineCore pid=77) Process EngineCore:
 (EngineCore pid=77) Traceback (most recent call last):
-(EngineCore pid=77) ValueError: a shape that does not fit
+(EngineCore pid=77) Exception: WorkerProc initialization failed due to an exception in a background process.
 Traceback (most recent call last):
 RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
 """
