@@ -18,11 +18,10 @@ INFO 11-30 04:20:01 [core.py:100] Initializing a V1 LLM engine
 (EngineCore pid=77) ERROR 11-30 04:20:09 [core.py:1136] EngineCore failed to start.
 (EngineCore pid=77) ERROR 11-30 04:20:09 [core.py:1136] Traceback (most recent call last):
 (EngineCore pid=77) ERROR 11-30 04:20:09 [core.py:1136]   File "core.py", line 1110, in run_engine_core
-(EngineCore pid=77) ERROR 11-30 04:20:09 [core.py:1136] Exception: WorkerProc initialization failed due to an exception in a background process. See stack \
-trace for root cause.
+(EngineCore pid=77) ERROR 11-30 04:20:09 [core.py:1136] Exception: WorkerProc initialization failed due to an exception.
 (EngineCore pid=77) Process EngineCore:
 (EngineCore pid=77) Traceback (most recent call last):
-(EngineCore pid=77) Exception: WorkerProc initialization failed due to an exception in a background process.
+(EngineCore pid=77) Exception: WorkerProc initialization failed due to an exception.
 Traceback (most recent call last):
 RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
 """
