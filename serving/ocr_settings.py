@@ -24,6 +24,17 @@ class RenderSettings(Frozen):
     """Of PDF pages when a request doesn't say; the published code's own."""
     page_timeout_s: Annotated[float, Field(gt=0)] = 30.0
     """After so long on one page a worker is killed, and the page has failed."""
+    page_cpu_s: Annotated[int, Field(ge=1)] = 15
+    """CPU seconds after which the kernel ends a worker that is at one page, and the page has failed."""
+    document_cpu_s: Annotated[float, Field(gt=0)] = 600.0
+    """CPU seconds that drawing one document may take; the pages that are left then fail with
+    `document_too_costly`."""
+    max_lost_pages: Annotated[int, Field(ge=1)] = 5
+    """Of one document, pages whose worker was killed or died. After so many, the pages that are left fail with
+    `document_too_costly`."""
+    tenant_cpu_s_per_minute: Annotated[float, Field(gt=0)] = 60.0
+    """CPU seconds a minute of a tenant's drawing that keep their turn. Pages of a tenant that has used more wait
+    behind those of tenants that have not; nobody waits while a worker is idle. Counted by each service for itself."""
     worker_memory_bytes: Annotated[int, Field(ge=256 * 2**20)] = 2 * 2**30
     """Address space of one worker."""
     pages_per_worker: Annotated[int, Field(ge=1)] = 500

@@ -80,7 +80,7 @@ class DocumentsRoute:
         caller = await service.callers.identify(request.headers.get("authorization"))
         with self._counted():
             async with service.intake.receive(request) as submission, ClientPresence(request.receive):
-                document = await service.renderer.open(submission.file)
+                document = await service.renderer.open(submission.file, caller.owner)
                 await act(document, submission, caller, reply)
 
     @contextlib.contextmanager

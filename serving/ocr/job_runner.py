@@ -166,7 +166,7 @@ class JobRunner:
             api_key = self._vault.open(job.sealed_key)
             charged = await self._find_charged(job)
             done = await self._leases.read_done(job.job_id)
-            document = await self._renderer.open(self.find_file(job.job_id))
+            document = await self._renderer.open(self.find_file(job.job_id), job.owner)
         except FileNotFoundError:
             return Failure("document_missing", "The job's document is no longer there.")
         except SettingsError as error:

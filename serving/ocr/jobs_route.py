@@ -54,7 +54,7 @@ class JobsRoute:
                 return await service.store.find_repeated(caller.owner, idempotency_key, digest)
             except JobNotFoundError:
                 pass
-        document = await service.renderer.open(submission.file)
+        document = await service.renderer.open(submission.file, caller.owner)
         pages = select_pages(options.pages, document.num_pages, service.settings.ocr.render.max_pages)
         new = NewJob(
             owner=caller.owner,

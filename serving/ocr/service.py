@@ -76,6 +76,8 @@ class OcrService:
 
     def _read_gauges(self) -> Iterator[Reading]:
         yield catalogue.OCR_OPEN, (), float(self.num_open)
+        yield catalogue.OCR_RENDER_QUEUE, (), float(self.renderer.num_waiting)
+        yield catalogue.OCR_RENDER_CPU, (), self.renderer.cpu_s
         for status, number in self.runner.counts.items():
             yield catalogue.OCR_JOBS, (status,), float(number)
         yield catalogue.OCR_JOB_LAG, (), self.runner.lag_s

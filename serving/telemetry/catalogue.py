@@ -171,6 +171,14 @@ OCR_RENDER = Metric(
     (),
     _RENDER_S,
 )
+OCR_RENDER_QUEUE = Metric(
+    "serving_ocr_render_queue_requests",
+    Kind.GAUGE,
+    "Documents to be opened and pages to be drawn that wait for their turn",
+)
+OCR_RENDER_CPU = Metric(
+    "serving_ocr_render_cpu_seconds_total", Kind.COUNTER, "CPU time that opening documents and drawing pages has taken"
+)
 OCR_PAGE = Metric(
     "serving_ocr_page_seconds",
     Kind.HISTOGRAM,
@@ -188,6 +196,8 @@ OCR = (
     OCR_REFUSALS,
     OCR_OPEN,
     OCR_RENDER,
+    OCR_RENDER_QUEUE,
+    OCR_RENDER_CPU,
     OCR_PAGE,
     OCR_JOBS,
     OCR_JOB_LAG,

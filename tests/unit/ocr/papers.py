@@ -52,6 +52,39 @@ def encrypted_pdf() -> bytes:
     return body + table + trailer
 
 
+def slow_pdf(num_pages: int, num_marks: int = 10**4) -> bytes:
+    """Pages that take long to draw, in a few hundred bytes: forms that hold ten forms that hold ten forms.
+
+    A hundred thousand marks take a tenth of a second, and a million more than a second and 200 MB.
+    """
+    depth = len(str(num_marks)) - 2
+    tens = b"/F Do " * 10
+    held = b"/Resources<</XObject<</F %d 0 R>>>>"
+    form = b"/Type/XObject/Subtype/Form/BBox[0 0 100 100]"
+    first_page = 4 + depth
+    kids = b" ".join(b"%d 0 R" % (first_page + number) for number in range(num_pages))
+    page = b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 100 100]/Contents %d 0 R" % (first_page - 1) + held + b">>"
+    objects = [
+        b"<</Type/Catalog/Pages 2 0 R>>",
+        b"<</Type/Pages/Kids[" + kids + b"]/Count %d>>" % num_pages,
+        _stream(b"0 0 m 9 9 l 5 1 l f", form),
+        *(_stream(tens, form + held % (3 + level)) for level in range(depth - 1)),
+        _stream(tens),
+        *([page % (first_page - 2)] * num_pages),
+    ]
+    body, places = b"%PDF-1.7\n", []
+    for number, content in enumerate(objects, 1):
+        places.append(len(body))
+        body += b"%d 0 obj%b\nendobj\n" % (number, content)
+    table = b"xref\n0 %d\n0000000000 65535 f \n" % (len(places) + 1)
+    table += b"".join(b"%010d 00000 n \n" % place for place in places)
+    return body + table + b"trailer<</Size %d/Root 1 0 R>>\nstartxref\n%d\n%%%%EOF" % (len(places) + 1, len(body))
+
+
+def _stream(data: bytes, more: bytes = b"") -> bytes:
+    return b"<</Length %d%b>>stream\n%b\nendstream" % (len(data), more, data)
+
+
 def huge_png(side: int) -> bytes:
     """Says that it is so large, and has few bytes."""
 

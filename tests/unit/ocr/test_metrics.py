@@ -86,6 +86,8 @@ async def test_every_page_retry_and_refusal_is_counted_once(tmp_path: Path) -> N
     }
     assert found["serving_ocr_render_seconds"] == {(): 7}
     assert found["serving_ocr_page_seconds"] == {(): 7}
+    assert found["serving_ocr_render_queue_requests"] == {(): 0}
+    assert 0 < found["serving_ocr_render_cpu_seconds_total"][()] < 60
     assert found["serving_ocr_open_documents"] == {(): 0}
     assert found["serving_ocr_jobs"][("completed",)] == 1
     assert sum(found["serving_ocr_jobs"].values()) == 1

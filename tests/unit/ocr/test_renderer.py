@@ -16,7 +16,7 @@ from PIL import Image
 from serving.errors import RenderError
 from serving.ocr.renderer import PageImage, Renderer
 from serving.ocr_settings import RenderSettings
-from unit.ocr.papers import encrypted_pdf, huge_png, write_image, write_pdf
+from unit.ocr.papers import encrypted_pdf, huge_png, slow_pdf, write_image, write_pdf
 
 
 @contextlib.asynccontextmanager
@@ -42,7 +42,7 @@ def pixels(page: PageImage) -> Image.Image:
 
 async def test_pdf_pages_are_drawn_at_the_dpi_that_was_asked_for(tmp_path: Path) -> None:
     async with rendering() as renderer:
-        document = await renderer.open(write_pdf(tmp_path / "x", 3))
+        document = await renderer.open(write_pdf(tmp_path / "x", 3), "acme")
         assert document.num_pages == 3
         for dpi, size in ((72, (595, 842)), (None, (1190, 1684))):
             page = pixels(await renderer.draw(document, 2, dpi))
@@ -53,15 +53,15 @@ async def test_pdf_pages_are_drawn_at_the_dpi_that_was_asked_for(tmp_path: Path)
 @pytest.mark.parametrize("name", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP"])
 async def test_images_are_one_page(name: str, tmp_path: Path) -> None:
     async with rendering() as renderer:
-        document = await renderer.open(write_image(tmp_path / "x", name))
+        document = await renderer.open(write_image(tmp_path / "x", name), "acme")
         assert document.num_pages == 1
         assert pixels(await renderer.draw(document, 0)).size == (60, 40)
 
 
 async def test_frames_are_pages_of_a_tiff_only(tmp_path: Path) -> None:
     async with rendering() as renderer:
-        tiff = await renderer.open(write_image(tmp_path / "tiff", "TIFF", num_frames=3))
-        gif = await renderer.open(write_image(tmp_path / "gif", "GIF", num_frames=3))
+        tiff = await renderer.open(write_image(tmp_path / "tiff", "TIFF", num_frames=3), "acme")
+        gif = await renderer.open(write_image(tmp_path / "gif", "GIF", num_frames=3), "acme")
         assert (tiff.num_pages, gif.num_pages) == (3, 1)
         assert pixels(await renderer.draw(tiff, 2)).getcolors() == [(2400, (2, 0, 0))]
 
@@ -73,8 +73,8 @@ async def test_a_photo_is_turned_upright_and_transparency_becomes_white(tmp_path
     turned.save(tmp_path / "turned", "JPEG", exif=exif)
     clear.save(tmp_path / "clear", "GIF")
     async with rendering() as renderer:
-        assert pixels(await renderer.draw(await renderer.open(tmp_path / "turned"), 0)).size == (40, 60)
-        page = pixels(await renderer.draw(await renderer.open(tmp_path / "clear"), 0))
+        assert pixels(await renderer.draw(await renderer.open(tmp_path / "turned", "acme"), 0)).size == (40, 60)
+        page = pixels(await renderer.draw(await renderer.open(tmp_path / "clear", "acme"), 0))
         assert page.getcolors() == [(25, (255, 255, 255))]
 
 
@@ -92,7 +92,7 @@ async def test_documents_that_cannot_be_opened_are_refused(data: bytes, code: st
     (tmp_path / "x").write_bytes(data)
     async with rendering() as renderer:
         with pytest.raises(RenderError) as refused:
-            await renderer.open(tmp_path / "x")
+            await renderer.open(tmp_path / "x", "acme")
         assert refused.value.code == code
 
 
@@ -100,7 +100,7 @@ async def test_pages_that_are_too_large_fail_before_they_are_drawn(tmp_path: Pat
     (tmp_path / "png").write_bytes(huge_png(30_000))
     async with rendering() as renderer:
         for file in (write_pdf(tmp_path / "pdf", 1, (14_400, 14_400)), tmp_path / "png"):
-            document = await renderer.open(file)
+            document = await renderer.open(file, "acme")
             with pytest.raises(RenderError) as refused:
                 await renderer.draw(document, 0, 600)
             assert refused.value.code == "page_too_large"
@@ -110,7 +110,7 @@ async def test_a_cut_image_fails_here_and_not_in_the_engine(tmp_path: Path) -> N
     file = write_image(tmp_path / "x", "PNG", (500, 500))
     file.write_bytes(file.read_bytes()[:-30])
     async with rendering() as renderer:
-        document = await renderer.open(file)
+        document = await renderer.open(file, "acme")
         with pytest.raises(RenderError) as refused:
             await renderer.draw(document, 0)
         assert refused.value.code == "damaged_document"
@@ -118,7 +118,7 @@ async def test_a_cut_image_fails_here_and_not_in_the_engine(tmp_path: Path) -> N
 
 async def test_a_killed_worker_fails_its_page_only(tmp_path: Path) -> None:
     async with rendering() as renderer:
-        document = await renderer.open(write_pdf(tmp_path / "x", 2, (3000, 3000)))
+        document = await renderer.open(write_pdf(tmp_path / "x", 2, (3000, 3000)), "acme")
         (pid,) = worker_pids()
         page = asyncio.create_task(renderer.draw(document, 0))
         await asyncio.sleep(0.02)
@@ -131,7 +131,7 @@ async def test_a_killed_worker_fails_its_page_only(tmp_path: Path) -> None:
 
 async def test_a_hanging_worker_is_killed(tmp_path: Path) -> None:
     async with rendering(page_timeout_s=5) as renderer:
-        document = await renderer.open(write_pdf(tmp_path / "x", 1))
+        document = await renderer.open(write_pdf(tmp_path / "x", 1), "acme")
         (pid,) = worker_pids()
         os.kill(pid, signal.SIGSTOP)
         renderer._settings = renderer._settings.model_copy(update={"page_timeout_s": 0.1})
@@ -143,7 +143,7 @@ async def test_a_hanging_worker_is_killed(tmp_path: Path) -> None:
 
 async def test_who_leaves_takes_the_page_with_them(tmp_path: Path) -> None:
     async with rendering() as renderer:
-        document = await renderer.open(write_pdf(tmp_path / "x", 1, (3000, 3000)))
+        document = await renderer.open(write_pdf(tmp_path / "x", 1, (3000, 3000)), "acme")
         page = asyncio.create_task(renderer.draw(document, 0))
         await asyncio.sleep(0.02)
         page.cancel()
@@ -154,7 +154,7 @@ async def test_who_leaves_takes_the_page_with_them(tmp_path: Path) -> None:
 
 async def test_workers_are_bounded_and_replaced(tmp_path: Path) -> None:
     async with rendering(workers=2, pages_per_worker=3) as renderer:
-        document = await renderer.open(write_pdf(tmp_path / "x", 8, (100, 100)))
+        document = await renderer.open(write_pdf(tmp_path / "x", 8, (100, 100)), "acme")
         seen: set[int] = set()
         for _ in range(4):
             await asyncio.gather(*(renderer.draw(document, page) for page in range(4)))
@@ -167,6 +167,59 @@ async def test_workers_are_bounded_and_replaced(tmp_path: Path) -> None:
 async def test_a_worker_has_none_of_the_services_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_KEY", "x")
     async with rendering() as renderer:
-        await renderer.open(write_pdf(tmp_path / "x", 1))
+        await renderer.open(write_pdf(tmp_path / "x", 1), "acme")
         (pid,) = worker_pids()
         assert "SECRET_KEY" not in psutil.Process(pid).environ()
+
+
+async def draw_codes(renderer: Renderer, file: Path, pages: int) -> list[str]:
+    """Of each page, one after the other, what it fails with."""
+    document = await renderer.open(file, "acme")
+    found = []
+    for page in range(pages):
+        try:
+            await renderer.draw(document, page)
+            found.append("")
+        except RenderError as error:
+            found.append(error.code or "")
+    return found
+
+
+async def test_a_page_has_only_so_much_cpu_time_however_long_it_may_take(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(slow_pdf(1, 10**7))  # about ten seconds
+    async with rendering(page_cpu_s=1, page_timeout_s=600) as renderer:
+        document = await renderer.open(tmp_path / "x", "acme")
+        with pytest.raises(RenderError) as failed:
+            await renderer.draw(document, 0)
+        assert (failed.value.code, "CPU time" in failed.value.message) == ("render_timeout", True)
+        assert 1 <= document.effort.cpu_s <= 5
+        assert renderer._queue._turns._allowances["acme"].level_cpu_s <= 59
+        assert (await draw_codes(renderer, write_pdf(tmp_path / "fine", 1), 1)) == [""]
+
+
+async def test_what_waits_for_a_worker_has_no_time_running(tmp_path: Path) -> None:
+    """A page's time begins with its turn: others' slow pages do not use it up."""
+    async with rendering(page_timeout_s=2) as renderer:
+        document = await renderer.open(write_pdf(tmp_path / "x", 1, (50, 50)), "acme")
+        async with renderer._queue.place("other"):
+            page = asyncio.create_task(renderer.draw(document, 0))
+            await asyncio.sleep(2.2)
+            assert not page.done()
+        assert (await page).width == 100
+
+
+async def test_a_document_that_loses_its_workers_is_given_up(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(slow_pdf(9, 10**6))
+    async with rendering(page_timeout_s=0.4, max_lost_pages=2) as renderer:
+        codes = await draw_codes(renderer, tmp_path / "x", 9)
+    assert codes == ["render_timeout"] * 2 + ["document_too_costly"] * 7
+
+
+async def test_a_document_has_only_so_much_cpu_time(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(slow_pdf(50, 10**5))
+    async with rendering(document_cpu_s=1) as renderer:
+        codes = await draw_codes(renderer, tmp_path / "x", 50)
+        fine = await draw_codes(renderer, write_pdf(tmp_path / "fine", 1), 1)
+    assert 1 <= codes.count("") <= 49
+    assert codes == [""] * codes.count("") + ["document_too_costly"] * (50 - codes.count(""))
+    assert fine == [""]
