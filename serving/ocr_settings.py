@@ -59,6 +59,9 @@ class JobSettings(Frozen):
 
     running: Annotated[int, Field(ge=1, le=64)] = 2
     """Jobs that one service process reads at once."""
+    turn_s: Annotated[float, Field(ge=0)] = 60.0
+    """After so long a job gives its place up between two pages, and goes on at its next turn, when a tenant with fewer
+    jobs running waits for a place. A tenant that holds two places more than one that waits gives one up at once."""
     max_open_per_tenant: Annotated[int, Field(ge=1)] = 100
     """Queued and running; more are refused with 429."""
     lease_s: Annotated[float, Field(ge=1, le=600)] = 15.0

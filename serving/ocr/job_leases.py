@@ -12,17 +12,21 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from sqlalchemy import and_, func, insert, select, update
+from sqlalchemy import ColumnElement, and_, case, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from serving.billing.schema import JOB_PAGES, JOBS, REQUESTS
 from serving.ocr.job_database import JobDatabase
+from serving.ocr.job_turns import JobTurns, OwnerJobs
 from serving.ocr.jobs import COMPLETED, FAILED, NS, OPEN, RUNNING, Job, dump, find_page
 from serving.ocr.reader import Failure
 from serving.ocr.shown import PageResult, show_failure
 
 _CLOCKS_S = 600.0
 """By so much a router's clock may be behind a service's."""
+
+_MAX_CANDIDATES = 8
+"""Tenants, and jobs of each, that are tried before it is another poll's turn."""
 
 
 class LeaseLostError(Exception):
@@ -42,30 +46,54 @@ class JobLeases:
         self._lease_s = lease_s
         self._service_id = service_id
 
-    async def take(self, held: Collection[str] = ()) -> Job | None:
-        """The oldest job that nobody reads, now this service's; None when there is none.
+    async def survey(self, held: Collection[str] = ()) -> list[OwnerJobs]:
+        """Tenants with open jobs. Those that are `held` here are being read, whatever became of their leases."""
+        is_free = and_(JOBS.c.lease_until_ns < time.time_ns(), JOBS.c.job_id.not_in(held))
+        wanted = (
+            select(
+                JOBS.c.owner,
+                func.count(),
+                func.sum(case((is_free, 1), else_=0)),
+                func.min(case((is_free, JOBS.c.created_ns))),
+            )
+            .where(JOBS.c.status.in_(OPEN))
+            .group_by(JOBS.c.owner)
+        )
+        async with self._jobs.reading() as connection:
+            rows = (await connection.execute(wanted)).all()
+        return [OwnerJobs(owner, total - int(free), int(free), oldest or 0) for owner, total, free, oldest in rows]
+
+    async def take(self, turns: JobTurns, held: Collection[str] = ()) -> Job | None:
+        """A job that nobody reads, now this service's; None when there is none. Of the tenant whose turn it is the
+        oldest one.
 
         Those that are `held` here stay what they are: when their lease has passed while this process stood still, and
         no other has taken them, the next write renews it.
         """
-        now_ns = time.time_ns()
-        free = and_(JOBS.c.status.in_(OPEN), JOBS.c.lease_until_ns < now_ns, JOBS.c.job_id.not_in(held))
-        oldest = select(JOBS.c.job_id).where(free).order_by(JOBS.c.created_ns).limit(8)
-        async with self._jobs.reading() as connection:
-            candidates = (await connection.execute(oldest)).scalars().all()
-        for job_id in candidates:
-            values = {
-                "status": RUNNING,
-                "lease_owner": self._service_id,
-                "lease_until_ns": self._lease_end(),
-                "num_takes": JOBS.c.num_takes + 1,
-                "started_ns": func.coalesce(func.nullif(JOBS.c.started_ns, 0), now_ns),
-            }
-            async with self._jobs.writing() as connection:
-                done = await connection.execute(update(JOBS).where(and_(JOBS.c.job_id == job_id, free)).values(values))
-            if done.rowcount:  # of two services that saw it, one
-                return await self._jobs.find_one(JOBS.c.job_id == job_id)
+        for tenant in turns.rank(await self.survey(held))[:_MAX_CANDIDATES]:
+            free = and_(JOBS.c.status.in_(OPEN), JOBS.c.lease_until_ns < time.time_ns(), JOBS.c.job_id.not_in(held))
+            theirs = select(JOBS.c.job_id).where(and_(free, JOBS.c.owner == tenant.owner))
+            async with self._jobs.reading() as connection:
+                found = await connection.execute(theirs.order_by(JOBS.c.created_ns).limit(_MAX_CANDIDATES))
+                candidates = found.scalars().all()
+            for job_id in candidates:
+                if await self._take(job_id, free):
+                    turns.note(tenant.owner, time.monotonic())
+                    return await self._jobs.find_one(JOBS.c.job_id == job_id)
         return None
+
+    async def _take(self, job_id: str, free: ColumnElement[bool]) -> bool:
+        """Of two services that have seen a job, one gets it."""
+        values = {
+            "status": RUNNING,
+            "lease_owner": self._service_id,
+            "lease_until_ns": self._lease_end(),
+            "num_takes": JOBS.c.num_takes + 1,
+            "started_ns": func.coalesce(func.nullif(JOBS.c.started_ns, 0), time.time_ns()),
+        }
+        async with self._jobs.writing() as connection:
+            done = await connection.execute(update(JOBS).where(and_(JOBS.c.job_id == job_id, free)).values(values))
+        return bool(done.rowcount)
 
     async def read_done(self, job_id: str) -> set[int]:
         """Pages of a job that are in the database."""
@@ -136,11 +164,18 @@ class JobLeases:
         async with self._jobs.writing() as connection:
             await self._update_own(connection, job_id, changes)
 
-    async def leave(self, job_id: str) -> None:
-        """Give a job back before it has ended, so that another service can take it at once."""
+    async def leave(self, job_id: str, *, is_orderly: bool) -> None:
+        """Give a job back before it has ended, so that it can be taken again at once.
+
+        Args:
+            job_id: of a job of this service's.
+            is_orderly: whether every page that was begun has been stored. Then the turn does not count as a take, after
+                which whoever takes the job again would have to ask what pages were charged.
+        """
+        changes = {"lease_until_ns": 0, "lease_owner": "", "num_takes": JOBS.c.num_takes - int(is_orderly)}
         with contextlib.suppress(LeaseLostError):
             async with self._jobs.writing() as connection:
-                await self._update_own(connection, job_id, {"lease_until_ns": 0, "lease_owner": ""})
+                await self._update_own(connection, job_id, changes)
 
     def _lease_end(self) -> int:
         return time.time_ns() + round(self._lease_s * NS)

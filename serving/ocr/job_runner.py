@@ -1,4 +1,4 @@
-"""Reads jobs, each under its lease.
+"""Reads jobs, each under its lease, by turns between their tenants (`job_turns`).
 
 What happens when a service dies with pages in flight: pages whose answers were stored stay, and are not asked for
 again. The requests of the others end with their connections: the router has the engines abort them and records them as
@@ -12,12 +12,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from serving.errors import OverloadedError, ServingError, SettingsError
 from serving.ocr.job_leases import JobLeases, LeaseLostError
 from serving.ocr.job_sweeper import JobSweeper
+from serving.ocr.job_turns import HeldJob, JobTurns
 from serving.ocr.jobs import Job
 from serving.ocr.orders import read_options
 from serving.ocr.pipeline import Order, PageEnded, Pipeline, is_for_all
@@ -32,6 +35,19 @@ logger = logging.getLogger(__name__)
 _RETRY_S = 1.0
 _MAX_TAKES = 20
 """A job that has ended so many services without a page to show for it is not tried again."""
+
+
+@dataclass(slots=True)
+class _Reading:
+    """A job that is being read."""
+
+    owner: str
+    since_s: float
+    num_done: int = 0
+    """Pages stored in this turn."""
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set, no further page is begun, and the job is left for another turn."""
+    task: asyncio.Task[None] = field(init=False)
 
 
 class JobRunner:
@@ -55,7 +71,8 @@ class JobRunner:
         self._documents = settings.directory / "documents"
         self._stop = asyncio.Event()
         self._wake = asyncio.Event()
-        self._reading: dict[str, asyncio.Task[None]] = {}
+        self._turns = JobTurns(settings.jobs.turn_s)
+        self._reading: dict[str, _Reading] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self.counts: dict[str, int] = {}
         """Jobs by status, as the database had them a moment ago."""
@@ -69,6 +86,8 @@ class JobRunner:
     def stop_taking(self) -> None:
         """No job and no page is begun any more."""
         self._stop.set()
+        for reading in self._reading.values():
+            reading.stop.set()
         for task in self._tasks:
             task.cancel()
 
@@ -76,11 +95,12 @@ class JobRunner:
         """Take no more; pages under way have `drain_s`. Jobs that have not ended are left for others."""
         self.stop_taking()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._reading:
-            await asyncio.wait(self._reading.values(), timeout=drain_s)
-        for task in self._reading.values():
+        tasks = [reading.task for reading in self._reading.values()]
+        if tasks:
+            await asyncio.wait(tasks, timeout=drain_s)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._reading.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     @property
     def is_well(self) -> bool:
@@ -96,9 +116,9 @@ class JobRunner:
 
     def abandon(self, job_id: str) -> None:
         """A job was cancelled or deleted: end what is under way for it here."""
-        task = self._reading.get(job_id)
-        if task is not None:
-            task.cancel()
+        reading = self._reading.get(job_id)
+        if reading is not None:
+            reading.task.cancel()
 
     async def remove_file(self, job_id: str) -> None:
         await asyncio.to_thread(self.find_file(job_id).unlink, missing_ok=True)
@@ -107,41 +127,60 @@ class JobRunner:
         while True:
             self._wake.clear()
             try:
-                while len(self._reading) < self._settings.jobs.running:
-                    job = await self._leases.take(list(self._reading))
-                    if job is None:
-                        break
-                    task = asyncio.create_task(self._read_to_end(job))
-                    self._reading[job.job_id] = task
+                await self._fill_places()
+                await self._make_room()
                 self.counts, self.lag_s = await self._sweeper.count_states()
             except ServingError as error:
                 logger.warning("jobs cannot be looked for: %s", error)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), self._settings.jobs.poll_s)
 
-    async def _read_to_end(self, job: Job) -> None:
-        """One job, until it has ended or is no longer ours."""
-        reading = asyncio.create_task(self._read(job))
+    async def _fill_places(self) -> None:
+        while len(self._reading) < self._settings.jobs.running:
+            job = await self._leases.take(self._turns, list(self._reading))
+            if job is None:
+                return
+            self._reading[job.job_id] = reading = _Reading(job.owner, time.monotonic())
+            reading.task = asyncio.create_task(self._read_to_end(job, reading.stop))
+
+    async def _make_room(self) -> None:
+        """Have jobs give their places up for tenants that wait: at their next page, or later by the next call."""
+        if len(self._reading) < self._settings.jobs.running:
+            return
+        held = [
+            HeldJob(job_id, each.owner, each.since_s, can_leave=each.num_done > 0, is_leaving=each.stop.is_set())
+            for job_id, each in self._reading.items()
+        ]
+        tenants = await self._leases.survey([job.job_id for job in held])
+        for job_id in self._turns.choose_leaving(held, tenants, time.monotonic()):
+            if job_id in self._reading:
+                self._reading[job_id].stop.set()
+
+    async def _read_to_end(self, job: Job, stop: asyncio.Event) -> None:
+        """One job, until it has ended, is no longer ours, or gives its place up."""
+        reading = asyncio.create_task(self._read(job, stop))
         try:
             while not reading.done():
                 await asyncio.wait([reading], timeout=self._settings.jobs.lease_s / 3)
                 if not reading.done():
                     await self._persist(self._leases.renew, job.job_id)
             failure = reading.result()
-            if self._stop.is_set() and failure is None and await self._count_left(job):
-                await self._leases.leave(job.job_id)
+            if stop.is_set() and failure is None and await self._count_left(job):
+                await self._leases.leave(job.job_id, is_orderly=True)
+                logger.info("job left for its next turn", extra={"job": job.job_id, "owner": job.owner})
             else:
                 await self._persist(self._leases.finish, job.job_id, failure)
                 if not self._settings.jobs.keep_documents_s:
                     await self.remove_file(job.job_id)
-            logger.info("job read", extra={"job": job.job_id, "owner": job.owner, "error": failure and failure.code})
+                error = failure and failure.code
+                logger.info("job read", extra={"job": job.job_id, "owner": job.owner, "error": error})
         except LeaseLostError:
             logger.info("job lost to another service, cancelled or deleted", extra={"job": job.job_id})
         except asyncio.CancelledError:
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
             with contextlib.suppress(ServingError):
-                await self._leases.leave(job.job_id)
+                await self._leases.leave(job.job_id, is_orderly=False)
             raise
         except Exception:
             logger.exception("job %s cannot be read; it is tried again after its lease", job.job_id)
@@ -154,7 +193,7 @@ class JobRunner:
     async def _count_left(self, job: Job) -> int:
         return len(set(job.pages) - await self._leases.read_done(job.job_id))
 
-    async def _read(self, job: Job) -> Failure | None:
+    async def _read(self, job: Job, stop: asyncio.Event) -> Failure | None:
         """Read what is left of a job; gives the failure that ended all of it.
 
         Raises:
@@ -179,7 +218,7 @@ class JobRunner:
         options = read_options(job.options)
         left = [page for page in job.pages if page not in done]
         question = options.question(self._settings, api_key)
-        return await self._read_pages(job, Order(document, left, options, question, job.job_id, charged, self._stop))
+        return await self._read_pages(job, Order(document, left, options, question, job.job_id, charged, stop))
 
     async def _find_charged(self, job: Job) -> Mapping[int, int]:
         """What pages were charged while another service had the job, in nanodollars."""
@@ -199,7 +238,16 @@ class JobRunner:
                     return event.result.failure
                 await self._persist(self._leases.store_page, job.job_id, event.result)
                 self._pipeline.count(event)
+                self._note_page(job.job_id)
         return None
+
+    def _note_page(self, job_id: str) -> None:
+        """Who waits for a place may have waited for a page of this job."""
+        reading = self._reading.get(job_id)
+        if reading is not None:
+            reading.num_done += 1
+            if reading.num_done == 1:
+                self._wake.set()
 
     async def _persist(self, write: Callable[..., Awaitable[None]], *arguments: object) -> None:
         """Write it, however long the database is away: what was read has been paid for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import Any
 
@@ -11,6 +12,7 @@ from serving.billing.database import Database
 from serving.ocr.job_database import JobDatabase
 from serving.ocr.job_leases import JobLeases, LeaseLostError
 from serving.ocr.job_store import JobStore
+from serving.ocr.job_turns import JobTurns, OwnerJobs
 from serving.ocr.jobs import Job, NewJob, find_page
 from serving.ocr.reader import Usage
 from serving.ocr.shown import PageResult
@@ -21,8 +23,8 @@ NEW = NewJob("acme", "nano", {"model": "nano"}, {}, range(12), "", "digest")
 PAGE = PageResult(0, {}, Usage(), None)
 
 
-async def submit(jobs: JobDatabase, job_id: str) -> Job:
-    return await JobStore(jobs, 10).add(job_id, NEW)
+async def submit(jobs: JobDatabase, job_id: str, owner: str = "acme") -> Job:
+    return await JobStore(jobs, 10).add(job_id, dataclasses.replace(NEW, owner=owner))
 
 
 @pytest.fixture
@@ -55,19 +57,51 @@ async def test_what_pages_were_charged_is_in_the_ledger(jobs: JobDatabase, datab
 
 async def test_a_lease_is_one_services(jobs: JobDatabase) -> None:
     job = await submit(jobs, "job-1")
-    mine, others = JobLeases(jobs, 0.05, "mine"), JobLeases(jobs, 60.0, "other")
-    taken = await mine.take()
+    mine, others = JobLeases(jobs, 1.0, "mine"), JobLeases(jobs, 60.0, "other")
+    taken = await mine.take(JobTurns(60.0))
     assert taken is not None
-    assert (taken.job_id, taken.num_takes, await others.take()) == (job.job_id, 1, None)
-    while (again := await others.take()) is None:
+    assert (taken.job_id, taken.num_takes, await others.take(JobTurns(60.0))) == (job.job_id, 1, None)
+    while (again := await others.take(JobTurns(60.0))) is None:
         pass
     assert again.num_takes == 2
     for write in (mine.renew(job.job_id), mine.store_page(job.job_id, PAGE), mine.finish(job.job_id)):
         with pytest.raises(LeaseLostError):
             await write
-    await mine.leave(job.job_id)
+    await mine.leave(job.job_id, is_orderly=False)
     await others.store_page(job.job_id, PAGE)
     assert await others.read_done(job.job_id) == {0}
+
+
+async def test_jobs_are_taken_by_turns_between_tenants(jobs: JobDatabase) -> None:
+    for number in range(4):
+        await submit(jobs, f"job-a{number}", "acme")
+    for number in range(2):
+        await submit(jobs, f"job-b{number}", "other")
+    first, second, turns = JobLeases(jobs, 60.0, "first"), JobLeases(jobs, 60.0, "second"), JobTurns(60.0)
+    taken = [await service.take(turns) for service in (first, second, first, second, first)]
+    assert [job.job_id for job in taken if job is not None] == ["job-a0", "job-b0", "job-a1", "job-b1", "job-a2"]
+    found = {each.owner: (each.num_running, each.num_free) for each in await first.survey()}
+    assert found == {"acme": (3, 1), "other": (2, 0)}
+
+
+async def test_what_is_held_here_is_being_read(jobs: JobDatabase) -> None:
+    job = await submit(jobs, "job-1")
+    leases = JobLeases(jobs, 60.0, "service")
+    assert await leases.survey() == [OwnerJobs("acme", 0, 1, job.created_ns)]
+    assert await leases.survey(["job-1"]) == [OwnerJobs("acme", 1, 0, 0)]
+    assert await leases.take(JobTurns(60.0), ["job-1"]) is None
+
+
+async def test_a_turn_that_ended_in_order_is_no_take(jobs: JobDatabase) -> None:
+    """So that whoever goes on with the job need not ask what its pages were charged."""
+    await submit(jobs, "job-1")
+    leases, takes = JobLeases(jobs, 60.0, "service"), []
+    for is_orderly in (True, True, False, True, True):
+        job = await leases.take(JobTurns(60.0))
+        assert job is not None
+        takes.append(job.num_takes)
+        await leases.leave("job-1", is_orderly=is_orderly)
+    assert takes == [1, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,171 @@
+"""Two tenants at one service: one takes all that it can get, first; the other one is served all the same."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serving.billing_settings import BillingSettings
+from serving.ocr import renderer as renderer_module
+from unit.billing.conftest import database_url, make_settings, postgres_url  # noqa: F401  # its fixtures
+from unit.ocr.papers import slow_pdf, write_pdf
+from unit.ocr.service import RunningService, reads, run_host, run_service
+from unit.ocr.test_jobs import make_keys
+from unit.router.stack import Script, eventually
+
+SLOW_BYTES = 50_000
+"""A PDF of a thousand pages is larger, one of a dozen smaller."""
+
+
+@dataclass
+class Drawing:
+    """What workers are asked for."""
+
+    num_slow: int = 0
+    """Orders of the slow documents that have begun."""
+    waits: list[int] = field(default_factory=list)
+    """For each order of the others, how many of the slow ones were begun while it waited."""
+
+
+@pytest.fixture
+def drawing(monkeypatch: pytest.MonkeyPatch) -> Drawing:
+    found = Drawing()
+    waiting: dict[int, int] = {}
+    queue, begin = renderer_module.Renderer._ask, renderer_module._Worker.ask
+
+    async def queued(renderer: Any, order: dict[str, Any], *rest: Any) -> Any:
+        waiting[id(order)] = found.num_slow
+        return await queue(renderer, order, *rest)
+
+    async def begun(worker: Any, order: dict[str, Any], *rest: Any) -> Any:
+        if Path(order["file"]).stat().st_size > SLOW_BYTES:  # noqa: ASYNC240  of a local file
+            found.num_slow += 1
+        else:
+            found.waits.append(found.num_slow - waiting[id(order)])
+        return await begin(worker, order, *rest)
+
+    monkeypatch.setattr(renderer_module.Renderer, "_ask", queued)
+    monkeypatch.setattr(renderer_module._Worker, "ask", begun)
+    return found
+
+
+@pytest.fixture
+def billing(make_settings: Any) -> BillingSettings:  # noqa: F811
+    found: BillingSettings = make_settings()
+    return found
+
+
+@contextlib.asynccontextmanager
+async def served(
+    folder: Path, script: Script | None = None, **ocr: Any
+) -> AsyncIterator[tuple[RunningService, dict[str, str], dict[str, str]]]:
+    """A service, and the keys of two tenants."""
+    keys_file, (hostile, other) = make_keys(folder, "hostile", "other")
+    async with run_service(folder, script, keys_file=keys_file, **ocr) as service:
+        yield service, hostile, other
+
+
+@contextlib.contextmanager
+def ending(tasks: list[asyncio.Task[Any]]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+@pytest.mark.parametrize("path", ["/v1/ocr", "/v1/ocr/quote", "/v1/ocr/jobs"])
+async def test_slow_pages_of_one_tenant_do_not_hold_up_anothers(path: str, tmp_path: Path, drawing: Drawing) -> None:
+    """Three documents of a thousand slow pages in two workers; then two pages of another tenant's."""
+    mine = write_pdf(tmp_path / "x.pdf", 2, (50, 50)).read_bytes()
+    async with served(tmp_path) as (service, hostile, other):
+        slow = slow_pdf(1000, 10**5)
+        sent = [asyncio.create_task(service.upload(slow, headers=hostile)) for _ in range(3)]
+        with ending(sent):
+            assert await eventually(lambda: drawing.num_slow > 10, 60)
+            answer = await asyncio.wait_for(service.upload(mine, path, headers=other), 60)
+            assert answer.status_code in (200, 202), answer.text
+            if path == "/v1/ocr/jobs":
+                job = await service.wait_for(answer.json()["id"], "completed", "failed", headers=other)
+                assert (job["status"], job["pages_failed"]) == ("completed", 0)
+            # A job is opened twice. Two pages wait at once, so the second one waits for one order more.
+            assert len(drawing.waits) == (4 if path == "/v1/ocr/jobs" else 3)
+            assert max(drawing.waits) <= 2
+            assert not any(task.done() for task in sent), "the slow documents are still being drawn"
+
+
+async def test_who_has_used_up_the_allowance_waits_behind_the_others(tmp_path: Path, drawing: Drawing) -> None:
+    pdf = write_pdf(tmp_path / "x.pdf", 12, (50, 50)).read_bytes()
+    render = {"tenant_cpu_s_per_minute": 1.0, "workers": 1}
+    async with served(tmp_path, render=render) as (service, hostile, other):
+        sent = [asyncio.create_task(service.upload(slow_pdf(1000, 10**5), headers=hostile))]
+        with ending(sent):
+            assert await eventually(lambda: drawing.num_slow > 20, 60)
+            answer = await asyncio.wait_for(service.upload(pdf, headers=other), 60)
+            assert [page["status"] for page in answer.json()["pages"]] == ["completed"] * 12
+            assert len(drawing.waits) == 13
+            # None at all, but for what the hostile one's allowance gains meanwhile.
+            assert max(drawing.waits) <= 1
+
+
+async def test_a_document_that_is_too_costly_fails_with_advice_and_its_other_pages_at_once(tmp_path: Path) -> None:
+    render = {"page_cpu_s": 1, "max_lost_pages": 1, "workers": 1}
+    async with served(tmp_path, render=render) as (service, hostile, _):
+        job = (await service.upload(slow_pdf(200, 10**7), "/v1/ocr/jobs", headers=hostile)).json()
+        done = await service.wait_for(job["id"], "completed", "failed", headers=hostile)
+        assert (done["status"], done["pages_done"], done["pages_failed"]) == ("completed", 200, 200)
+        found = (await service.client.get(f"/v1/ocr/jobs/{job['id']}/pages?limit=1000", headers=hostile)).json()["data"]
+        codes = [page["error"]["code"] for page in found]
+        assert codes.count("render_timeout") == 1
+        assert codes.count("document_too_costly") == 199
+        assert "dpi" in next(page["error"]["message"] for page in found if page["error"]["code"] != "render_timeout")
+
+
+async def statuses(service: RunningService, headers: dict[str, str]) -> list[str]:
+    return [job["status"] for job in (await service.client.get("/v1/ocr/jobs", headers=headers)).json()["data"]]
+
+
+@pytest.mark.parametrize("num_services", [1, 2])
+async def test_the_jobs_of_one_tenant_do_not_hold_all_places(
+    num_services: int, tmp_path: Path, billing: BillingSettings
+) -> None:
+    """Jobs that take long, first, more of them than there are places; then a short one of another tenant's."""
+    long, short = (write_pdf(tmp_path / f"{n}.pdf", n, (50, 50)).read_bytes() for n in (400, 2))
+    ocr = {"billing": billing, "jobs": {"running": 2, "lease_s": 60}, "pages_in_parallel": 2}
+    async with (
+        served(tmp_path, reads(pause_s=0.05), **ocr) as (service, hostile, other),
+        contextlib.AsyncExitStack() as more,
+    ):
+        hosts = [service.host]
+        for _ in range(num_services - 1):
+            hosts.append((await more.enter_async_context(run_host(service.settings, service.router.port)))[0])
+        for _ in range(6):
+            assert (await service.upload(long, "/v1/ocr/jobs", headers=hostile)).status_code == 202
+        runners = [host._service.runner for host in hosts]
+        assert await eventually(lambda: all(len(runner._reading) == 2 for runner in runners), 30)
+        job = (await service.upload(short, "/v1/ocr/jobs", headers=other)).json()
+        done = await service.wait_for(job["id"], "completed", "failed", headers=other)
+        assert (done["status"], done["pages_done"], done["pages_failed"]) == ("completed", 2, 0)
+        assert set(await statuses(service, hostile)) <= {"running", "queued"}
+        for each in (await service.client.get("/v1/ocr/jobs", headers=hostile)).json()["data"]:
+            await service.client.delete(f"/v1/ocr/jobs/{each['id']}", headers=hostile)
+
+
+async def test_jobs_that_share_a_place_get_on_by_turns_and_read_no_page_twice(tmp_path: Path) -> None:
+    pdf = write_pdf(tmp_path / "x.pdf", 12, (50, 50)).read_bytes()
+    ocr = {"jobs": {"running": 1, "turn_s": 0, "settle_s": 60}, "pages_in_parallel": 1}
+    async with served(tmp_path, reads(pause_s=0.05), **ocr) as (service, hostile, other):
+        first, second = [(await service.upload(pdf, "/v1/ocr/jobs", headers=who)).json() for who in (hostile, other)]
+        await service.wait_for(second["id"], "completed", headers=other)
+        done = await service.wait_for(first["id"], "completed", headers=hostile)
+        assert (done["pages_done"], done["pages_failed"], len(service.engine.asked)) == (12, 0, 24)
+        asked = [each.headers["x-request-id"].partition("-p")[0] for each in service.engine.asked]
+    changes = sum(one != two for one, two in itertools.pairwise(asked))
+    assert changes >= 4, asked
