@@ -108,6 +108,11 @@ class OcrSettings(Frozen):
     """Of an upload; inside JSON `router.limits.max_body_bytes` comes first."""
     max_documents: Annotated[int, Field(ge=1)] = 32
     """That one process takes in or reads at once, jobs apart; more are refused with 503."""
+    max_submissions: Annotated[int, Field(ge=1)] = 32
+    """Jobs whose documents one process takes in at once; more are refused with 503."""
+    tenant_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Part of what other tenants leave of `max_documents`, `max_submissions` and the memory for JSON bodies that one
+    tenant may hold; more is refused with 429. Where the router asks for no keys, everybody may hold the whole."""
     upload_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """For a whole upload; `router.limits.body_timeout_s` is the longest silence in it."""
     pages_in_parallel: Annotated[int, Field(ge=1, le=256)] = 8

@@ -8,12 +8,12 @@ import re
 import uuid
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import orjson
 from starlette.types import Receive, Scope
 
-from serving.errors import BodyTooLargeError, InvalidRequestError, OverloadedError, RequestTimeoutError
+from serving.errors import BodyTooLargeError, InvalidRequestError, OverloadedError, RequestTimeoutError, ServingError
 from serving.router_settings import LimitSettings
 
 _DISCARD_S = 10.0
@@ -67,7 +67,13 @@ class HeldBody:
         self._num_bytes += num_bytes
 
 
-async def read_body(scope: Scope, receive: Receive, limits: LimitSettings, held: HeldBody | None = None) -> bytes:
+class Held(Protocol):
+    """Counts the bytes of a body that is being read, and refuses those that there is no room for."""
+
+    def take(self, num_bytes: int, /) -> None: ...
+
+
+async def read_body(scope: Scope, receive: Receive, limits: LimitSettings, held: Held | None = None) -> bytes:
     """The whole body.
 
     Args:
@@ -79,7 +85,7 @@ async def read_body(scope: Scope, receive: Receive, limits: LimitSettings, held:
     Raises:
         BodyTooLargeError: it announces or brings more than allowed.
         RequestTimeoutError: it did not come in time.
-        OverloadedError: the router holds too much already.
+        ServingError: what `held` refuses the body with.
         ClientGoneError: the client left while sending.
     """
     announced = b"0"
@@ -100,7 +106,7 @@ async def read_body(scope: Scope, receive: Receive, limits: LimitSettings, held:
         raise RequestTimeoutError(f"The body did not come within {limits.body_timeout_s:g} seconds.") from error
 
 
-async def _collect(receive: Receive, limits: LimitSettings, held: HeldBody | None) -> bytes:
+async def _collect(receive: Receive, limits: LimitSettings, held: Held | None) -> bytes:
     parts: list[bytes] = []
     size = 0
     while True:
@@ -118,7 +124,7 @@ async def _collect(receive: Receive, limits: LimitSettings, held: HeldBody | Non
         if held is not None:
             try:
                 held.take(len(part))
-            except OverloadedError:
+            except ServingError:
                 parts.clear()
                 if has_more:
                     await discard_body(receive, limits)

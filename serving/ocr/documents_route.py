@@ -17,7 +17,6 @@ from serving.asgi.reply import Reply
 from serving.errors import (
     AuthenticationError,
     EngineError,
-    OverloadedError,
     PermissionDeniedError,
     QuotaExceededError,
     ServingError,
@@ -33,7 +32,6 @@ from serving.ocr.routers import Caller
 from serving.ocr.service import OcrService
 from serving.ocr.shown import PageResult, show_failure, show_usage
 
-_RETRY_S = 2.0
 _Act = Callable[[Document, Submission, Caller, Reply], Awaitable[None]]
 
 
@@ -78,21 +76,13 @@ class DocumentsRoute:
     async def _take(self, request: Request, reply: Reply, act: _Act) -> None:
         service = self._service
         caller = await service.callers.identify(request.headers.get("authorization"))
-        with self._counted():
-            async with service.intake.receive(request) as submission, ClientPresence(request.receive):
-                document = await service.renderer.open(submission.file, caller.owner)
-                await act(document, submission, caller, reply)
-
-    @contextlib.contextmanager
-    def _counted(self) -> Any:
-        service = self._service
-        if service.num_open >= service.settings.ocr.max_documents:
-            raise OverloadedError("The service reads as many documents as it can; try again shortly.", _RETRY_S)
-        service.num_open += 1
-        try:
-            yield
-        finally:
-            service.num_open -= 1
+        async with (
+            service.admitting(service.documents, request, caller),
+            service.intake.receive(request, caller) as submission,
+            ClientPresence(request.receive),
+        ):
+            document = await service.renderer.open(submission.file, caller.owner)
+            await act(document, submission, caller, reply)
 
     def _select(self, document: Document, options: Options) -> list[int]:
         return select_pages(options.pages, document.num_pages, self._service.settings.ocr.render.max_pages)

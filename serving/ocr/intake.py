@@ -24,9 +24,11 @@ from starlette.requests import Request
 
 from serving.asgi.addresses import is_public_address
 from serving.asgi.fetching import FETCH_ERRORS, Fetcher
-from serving.asgi.guards import BodyBudget, ClientGoneError, decode_json, discard_body, read_body
+from serving.asgi.guards import ClientGoneError, decode_json, discard_body, read_body
 from serving.errors import BodyTooLargeError, InvalidRequestError, RequestTimeoutError, ServingError
 from serving.ocr.orders import Options, read_form_options, read_options
+from serving.ocr.routers import Caller
+from serving.ocr.shares import Refusals, Shares
 from serving.ocr_settings import OcrSettings
 from serving.router_settings import LimitSettings
 
@@ -35,6 +37,15 @@ _MAX_FIELD_BYTES = 16 * 1024
 _MAX_FORM_OVERHEAD = 64 * 1024
 _HELD_BODIES = 4
 """JSON bodies of the largest size that may be held at once."""
+_BODIES_HELD = Refusals(
+    own_code="too_many_bodies",
+    own_message="Your JSON requests hold as much memory as one tenant may; send fewer at once, or the documents as"
+    " multipart/form-data.",
+    full_code="overloaded",
+    full_message="The service holds as many requests as it can; try again shortly, or send the document as"
+    " multipart/form-data.",
+    retry_after_s=2.0,
+)
 _DATA_URL = re.compile(r"data:[A-Za-z0-9!#$&^_.+*/;=\"-]{0,255};base64")
 _TYPES = ("document_url", "image_url", "file")
 _AGENT = "serving-document-fetch/1"
@@ -64,7 +75,9 @@ class Intake:
         self._settings = settings
         self._limits = limits
         self._folder = settings.directory / "uploads"
-        self._budget = BodyBudget(_HELD_BODIES * limits.max_body_bytes)
+        self._bodies = Shares(
+            _HELD_BODIES * limits.max_body_bytes, settings.tenant_share, _BODIES_HELD, least=limits.max_body_bytes
+        )
         self._fetcher = Fetcher(settings.remote_documents, _ACCEPT, _AGENT, check_address)
 
     async def start(self) -> None:
@@ -76,8 +89,8 @@ class Intake:
         await self._fetcher.close()
 
     @contextlib.asynccontextmanager
-    async def receive(self, request: Request) -> AsyncIterator[Submission]:
-        """The document and options of a request.
+    async def receive(self, request: Request, caller: Caller) -> AsyncIterator[Submission]:
+        """The document and options of a caller's request.
 
         Raises:
             ServingError: what is wrong with it.
@@ -92,7 +105,7 @@ class Intake:
                 if kind == b"multipart/form-data":
                     options = await self._receive_form(request, parameters.get(b"boundary", b""), sink)
                 elif kind in (b"application/json", b""):
-                    options = await self._receive_json(request, sink)
+                    options = await self._receive_json(request, caller, sink)
                 else:
                     raise InvalidRequestError(
                         "Send application/json or multipart/form-data.", param="content-type", code="invalid_body"
@@ -128,8 +141,8 @@ class Intake:
             raise InvalidRequestError("The form ends before it should.", code="invalid_body")
         return read_form_options(form.decoded())
 
-    async def _receive_json(self, request: Request, sink: _Sink) -> Options:
-        with self._budget.open() as held:
+    async def _receive_json(self, request: Request, caller: Caller, sink: _Sink) -> Options:
+        with self._bodies.hold(caller) as held:
             body = await read_body(request.scope, request.receive, self._limits, held)
             given = await asyncio.to_thread(decode_json, body, self._limits)
             del body

@@ -39,7 +39,11 @@ class JobsRoute:
         idempotency_key = request.headers.get("idempotency-key")
         if idempotency_key is not None and not _IDEMPOTENCY_KEY.fullmatch(idempotency_key):
             raise InvalidRequestError("Idempotency-Key must be 1 to 255 printable characters.", param="idempotency-key")
-        async with service.intake.receive(request) as submission, ClientPresence(request.receive):
+        async with (
+            service.admitting(service.submissions, request, caller),
+            service.intake.receive(request, caller) as submission,
+            ClientPresence(request.receive),
+        ):
             job = await self._keep(submission, caller, idempotency_key)
         service.runner.wake()
         await reply.send_body(202, orjson.dumps(job.shown()))

@@ -46,6 +46,17 @@ class Caller:
     owner: str
     """Of jobs: the tenant's id, or a key's fingerprint where the router tells of no tenants."""
     api_key: str | None
+    is_one_of_many: bool = False
+    """Whether the router tells tenants apart, so that this one has to leave something to others."""
+
+
+@dataclass(frozen=True, slots=True)
+class _KeysOwner:
+    """Whose key it is, as a router said."""
+
+    owner: str
+    is_one_of_many: bool
+    asked_s: float
 
 
 class Callers:
@@ -53,7 +64,7 @@ class Callers:
 
     def __init__(self, routers: Routers) -> None:
         self._routers = routers
-        self._known: OrderedDict[str, tuple[float, str]] = OrderedDict()
+        self._known: OrderedDict[str, _KeysOwner] = OrderedDict()
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Callers:
@@ -73,14 +84,12 @@ class Callers:
         api_key = _read_key(authorization)
         print_ = _fingerprint(api_key)
         known = self._known.get(print_)
-        if known is not None and time.monotonic() - known[0] < _KNOWN_S:
-            return Caller(known[1], api_key)
-        owner = await self._ask(api_key) or f"key-{print_}"
-        self._known[print_] = (time.monotonic(), owner)
-        self._known.move_to_end(print_)
-        if len(self._known) > _MAX_KNOWN:
-            self._known.popitem(last=False)
-        return Caller(owner, api_key)
+        if known is None or time.monotonic() - known.asked_s >= _KNOWN_S:
+            known = self._known[print_] = await self._ask(api_key, print_)
+            self._known.move_to_end(print_)
+            if len(self._known) > _MAX_KNOWN:
+                self._known.popitem(last=False)
+        return Caller(known.owner, api_key, known.is_one_of_many)
 
     async def fetch_models(self, authorization: str | None) -> bytes:
         """The router's list of models, as JSON: people choose from it.
@@ -105,14 +114,16 @@ class Callers:
             raise _refusal(status, found)
         return found
 
-    async def _ask(self, api_key: str | None) -> str | None:
+    async def _ask(self, api_key: str | None, print_: str) -> _KeysOwner:
         status, body = await self._fetch("/v1/tenant", api_key)
         if status in _NO_SUCH_ROUTE:
-            return None  # another OpenAI server: it checks the key with every page
+            # Another OpenAI server: it checks the key with every page.
+            return _KeysOwner(f"key-{print_}", False, time.monotonic())
         found = _decode(body)
         if status != 200:
             raise _refusal(status, found)
-        return str(found.get("id")) or None
+        # A router without keys says that everybody is the same tenant, and names no key.
+        return _KeysOwner(str(found.get("id") or f"key-{print_}"), bool(found.get("key_id")), time.monotonic())
 
     async def _fetch(self, path: str, api_key: str | None, body: bytes | None = None) -> tuple[int, bytes]:
         """Status and body of one router's answer, to a POST where there is a body to send.

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
+from starlette.requests import Request
+
+from serving.asgi.guards import discard_body
 from serving.billing.database import Database
+from serving.errors import ServingError
 from serving.ocr.intake import Intake
 from serving.ocr.job_database import JobDatabase
 from serving.ocr.job_leases import JobLeases
@@ -17,7 +21,8 @@ from serving.ocr.pipeline import Pipeline
 from serving.ocr.quotes import Quoter
 from serving.ocr.reader import PageReader
 from serving.ocr.renderer import Renderer
-from serving.ocr.routers import Callers, Routers
+from serving.ocr.routers import Caller, Callers, Routers
+from serving.ocr.shares import Refusals, Shares
 from serving.ocr.vault import Vault
 from serving.settings import Settings
 from serving.telemetry import catalogue
@@ -25,6 +30,20 @@ from serving.telemetry.ocr_metrics import OcrMetrics
 from serving.telemetry.router_metrics import Reading
 
 _CONNECTIONS = 256
+_DOCUMENTS = Refusals(
+    own_code="too_many_documents",
+    own_message="You have as many documents open as one tenant may; wait until one has ended, or submit jobs.",
+    full_code="overloaded",
+    full_message="The service reads as many documents as it can; try again shortly.",
+    retry_after_s=2.0,
+)
+_SUBMISSIONS = Refusals(
+    own_code="too_many_submissions",
+    own_message="You are submitting as many jobs at once as one tenant may; wait until one has been taken in.",
+    full_code="overloaded",
+    full_message="The service takes as many jobs in as it can; try again shortly.",
+    retry_after_s=2.0,
+)
 
 
 class OcrService:
@@ -35,8 +54,10 @@ class OcrService:
         self.settings = settings
         ocr = settings.ocr
         self.service_id = uuid.uuid4().hex[:12]
-        self.num_open = 0
+        self.documents = Shares(ocr.max_documents, ocr.tenant_share, _DOCUMENTS)
         """Documents that clients wait for."""
+        self.submissions = Shares(ocr.max_submissions, ocr.tenant_share, _SUBMISSIONS)
+        """Documents that are being taken in for jobs."""
         self.metrics = OcrMetrics(self._read_gauges)
         self.renderer = Renderer(ocr.render)
         self.callers = Callers(routers)
@@ -69,13 +90,30 @@ class OcrService:
         await self._running.enter_async_context(self._reader)
         self.runner.start()
 
+    @contextlib.asynccontextmanager
+    async def admitting(self, shares: Shares, request: Request, caller: Caller) -> AsyncIterator[None]:
+        """A place for a request whose body has not been read yet.
+
+        Raises:
+            RateLimitError: the caller's tenant holds as many as it may.
+            OverloadedError: all are taken.
+        """
+        with shares.hold(caller) as held:
+            try:
+                held.take(1)
+            except ServingError:
+                # A client that is still sending would see a reset instead of the answer.
+                await discard_body(request.receive, self.settings.router.limits)
+                raise
+            yield
+
     async def close(self, drain_s: float) -> None:
         """Pages of jobs that are under way have `drain_s`; what is left of the jobs is for others."""
         await self.runner.close(drain_s)
         await self._running.aclose()
 
     def _read_gauges(self) -> Iterator[Reading]:
-        yield catalogue.OCR_OPEN, (), float(self.num_open)
+        yield catalogue.OCR_OPEN, (), float(self.documents.num_held)
         yield catalogue.OCR_RENDER_QUEUE, (), float(self.renderer.num_waiting)
         yield catalogue.OCR_RENDER_CPU, (), self.renderer.cpu_s
         for status, number in self.runner.counts.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import itertools
 from collections.abc import AsyncIterator, Iterator
@@ -14,6 +15,7 @@ import pytest
 
 from serving.billing_settings import BillingSettings
 from serving.ocr import renderer as renderer_module
+from serving.ocr.host import OcrHost
 from unit.billing.conftest import database_url, make_settings, postgres_url  # noqa: F401  # its fixtures
 from unit.ocr.papers import slow_pdf, write_pdf
 from unit.ocr.service import RunningService, reads, run_host, run_service
@@ -169,3 +171,80 @@ async def test_jobs_that_share_a_place_get_on_by_turns_and_read_no_page_twice(tm
         asked = [each.headers["x-request-id"].partition("-p")[0] for each in service.engine.asked]
     changes = sum(one != two for one, two in itertools.pairwise(asked))
     assert changes >= 4, asked
+
+
+class SlowUpload:
+    """A client that begins to send a request and does not go on."""
+
+    def __init__(self, host: OcrHost, path: str, headers: dict[str, str], kind: str, body: bytes) -> None:
+        self._host = host
+        lines = [f"POST {path} HTTP/1.1", "host: x", f"content-type: {kind}", "content-length: 1000000"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        self._text = "\r\n".join([*lines, "", ""]).encode() + body
+
+    async def __aenter__(self) -> None:
+        port = int(self._host.record.url.rpartition(":")[2])
+        _, self._writer = await asyncio.open_connection("127.0.0.1", port)
+        self._writer.write(self._text)
+        await self._writer.drain()
+
+    async def __aexit__(self, *_: object) -> None:
+        self._writer.close()
+
+
+FORM, JSON = "multipart/form-data; boundary=x", "application/json"
+
+
+@pytest.mark.parametrize(
+    ("path", "code"),
+    [
+        ("/v1/ocr", "too_many_documents"),
+        ("/v1/ocr/quote", "too_many_documents"),
+        ("/v1/ocr/jobs", "too_many_submissions"),
+    ],
+)
+async def test_slow_uploads_of_one_tenant_leave_places_to_others(path: str, code: str, tmp_path: Path) -> None:
+    pdf = write_pdf(tmp_path / "x.pdf", 1, (50, 50)).read_bytes()
+    places = {"max_documents": 4, "max_submissions": 4}
+    async with served(tmp_path, **places) as (service, hostile, other), contextlib.AsyncExitStack() as uploads:
+        inside = service.host._service
+        for _ in range(4):
+            await uploads.enter_async_context(SlowUpload(service.host, path, hostile, FORM, b"--x"))
+        assert await eventually(lambda: inside.documents.num_held + inside.submissions.num_held == 2, 10)
+        mine = await service.upload(pdf, path, headers=hostile)
+        assert (mine.status_code, mine.json()["error"]["code"]) == (429, code)
+        assert int(mine.headers["retry-after"]) >= 1
+        assert (await service.upload(pdf, path, headers=other)).status_code in (200, 202)
+        # The whole of it taken is another matter, and not this tenant's fault.
+        inside.documents.add("third", 2)
+        inside.submissions.add("third", 2)
+        full = await service.upload(pdf, path, headers=other)
+        assert (full.status_code, full.json()["error"]["code"]) == (503, "overloaded")
+    assert (inside.documents.num_held, inside.submissions.num_held) == (2, 2)
+
+
+async def test_json_of_one_tenant_leaves_memory_to_others(tmp_path: Path) -> None:
+    pdf = base64.b64encode(write_pdf(tmp_path / "x.pdf", 1, (50, 50)).read_bytes()).decode()
+    body = {"model": "nano", "document": {"type": "file", "file": pdf}}
+    async with served(tmp_path) as (service, hostile, other), contextlib.AsyncExitStack() as uploads:
+        bodies = service.host._service.intake._bodies
+        bodies.least, bodies.total = 1000, 4000
+        for _ in range(3):
+            await uploads.enter_async_context(SlowUpload(service.host, "/v1/ocr", hostile, JSON, b"[" * 900))
+        assert await eventually(lambda: bodies.num_held == 1800, 10)
+        refused = await service.client.post("/v1/ocr", json=body, headers=hostile)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_bodies")
+        assert (await service.client.post("/v1/ocr", json=body, headers=other)).status_code == 200
+
+
+async def test_who_is_alone_may_have_every_place(tmp_path: Path) -> None:
+    """Without keys everybody is the same tenant, which must not be kept from half of the service."""
+    pdf = write_pdf(tmp_path / "x.pdf", 1, (50, 50)).read_bytes()
+    async with run_service(tmp_path, max_documents=2) as service, contextlib.AsyncExitStack() as uploads:
+        inside = service.host._service
+        await uploads.enter_async_context(SlowUpload(service.host, "/v1/ocr", {}, FORM, b"--x"))
+        assert await eventually(lambda: inside.documents.num_held == 1, 10)
+        assert (await service.upload(pdf)).status_code == 200
+        await uploads.enter_async_context(SlowUpload(service.host, "/v1/ocr", {}, FORM, b"--x"))
+        assert await eventually(lambda: inside.documents.num_held == 2, 10)
+        assert (await service.upload(pdf)).status_code == 503
