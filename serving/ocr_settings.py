@@ -111,8 +111,15 @@ class OcrSettings(Frozen):
     max_submissions: Annotated[int, Field(ge=1)] = 32
     """Jobs whose documents one process takes in at once; more are refused with 503."""
     tenant_share: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Part of what other tenants leave of `max_documents`, `max_submissions` and the memory for JSON bodies that one
-    tenant may hold; more is refused with 429. Where the router asks for no keys, everybody may hold the whole."""
+    """Part of what other tenants leave of `max_documents`, `max_submissions`, `max_stored_bytes`, `max_result_bytes`
+    and the memory for JSON bodies that one tenant may hold; more is refused with 429. Where the router asks for no
+    keys, everybody may hold the whole."""
+    max_stored_bytes: Annotated[int, Field(ge=1024)] = 8 * 2**30
+    """Bytes of documents in `directory`, those of services that share it included; more are refused with 503
+    `storage_full`."""
+    max_result_bytes: Annotated[int, Field(ge=1024)] = 8 * 2**30
+    """Bytes of jobs' results in the database. Beyond it new jobs are refused with 503 `storage_full`; those that were
+    taken in are read to their ends."""
     upload_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """For a whole upload; `router.limits.body_timeout_s` is the longest silence in it."""
     pages_in_parallel: Annotated[int, Field(ge=1, le=256)] = 8

@@ -145,6 +145,7 @@ JOBS = Table(
     _text("lease_owner"),
     _count("lease_until_ns"),
     _count("num_takes"),
+    Column("result_bytes", BigInteger, nullable=False, server_default="0"),  # of its pages' results
     Index("ocr_jobs_by_owner", "owner", "created_ns"),
     Index("ocr_jobs_by_status", "status", "lease_until_ns"),
     Index("ocr_jobs_by_idempotency_key", "owner", "idempotency_key", unique=True),

@@ -77,7 +77,7 @@ class DocumentsRoute:
         service = self._service
         caller = await service.callers.identify(request.headers.get("authorization"))
         async with (
-            service.admitting(service.documents, request, caller),
+            service.admitting(request, caller),
             service.intake.receive(request, caller) as submission,
             ClientPresence(request.receive),
         ):

@@ -9,9 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import os
 import re
-import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +27,7 @@ from serving.errors import BodyTooLargeError, InvalidRequestError, RequestTimeou
 from serving.ocr.orders import Options, read_form_options, read_options
 from serving.ocr.routers import Caller
 from serving.ocr.shares import Refusals, Shares
+from serving.ocr.storage import Storage, StoredFile
 from serving.ocr_settings import OcrSettings
 from serving.router_settings import LimitSettings
 
@@ -70,19 +69,18 @@ class Intake:
         self,
         settings: OcrSettings,
         limits: LimitSettings,
+        storage: Storage,
         check_address: Callable[[str], bool] = is_public_address,
     ) -> None:
         self._settings = settings
         self._limits = limits
-        self._folder = settings.directory / "uploads"
+        self._storage = storage
         self._bodies = Shares(
             _HELD_BODIES * limits.max_body_bytes, settings.tenant_share, _BODIES_HELD, least=limits.max_body_bytes
         )
         self._fetcher = Fetcher(settings.remote_documents, _ACCEPT, _AGENT, check_address)
 
     async def start(self) -> None:
-        """Raises OSError when the folder cannot be used."""
-        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         await self._fetcher.start()
 
     async def close(self) -> None:
@@ -96,11 +94,9 @@ class Intake:
             ServingError: what is wrong with it.
             ClientGoneError: the client left while sending.
         """
-        handle, name = tempfile.mkstemp(dir=self._folder)
-        file = Path(name)
-        try:
-            with os.fdopen(handle, "wb") as out:
-                sink = _Sink(out, self._settings.max_document_bytes)
+        async with self._storage.receiving(caller) as file:
+            try:
+                sink = _Sink(file, self._settings.max_document_bytes)
                 kind, parameters = parse_options_header(request.headers.get("content-type", ""))
                 if kind == b"multipart/form-data":
                     options = await self._receive_form(request, parameters.get(b"boundary", b""), sink)
@@ -110,11 +106,11 @@ class Intake:
                     raise InvalidRequestError(
                         "Send application/json or multipart/form-data.", param="content-type", code="invalid_body"
                     )
+            finally:
+                await file.close()
             if not sink.size_bytes:
                 raise InvalidRequestError("There is no document in this request.", param="document")
-            yield Submission(file, sink.size_bytes, sink.digest.hexdigest(), options)
-        finally:
-            await asyncio.to_thread(file.unlink, missing_ok=True)
+            yield Submission(file.path, sink.size_bytes, sink.digest.hexdigest(), options)
 
     async def _receive_form(self, request: Request, boundary: bytes, sink: _Sink) -> Options:
         form = _Form(sink)
@@ -172,7 +168,7 @@ class Intake:
             data = await asyncio.to_thread(pybase64.b64decode, encoded, validate=True)
         except ValueError as error:
             raise InvalidRequestError("The document is not valid base64.", param=param) from error
-        await asyncio.to_thread(sink.write, data)
+        await sink.write(data)
 
     async def _fetch(self, url: str, param: str, sink: _Sink) -> None:
         remote = self._settings.remote_documents
@@ -187,7 +183,7 @@ class Intake:
                 contextlib.aclosing(self._fetcher.fetch(url)) as parts,
             ):
                 async for part in parts:
-                    await asyncio.to_thread(sink.write, part)
+                    await sink.write(part)
         except FETCH_ERRORS:  # TimeoutError is an OSError
             raise InvalidRequestError(
                 "The document could not be fetched from its URL.", param=param, code="document_fetch_failed"
@@ -221,18 +217,21 @@ class _Body:
 class _Sink:
     """The file that a document goes to."""
 
-    def __init__(self, out: Any, max_bytes: int) -> None:
+    def __init__(self, out: StoredFile, max_bytes: int) -> None:
         self._out = out
         self._max_bytes = max_bytes
         self.size_bytes = 0
         self.digest = hashlib.sha256()
 
-    def write(self, data: bytes) -> None:
+    async def write(self, data: bytes) -> None:
+        """Raises:
+        ServingError: it is too large, or there is no room for it.
+        """
         self.size_bytes += len(data)
         if self.size_bytes > self._max_bytes:
             raise _too_large(self._max_bytes)
-        self.digest.update(data)
-        self._out.write(data)
+        await asyncio.to_thread(self.digest.update, data)
+        await self._out.write(data)
 
 
 @dataclass(slots=True)
@@ -264,7 +263,7 @@ class _Form:
         """Put on the disk what has come of the file."""
         if self._pending:
             pending, self._pending = self._pending, []
-            await asyncio.to_thread(self.sink.write, b"".join(pending))
+            await self.sink.write(b"".join(pending))
 
     def decoded(self) -> dict[str, str]:
         """The fields as text."""

@@ -130,7 +130,7 @@ class JobLeases:
         Raises:
             LeaseLostError: the job is no longer this service's.
         """
-        used = result.usage
+        used, text = result.usage, dump(result.shown)
         changes = {
             "num_done": JOBS.c.num_done + 1,
             "num_failed": JOBS.c.num_failed + int(result.is_failed),
@@ -138,6 +138,7 @@ class JobLeases:
             "completion_tokens": JOBS.c.completion_tokens + used.completion_tokens,
             "image_tokens": JOBS.c.image_tokens + used.image_tokens,
             "cost_nanodollars": JOBS.c.cost_nanodollars + used.cost_nanodollars,
+            "result_bytes": JOBS.c.result_bytes + len(text.encode()),
             "lease_until_ns": self._lease_end(),
         }
         async with self._jobs.writing() as connection:
@@ -148,7 +149,7 @@ class JobLeases:
                 "page": result.index,
                 "seq": (await connection.execute(count)).scalar_one(),
                 "is_failed": result.is_failed,
-                "result": dump(result.shown),
+                "result": text,
                 "finished_ns": time.time_ns(),
             }
             await connection.execute(insert(JOB_PAGES).values(row))

@@ -68,7 +68,6 @@ class JobRunner:
         self._renderer = renderer
         self._vault = vault
         self._settings = settings
-        self._documents = settings.directory / "documents"
         self._stop = asyncio.Event()
         self._wake = asyncio.Event()
         self._turns = JobTurns(settings.jobs.turn_s)
@@ -80,7 +79,6 @@ class JobRunner:
         """How long the oldest queued job has waited."""
 
     def start(self) -> None:
-        self._documents.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._tasks = [asyncio.create_task(self._take_forever()), asyncio.create_task(self._sweeper.sweep_forever())]
 
     def stop_taking(self) -> None:
@@ -108,7 +106,7 @@ class JobRunner:
 
     def find_file(self, job_id: str) -> Path:
         """Where a job's document is."""
-        return self._documents / job_id
+        return self._sweeper.storage.documents / job_id
 
     def wake(self) -> None:
         """There is a new job."""
@@ -121,7 +119,7 @@ class JobRunner:
             reading.task.cancel()
 
     async def remove_file(self, job_id: str) -> None:
-        await asyncio.to_thread(self.find_file(job_id).unlink, missing_ok=True)
+        await self._sweeper.storage.remove(self.find_file(job_id))
 
     async def _take_forever(self) -> None:
         while True:

@@ -27,6 +27,7 @@ _ZEROS = (
     "expires_ns",
     "lease_until_ns",
     "num_takes",
+    "result_bytes",
 )
 
 

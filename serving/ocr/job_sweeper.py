@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from sqlalchemy import and_, delete, func, or_, select, update
@@ -17,11 +17,14 @@ from serving.ocr.job_database import JobDatabase
 from serving.ocr.jobs import FAILED, NS, OPEN, QUEUED, STATES, dump
 from serving.ocr.reader import Failure
 from serving.ocr.shown import show_failure
+from serving.ocr.storage import Storage
 from serving.ocr_settings import OcrSettings
 
 logger = logging.getLogger(__name__)
 
 _SWEEP_S = 30.0
+_MAX_IDS = 500
+"""In one statement."""
 _YOUNG_S = 600.0
 """A file may be there so long before its job is."""
 
@@ -29,11 +32,10 @@ _YOUNG_S = 600.0
 class JobSweeper:
     """One per process; several do no harm to each other."""
 
-    def __init__(self, jobs: JobDatabase, settings: OcrSettings) -> None:
+    def __init__(self, jobs: JobDatabase, settings: OcrSettings, storage: Storage) -> None:
         self._jobs = jobs
         self._settings = settings.jobs
-        self._documents = settings.directory / "documents"
-        self._uploads = settings.directory / "uploads"
+        self.storage = storage
         self._max_upload_s = settings.upload_timeout_s
 
     async def sweep_forever(self) -> None:
@@ -42,7 +44,36 @@ class JobSweeper:
                 await self.sweep()
             except (ServingError, OSError) as error:
                 logger.warning("old jobs cannot be removed, trying again: %s", error)
+            try:
+                await self.look()
+            except (ServingError, OSError) as error:
+                logger.warning("what is stored cannot be counted, trying again: %s", error)
             await asyncio.sleep(_SWEEP_S)
+
+    async def look(self) -> None:
+        """Count what documents and results take, whoever has put them there.
+
+        Raises:
+            OverloadedError: the database cannot be used; documents are counted all the same.
+            OSError: a folder cannot be read.
+        """
+        await self.storage.look(self._find_owners)
+        size = func.sum(JOBS.c.result_bytes)
+        async with self._jobs.reading() as connection:
+            rows = (await connection.execute(select(JOBS.c.owner, size).group_by(JOBS.c.owner))).all()
+        self.storage.see_results({owner: int(num_bytes) for owner, num_bytes in rows})
+
+    async def _find_owners(self, job_ids: Collection[str]) -> dict[str, str]:
+        """Owners of jobs, by id; none while the database is away."""
+        owners: dict[str, str] = {}
+        ids = list(job_ids)
+        with contextlib.suppress(ServingError):
+            for begin in range(0, len(ids), _MAX_IDS):
+                wanted = select(JOBS.c.job_id, JOBS.c.owner).where(JOBS.c.job_id.in_(ids[begin : begin + _MAX_IDS]))
+                async with self._jobs.reading() as connection:
+                    rows = (await connection.execute(wanted)).all()
+                owners.update((job_id, owner) for job_id, owner in rows)
+        return owners
 
     async def sweep(self) -> None:
         """Once.
@@ -51,17 +82,18 @@ class JobSweeper:
             OverloadedError: the database cannot be used.
             OSError: a file cannot be removed.
         """
+        documents, uploads = self.storage.documents, self.storage.uploads
         await self._end_old()
         for job_id in await self._delete_expired():
-            await _remove(self._documents / job_id)
-        old = await asyncio.to_thread(_list_old, self._documents, time.time() - _YOUNG_S)
+            await self.storage.remove(documents / job_id)
+        old = await asyncio.to_thread(_list_old, documents, time.time() - _YOUNG_S)
         needed = await self._find_needed(old) if old else set()
         for job_id in old:
             if job_id not in needed:
-                await _remove(self._documents / job_id)
+                await self.storage.remove(documents / job_id)
         before_s = time.time() - self._max_upload_s - _YOUNG_S
-        for name in await asyncio.to_thread(_list_old, self._uploads, before_s):
-            await _remove(self._uploads / name)
+        for name in await asyncio.to_thread(_list_old, uploads, before_s):
+            await self.storage.remove(uploads / name)
 
     async def count_states(self) -> tuple[dict[str, int], float]:
         """Jobs by status, and how long the oldest queued one has waited, in seconds."""
@@ -99,10 +131,6 @@ class JobSweeper:
         async with self._jobs.reading() as connection:
             found = await connection.execute(select(JOBS.c.job_id).where(and_(JOBS.c.job_id.in_(job_ids), wanted)))
             return set(found.scalars())
-
-
-async def _remove(file: Path) -> None:
-    await asyncio.to_thread(file.unlink, missing_ok=True)
 
 
 def _list_old(folder: Path, before_s: float) -> Sequence[str]:

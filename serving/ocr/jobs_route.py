@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import re
 
@@ -40,7 +39,7 @@ class JobsRoute:
         if idempotency_key is not None and not _IDEMPOTENCY_KEY.fullmatch(idempotency_key):
             raise InvalidRequestError("Idempotency-Key must be 1 to 255 printable characters.", param="idempotency-key")
         async with (
-            service.admitting(service.submissions, request, caller),
+            service.admitting(request, caller, is_job=True),
             service.intake.receive(request, caller) as submission,
             ClientPresence(request.receive),
         ):
@@ -73,7 +72,7 @@ class JobsRoute:
         job_id = new_job_id()
         file = service.runner.find_file(job_id)
         # The file first: a job whose document is not there yet could be taken at once.
-        await asyncio.to_thread(submission.file.rename, file)
+        await service.storage.move(submission.file, file)
         job = None
         try:
             job = await service.store.add(job_id, new)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 
 from starlette.requests import Request
 
@@ -23,6 +23,7 @@ from serving.ocr.reader import PageReader
 from serving.ocr.renderer import Renderer
 from serving.ocr.routers import Caller, Callers, Routers
 from serving.ocr.shares import Refusals, Shares
+from serving.ocr.storage import Storage
 from serving.ocr.vault import Vault
 from serving.settings import Settings
 from serving.telemetry import catalogue
@@ -61,7 +62,8 @@ class OcrService:
         self.metrics = OcrMetrics(self._read_gauges)
         self.renderer = Renderer(ocr.render)
         self.callers = Callers(routers)
-        self.intake = Intake(ocr, settings.router.limits)
+        self.storage = Storage(ocr)
+        self.intake = Intake(ocr, settings.router.limits, self.storage)
         self.vault = Vault(ocr.secret, ocr.directory)
         self._reader = PageReader(
             routers.choose, ocr.read, max_connections=_CONNECTIONS, sign_credit=self.vault.signer.sign
@@ -73,7 +75,8 @@ class OcrService:
         jobs = JobDatabase(self._database, ocr.jobs.keep_results_s, migrates=migrates)
         self.store = JobStore(jobs, ocr.jobs.max_open_per_tenant)
         leases = JobLeases(jobs, ocr.jobs.lease_s, self.service_id)
-        self.runner = JobRunner(leases, JobSweeper(jobs, ocr), self.pipeline, self.renderer, self.vault, ocr)
+        sweeper = JobSweeper(jobs, ocr, self.storage)
+        self.runner = JobRunner(leases, sweeper, self.pipeline, self.renderer, self.vault, ocr)
         self._running = contextlib.AsyncExitStack()
 
     async def start(self) -> None:
@@ -83,6 +86,8 @@ class OcrService:
             OSError: a folder cannot be used.
         """
         self._running.push_async_callback(self._database.close)
+        self.storage.make_folders()
+        await self.storage.look(_find_nobody)
         await self.intake.start()
         self._running.push_async_callback(self.intake.close)
         self._running.push_async_callback(self.renderer.close)
@@ -91,16 +96,19 @@ class OcrService:
         self.runner.start()
 
     @contextlib.asynccontextmanager
-    async def admitting(self, shares: Shares, request: Request, caller: Caller) -> AsyncIterator[None]:
+    async def admitting(self, request: Request, caller: Caller, *, is_job: bool = False) -> AsyncIterator[None]:
         """A place for a request whose body has not been read yet.
 
         Raises:
-            RateLimitError: the caller's tenant holds as many as it may.
-            OverloadedError: all are taken.
+            RateLimitError: the caller's tenant holds as much as it may: places, or room for documents or results.
+            OverloadedError: there is nothing left for anybody.
         """
-        with shares.hold(caller) as held:
+        with (self.submissions if is_job else self.documents).hold(caller) as held:
             try:
                 held.take(1)
+                self.storage.check_documents(caller)
+                if is_job:
+                    self.storage.check_results(caller)
             except ServingError:
                 # A client that is still sending would see a reset instead of the answer.
                 await discard_body(request.receive, self.settings.router.limits)
@@ -116,6 +124,15 @@ class OcrService:
         yield catalogue.OCR_OPEN, (), float(self.documents.num_held)
         yield catalogue.OCR_RENDER_QUEUE, (), float(self.renderer.num_waiting)
         yield catalogue.OCR_RENDER_CPU, (), self.renderer.cpu_s
+        yield catalogue.OCR_STORAGE, ("documents",), float(self.storage.num_document_bytes)
+        yield catalogue.OCR_STORAGE, ("results",), float(self.storage.num_result_bytes)
+        for kind, ratio in self.storage.used_ratios.items():
+            yield catalogue.OCR_STORAGE_USED, (kind,), ratio
         for status, number in self.runner.counts.items():
             yield catalogue.OCR_JOBS, (status,), float(number)
         yield catalogue.OCR_JOB_LAG, (), self.runner.lag_s
+
+
+async def _find_nobody(job_ids: Collection[str]) -> Mapping[str, str]:
+    """Whose documents lie there is asked when the database is there; how many, before anybody sends more."""
+    return {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, Self
@@ -76,6 +77,11 @@ class Shares:
         self._held[owner] += amount
         if not self._held[owner]:
             del self._held[owner]
+
+    def replace(self, held: Mapping[str, int]) -> None:
+        """What is held now, by tenant, in the place of all that was counted."""
+        self._held = Counter(held)
+        self.num_held = self._held.total()
 
     def _allowed(self, holder: Holder) -> float:
         if not holder.is_one_of_many:

@@ -186,6 +186,18 @@ OCR_PAGE = Metric(
     (),
     _WHOLE_REQUEST_S,
 )
+OCR_STORAGE = Metric(
+    "serving_ocr_storage_bytes",
+    Kind.GAUGE,
+    "Documents in the service's folder and results of jobs in the database; services that share them tell the same",
+    ("kind",),
+)
+OCR_STORAGE_USED = Metric(
+    "serving_ocr_storage_used_ratio",
+    Kind.GAUGE,
+    "The same as a part of what they may take; at 1 new ones are refused",
+    ("kind",),
+)
 OCR_JOBS = Metric("serving_ocr_jobs", Kind.GAUGE, "Jobs in the database; every service tells the same", ("status",))
 OCR_JOB_LAG = Metric("serving_ocr_job_lag_seconds", Kind.GAUGE, "How long the oldest queued job has waited")
 
@@ -199,6 +211,8 @@ OCR = (
     OCR_RENDER_QUEUE,
     OCR_RENDER_CPU,
     OCR_PAGE,
+    OCR_STORAGE,
+    OCR_STORAGE_USED,
     OCR_JOBS,
     OCR_JOB_LAG,
     BUILD,

@@ -28,6 +28,7 @@ BREAKER = 'serving_breaker_state{model="m",replica="r"}'
 LAG = 'serving_ledger_lag_seconds{router="a"}'
 SPOOL = 'serving_ledger_spool_records{router="a"}'
 LOST = 'serving_ledger_records_total{router="a",result="lost"}'
+STORED = 'serving_ocr_storage_used_ratio{kind="documents"}'
 BUDGET = 'serving_budget_used_ratio{tenant="acme"}'
 COST = 'serving_cost_dollars_total{tenant="acme",model="m"}'
 UP = 'up{job="router",instance="a:1"}'
@@ -46,6 +47,7 @@ CASES: dict[str, tuple[int, dict[str, str], dict[str, str]]] = {
     "ServingLedgerLag": (10, {LAG: "300x20"}, {LAG: "2x20"}),
     "ServingSpoolGrowing": (40, {SPOOL: "9000+1000x50"}, {SPOOL: "60000-1000x50"}),
     "ServingLedgerLost": (30, {LOST: "0x10 1x40"}, {LOST: "1x50"}),
+    "ServingOcrStorageNearlyFull": (20, {STORED: "0.95x30"}, {STORED: "0.5x30"}),
     "ServingBudgetUsed": (2, {BUDGET: "0.8x5"}, {BUDGET: "0.79x5"}),
     "ServingCostAnomaly": (1500, {COST: "0+0.01x1440 15+1x100"}, {COST: "0+1x1600"}),
     "ServingTargetDown": (5, {UP: "0x10"}, {UP: "1x10"}),

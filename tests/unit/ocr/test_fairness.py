@@ -245,6 +245,7 @@ async def test_who_is_alone_may_have_every_place(tmp_path: Path) -> None:
         await uploads.enter_async_context(SlowUpload(service.host, "/v1/ocr", {}, FORM, b"--x"))
         assert await eventually(lambda: inside.documents.num_held == 1, 10)
         assert (await service.upload(pdf)).status_code == 200
+        assert await eventually(lambda: inside.documents.num_held == 1, 10)
         await uploads.enter_async_context(SlowUpload(service.host, "/v1/ocr", {}, FORM, b"--x"))
         assert await eventually(lambda: inside.documents.num_held == 2, 10)
         assert (await service.upload(pdf)).status_code == 503
