@@ -91,7 +91,11 @@ class SpoolSettings(Frozen):
     alarm_bytes: Annotated[int, Field(ge=4096)] = 256 * 2**20
     """About half a million requests that wait for the database."""
     max_bytes: Annotated[int, Field(ge=4096)] = 4 * 2**30
-    """Beyond it records stay in memory only."""
+    """Of all journals in the folder together. Once it is reached, routers refuse requests that generate with 503
+    `ledger_full`; those under way are still written."""
+    tenant_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Part of what other tenants leave of `max_bytes` that one tenant's records may take; then its requests are refused
+    with 429."""
     adopt_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
     """How often a router looks for journals whose router has died."""
 

@@ -1,6 +1,7 @@
 """The ledger of one router: records go to the spool at once and to the database in batches, each exactly once.
 
-`record` is all that a request waits for: one encoding and one `write`. A task takes records from the spool to the
+`record` is all that a request waits for: one encoding and one `write`. `check_room` comes before everything that costs
+something: a request that has begun is recorded. A task takes records from the spool to the
 database, in the order they came, whenever it is there; another makes the spool survive a loss of power. A database that
 is slow or away is seen in `depth`, `lag_s` and `is_alarming`, and nowhere else.
 """
@@ -18,22 +19,23 @@ from pathlib import Path
 
 from serving.billing.database import Database, ReplicaLife, is_data_fault
 from serving.billing.frames import clean_record, encode_frame
+from serving.billing.journal_room import JournalRoom
 from serving.billing.open_requests import AskReplica, OpenRequest, close_request
 from serving.billing.prices import PriceBook
 from serving.billing.queries import sum_month_by_tenant
 from serving.billing.records import RequestRecord
-from serving.billing.spool import Spool, SpoolFullError, adopt_spool, open_spool, sync_and_close
+from serving.billing.spool import Spool, adopt_spool, open_spool, sync_and_close
 from serving.billing_settings import BillingSettings
 
 logger = logging.getLogger(__name__)
 
-_MAX_IN_MEMORY = 100_000
 _MARK_EVERY = 64
 _FIRST_PAUSE_S = 0.25
 _LAST_PAUSE_S = 10.0
 _ALARM_EVERY_S = 60.0
 _FLUSH_POLL_S = 0.01
 _SEE_REPLICAS_S = 10.0
+_LOOK_S = 10.0
 _REST_S = 1.0  # what a dead router has sent is with its replica by then
 
 
@@ -49,7 +51,8 @@ class LedgerCounts:
     num_unspooled: int = 0
     """Records that the disk did not take: they are in memory until the database has them."""
     num_lost: int = 0
-    """Records in no place any more but the log, since disk, memory and database were all full or away."""
+    """Records in no place any more but the log: the disk did not take them, and the database was away when the router
+    ended."""
     num_refused: int = 0
     """Records that the database refuses for good; they are in `refused` beside the spools."""
     num_closed: int = 0
@@ -74,6 +77,8 @@ class Ledger:
         self.ask_replica: AskReplica | None = None
         """Set as soon as it is known which replicas there are; what dead routers left open waits until then."""
         self._prices = prices
+        self._room = JournalRoom(settings)
+        self._looked_s = -_LOOK_S
         self._spool: Spool | None = None
         self._memory: deque[RequestRecord] = deque()
         self._num_uncommitted = 0
@@ -108,6 +113,20 @@ class Ledger:
         """Whether so much waits, or so little can be written, that somebody must look."""
         return bool(self._memory) or self.size_bytes >= self.settings.spool.alarm_bytes
 
+    @property
+    def used_ratio(self) -> float:
+        """Part of the journals' room that is used; from 1 on `check_room` refuses everybody."""
+        return self._room.used_ratio(self.size_bytes)
+
+    def check_room(self, tenant_id: str, *, is_one_of_many: bool) -> None:
+        """Whether a request may begin, whose record must be written in the end.
+
+        Raises:
+            RateLimitError: what waits for the database is the tenant's share of it.
+            OverloadedError: the journals are as large as they may be, or the disk takes no more.
+        """
+        self._room.check(tenant_id, self.size_bytes, is_one_of_many=is_one_of_many)
+
     async def start(self) -> None:
         """Take the spool and begin; the database need not be there.
 
@@ -115,6 +134,7 @@ class Ledger:
             OSError: the spool's directory cannot be used.
         """
         self._spool = open_spool(self._root, self.router_id, self.settings.spool)
+        await asyncio.to_thread(self._room.look, self._spool.directory)
         self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._sync())]
 
     def open(self, request: OpenRequest) -> None:
@@ -123,6 +143,7 @@ class Ledger:
         try:
             self._spool.open_requests.put(request)
         except (OSError, ValueError) as error:
+            self._room.is_disk_failing |= isinstance(error, OSError)
             logger.warning("%s would leave no trace if this router died now: %s", request.request_id, error)
 
     def record(self, record: RequestRecord) -> None:
@@ -134,8 +155,9 @@ class Ledger:
         self.counts.num_recorded += 1
         try:
             self._spool.append(record)
-        except (OSError, SpoolFullError, ValueError) as error:
+        except (OSError, ValueError) as error:
             self._spool_otherwise(record, error)
+        self._room.add(record.tenant_id)
         with contextlib.suppress(OSError):
             self._spool.open_requests.remove(record.request_id)
         if self.counts.num_recorded % _MARK_EVERY == 1 or not self._num_uncommitted:
@@ -178,6 +200,8 @@ class Ledger:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._respool()
+        self.counts.num_lost += len(self._memory)
         for record in self._memory:
             logger.critical("a record is lost with the memory it was in: %s", _describe(record))
         sync_and_close(self._spool.take_unsynced())
@@ -193,16 +217,27 @@ class Ledger:
         """What the spool did not take: mended if it was the record's fault, else kept in memory."""
         assert self._spool is not None
         if isinstance(error, ValueError):
-            with contextlib.suppress(OSError, SpoolFullError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
                 self._spool.append(clean_record(record))
                 return
+        else:
+            self._room.is_disk_failing = True  # so no more requests are begun, and memory holds those under way
         self.counts.num_unspooled += 1
-        if len(self._memory) < _MAX_IN_MEMORY:
-            self._memory.append(record)
-            return
-        self.counts.num_lost += 1
-        self._num_uncommitted -= 1
-        logger.critical("a record is lost (%s): %s", error, _describe(record))
+        self._memory.append(record)
+
+    def _respool(self) -> None:
+        """Records go from memory to the disk as soon as it takes them."""
+        assert self._spool is not None
+        for _ in range(len(self._memory)):
+            try:
+                self._spool.append(self._memory[0])
+            except OSError:
+                return
+            except ValueError:  # no journal will ever hold it, the database may
+                self._memory.rotate(-1)
+            else:
+                self._memory.popleft()
+        self._room.is_disk_failing = False
 
     async def _sync(self) -> None:
         """Make the spool survive a loss of power, again and again."""
@@ -231,7 +266,22 @@ class Ledger:
                 self.is_database_up = True
                 pause_s = _FIRST_PAUSE_S
                 is_due = await self._wait_for_a_batch()
+            await self._look()
             self._alarm()
+
+    async def _look(self) -> None:
+        """See how much room there is: what the disk takes again, and what lies beside one's own journal."""
+        if self._spool is None:
+            return
+        self._respool()
+        now_s = time.monotonic()
+        if now_s - self._looked_s < _LOOK_S:
+            return
+        self._looked_s = now_s
+        try:
+            await asyncio.to_thread(self._room.look, self._spool.directory)
+        except OSError as error:
+            logger.warning("the journals cannot be counted: %s", error)
 
     async def _wait_for_a_batch(self) -> bool:
         """Until there are enough records for one (False), or they have waited long enough (True)."""
@@ -251,7 +301,7 @@ class Ledger:
             await self._write(records)
             for _ in records:
                 self._memory.popleft()
-            self._mark_done(len(records))
+            self._mark_done(records)
         now_s = time.monotonic()
         if self._replicas and now_s - self._replicas_saved_s >= _SEE_REPLICAS_S:
             await self.database.see_replicas(self._replicas.values())
@@ -277,7 +327,7 @@ class Ledger:
                 return
             await self._write(records)
             self._spool.commit()
-            self._mark_done(len(records))
+            self._mark_done(records)
 
     async def _adopt(self) -> bool:
         """Read spools of routers that have died to their end; False when some must wait.
@@ -343,9 +393,10 @@ class Ledger:
                     file.write(encode_frame(record))
         return num_new
 
-    def _mark_done(self, num_records: int) -> None:
-        self._num_done += num_records
-        self._num_uncommitted -= num_records
+    def _mark_done(self, records: Sequence[RequestRecord]) -> None:
+        self._room.remove(records)
+        self._num_done += len(records)
+        self._num_uncommitted -= len(records)
         # The mark in force is the last one at or before the oldest record that is left.
         while len(self._marks) > 1 and self._marks[1][0] <= self._num_done + 1:
             self._marks.popleft()

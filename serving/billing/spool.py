@@ -4,7 +4,7 @@ A directory per writer, locked as long as the writer lives (`flock`, which its d
 one `write` each, so they survive the death of the process from that moment, and `fsync` follows every so many
 milliseconds for the loss of power. Segments are deleted only after the database has committed what is in them; whoever
 finds a directory whose writer is dead reads it to the end in its place. Reading something twice is right: the database
-takes a request id once.
+takes a request id once. A spool takes whatever it is given: `journal_room` says when nothing more may be begun.
 
     <root>/<owner>/lock
     <root>/<owner>/00000000000000000001.journal ...
@@ -38,10 +38,6 @@ _OPEN = "open"
 _DAMAGED = ".damaged"
 _PIECE_BYTES = 2 * MAX_PAYLOAD_BYTES
 _MAX_KEPT = 4096
-
-
-class SpoolFullError(Exception):
-    """The spool has reached its greatest size."""
 
 
 @dataclass(slots=True)
@@ -98,13 +94,10 @@ class Spool:
         """Write one record; it survives this process from the return on. Returns the bytes it took.
 
         Raises:
-            SpoolFullError: there is no more room for it.
             OSError: the disk does not take it; nothing of it is left behind.
             ValueError: it cannot be written at all.
         """
         frame = encode_frame(record)
-        if self.size_bytes + len(frame) > self.settings.max_bytes:
-            raise SpoolFullError(f"the spool {self.directory} holds {self.size_bytes} bytes")
         last = self._segments[-1] if self._segments else None
         segment = self._begin_segment() if last is None or last.is_sealed else last
         num_bytes = os.write(segment.fd, frame)

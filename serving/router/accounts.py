@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from serving.billing.budgets import Budgets, BudgetState
 from serving.billing.database import ReplicaLife
+from serving.billing.journal_room import REFUSED_FOR_ROOM
 from serving.billing.ledger import Ledger
 from serving.billing.open_requests import OpenRequest
 from serving.billing.periods import month_of
@@ -61,6 +62,16 @@ class Accounts:
     def find_price(self, model: str, tenant_id: str, arrived_ns: int) -> Price:
         return self._prices.find(model, tenant_id, arrived_ns)
 
+    def check_room(self, identity: Identity) -> None:
+        """Whether the ledger will have room for a request's record.
+
+        Raises:
+            RateLimitError: what the ledger's database lacks is the tenant's share.
+            OverloadedError: the ledger is full.
+        """
+        if self.ledger is not None:
+            self.ledger.check_room(identity.tenant_id, is_one_of_many=bool(identity.key_id))
+
     def reserve(self, call: Call, work: Work) -> None:
         """Hold back what a request may cost.
 
@@ -84,7 +95,7 @@ class Accounts:
         """A request has ended: its reservation becomes its cost, and its record goes into the ledger."""
         if call.reservation is not None:
             self._budgets.settle(call.reservation, record.cost_nanodollars)
-        if self.ledger is not None:
+        if self.ledger is not None and record.error_code not in REFUSED_FOR_ROOM:
             self.ledger.record(record)
 
     def headers(self, identity: Identity) -> list[tuple[bytes, bytes]]:

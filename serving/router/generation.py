@@ -107,6 +107,7 @@ class Generation:
         now_s = time.monotonic()
         timeout_s = _read_timeout(headers, self.settings.router.admission.request_timeout_s)
         try:
+            self.accounts.check_room(call.identity)
             self.limits.admit(call.identity, now_s)
         except ServingError:
             reply.headers += self.limits.headers(call.identity, now_s)

@@ -89,6 +89,12 @@ REPLICAS_WANTED = Metric(
 REPLICA_HOUR = Metric("serving_replica_hour_dollars", Kind.GAUGE, "What a replica costs an hour", ("model",))
 SPOOL_RECORDS = Metric("serving_ledger_spool_records", Kind.GAUGE, "Records that the database does not hold yet")
 SPOOL_BYTES = Metric("serving_ledger_spool_bytes", Kind.GAUGE, "Their size on the router's disk")
+SPOOL_USED = Metric(
+    "serving_ledger_spool_used_ratio",
+    Kind.GAUGE,
+    "Part of what all journals in the router's folder may take that they do; from 1 on, and while the disk takes no "
+    "more, requests are refused",
+)
 LEDGER_RECORDS = Metric(
     "serving_ledger_records_total",
     Kind.COUNTER,
@@ -121,6 +127,7 @@ ROUTER = (
     REFUSALS,
     SPOOL_RECORDS,
     SPOOL_BYTES,
+    SPOOL_USED,
     LEDGER_LAG,
     LEDGER_RECORDS,
     LEDGER_FAILURES,

@@ -26,6 +26,7 @@ def read_ledger(ledger: Ledger) -> Iterator[Reading]:
     """How far the database is behind, and what became of the records."""
     yield catalogue.SPOOL_RECORDS, (), float(ledger.depth)
     yield catalogue.SPOOL_BYTES, (), float(ledger.size_bytes)
+    yield catalogue.SPOOL_USED, (), ledger.used_ratio
     yield catalogue.LEDGER_LAG, (), ledger.lag_s
     counts = ledger.counts
     for result, number in (

@@ -27,6 +27,7 @@ LE_ALL = 'serving_queue_wait_seconds_bucket{model="m",priority="high",le="+Inf"}
 BREAKER = 'serving_breaker_state{model="m",replica="r"}'
 LAG = 'serving_ledger_lag_seconds{router="a"}'
 SPOOL = 'serving_ledger_spool_records{router="a"}'
+SPOOL_USED = 'serving_ledger_spool_used_ratio{router="a"}'
 LOST = 'serving_ledger_records_total{router="a",result="lost"}'
 STORED = 'serving_ocr_storage_used_ratio{kind="documents"}'
 BUDGET = 'serving_budget_used_ratio{tenant="acme"}'
@@ -46,6 +47,7 @@ CASES: dict[str, tuple[int, dict[str, str], dict[str, str]]] = {
     "ServingBreakerOpen": (5, {BREAKER: "2x20"}, {BREAKER: "1x20"}),
     "ServingLedgerLag": (10, {LAG: "300x20"}, {LAG: "2x20"}),
     "ServingSpoolGrowing": (40, {SPOOL: "9000+1000x50"}, {SPOOL: "60000-1000x50"}),
+    "ServingSpoolNearlyFull": (10, {SPOOL_USED: "0.9x20"}, {SPOOL_USED: "0.1x20"}),
     "ServingLedgerLost": (30, {LOST: "0x10 1x40"}, {LOST: "1x50"}),
     "ServingOcrStorageNearlyFull": (20, {STORED: "0.95x30"}, {STORED: "0.5x30"}),
     "ServingBudgetUsed": (2, {BUDGET: "0.8x5"}, {BUDGET: "0.79x5"}),

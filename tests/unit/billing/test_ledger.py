@@ -20,8 +20,9 @@ from serving.billing.ledger import Ledger
 from serving.billing.periods import month_of
 from serving.billing.prices import PriceBook
 from serving.billing.schema import MONTHS, PRICES, REPLICAS, REQUESTS
-from serving.billing.spool import Spool, open_spool
+from serving.billing.spool import Spool, open_spool, read_spools
 from serving.billing_settings import BillingSettings, PriceSettings, SpoolSettings
+from serving.errors import ServingError
 from unit.billing.conftest import MakeSettings
 from unit.billing.samples import make_record
 from unit.billing.test_spool import die
@@ -209,27 +210,97 @@ async def test_a_disk_that_is_full_is_bridged_by_memory(
     assert (ledger.counts.num_unspooled, ledger.counts.num_lost) == (1, 0)
 
 
-async def test_too_much_of_everything_is_counted_and_logged(
+def away(folder: Path, **spool: float) -> BillingSettings:
+    """A database that cannot be reached, and journals of which ten records or so fill the room."""
+    sizes = {"segment_bytes": 4096, "alarm_bytes": 4096, "max_bytes": 4096}
+    return BillingSettings(
+        directory=folder,
+        database_url=SecretStr("postgresql://nobody@127.0.0.1:1/none"),
+        spool=SpoolSettings.model_validate({**sizes, **spool}),
+    )
+
+
+def room(ledger: Ledger, tenant_id: str = "acme", *, is_one_of_many: bool = True) -> str:
+    """What a tenant's next request would be refused with."""
+    try:
+        ledger.check_room(tenant_id, is_one_of_many=is_one_of_many)
+    except ServingError as error:
+        return f"{error.http_status} {error.code}"
+    return ""
+
+
+async def test_a_full_journal_refuses_requests_and_drops_no_row(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ledger = Ledger(away(tmp_path), "r1")
+    await ledger.start()
+    num_taken = 0
+    while not room(ledger, is_one_of_many=False):
+        ledger.record(make_record(num_taken))
+        num_taken += 1
+    assert 4 < num_taken < 100
+    assert (room(ledger, is_one_of_many=False), ledger.used_ratio >= 1) == ("503 ledger_full", True)
+    for number in range(num_taken, num_taken + 20):  # those that were under way
+        ledger.record(make_record(number))
+    assert (ledger.depth, ledger.counts.num_unspooled) == (num_taken + 20, 0)
+    await wait_until(lambda: "the ledger is behind" in caplog.text)
+    await ledger.close(timeout_s=0.05)
+    assert ledger.counts.num_lost == 0
+    # The next router counts what lies there, and brings it to the database when that is back.
+    still = Ledger(away(tmp_path), "r2")
+    await still.start()
+    assert room(still) == "503 ledger_full"
+    await still.close(timeout_s=0.05)
+    back = Ledger(BillingSettings(directory=tmp_path), "r3")
+    await back.start()
+    await wait_until(lambda: back.counts.num_committed == num_taken + 20)
+    back._looked_s = -1e9
+    await back._look()
+    assert (room(back), back.used_ratio) == ("", 0.0)
+    await back.close()
+    assert len(await read_ids(BillingSettings(directory=tmp_path))) == num_taken + 20
+
+
+async def test_one_tenants_rows_leave_room_for_others(tmp_path: Path) -> None:
+    ledger = Ledger(away(tmp_path), "r1")
+    await ledger.start()
+    num_taken = 0
+    while not room(ledger):
+        ledger.record(make_record(num_taken))
+        num_taken += 1
+    assert (room(ledger), room(ledger, "other")) == ("429 tenant_ledger_full", "")
+    assert room(ledger, is_one_of_many=False) == "", "who is alone may fill it"
+    assert 0.4 < ledger.used_ratio < 0.7
+    await ledger.close(timeout_s=0.05)
+
+
+async def test_a_disk_that_takes_nothing_refuses_requests_until_it_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("serving.billing.ledger._MAX_IN_MEMORY", 2)
-    away = BillingSettings(
-        directory=tmp_path,
-        database_url=SecretStr("postgresql://nobody@127.0.0.1:1/none"),
-        spool=SpoolSettings(segment_bytes=4096, alarm_bytes=4096, max_bytes=4096),
-    )
-    ledger = Ledger(away, "r1")
+    """With the database away, too: what was under way stays in memory, and is written as soon as that goes."""
+    settings = away(tmp_path, max_bytes=2**20)
+    ledger = Ledger(settings, "r1")
     await ledger.start()
-    for number in range(20):
-        ledger.record(make_record(number))
-    num_spooled = 20 - ledger.counts.num_unspooled
-    assert ledger.counts.num_lost == ledger.counts.num_unspooled - 2
-    assert ledger.depth == num_spooled + 2
-    assert "request_id='req-19'" in caplog.text
-    await wait_until(lambda: "the ledger is behind" in caplog.text)
-    with caplog.at_level(logging.CRITICAL):
+
+    def refuse(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Spool, "append", refuse)
+        for number in range(3):
+            ledger.record(make_record(number))
+        assert (room(ledger), ledger.used_ratio, ledger.depth) == ("503 ledger_full", 1.0, 3)
+        await ledger._look()
+        assert room(ledger) == "503 ledger_full"
+    await ledger._look()
+    assert (room(ledger), ledger.depth, ledger.is_alarming) == ("", 3, False)
+    with monkeypatch.context() as patch, caplog.at_level(logging.CRITICAL):
+        patch.setattr(Spool, "append", refuse)
+        ledger.record(make_record(3))
         await ledger.close(timeout_s=0.05)
-    assert "lost with the memory" in caplog.text
+    assert (ledger.counts.num_lost, "request_id='req-3'" in caplog.text) == (1, True)
+    left = [record.request_id for records in read_spools(tmp_path / "spool", 9) for record in records]
+    assert left == ["req-0", "req-1", "req-2"]
 
 
 async def test_an_orphan_is_adopted_and_ones_own_are_not_kept_waiting(make_settings: MakeSettings) -> None:
