@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ from serving.ocr.jobs import Job
 from serving.ocr.orders import read_options
 from serving.ocr.pipeline import Order, PageEnded, Pipeline, is_for_all
 from serving.ocr.reader import Failure
-from serving.ocr.renderer import Renderer
+from serving.ocr.renderer import Effort, Renderer
 from serving.ocr.shown import as_failure
 from serving.ocr.vault import Vault
 from serving.ocr_settings import OcrSettings
@@ -35,6 +36,9 @@ logger = logging.getLogger(__name__)
 _RETRY_S = 1.0
 _MAX_TAKES = 20
 """A job that has ended so many services without a page to show for it is not tried again."""
+
+_MAX_LEFT = 1000
+"""Jobs left for another turn of which is remembered what they have cost."""
 
 
 @dataclass(slots=True)
@@ -72,6 +76,8 @@ class JobRunner:
         self._wake = asyncio.Event()
         self._turns = JobTurns(settings.jobs.turn_s)
         self._reading: dict[str, _Reading] = {}
+        self._efforts: OrderedDict[str, Effort] = OrderedDict()
+        """Of jobs that were left for another turn: a document does not get more time for being read in turns."""
         self._tasks: list[asyncio.Task[None]] = []
         self.counts: dict[str, int] = {}
         """Jobs by status, as the database had them a moment ago."""
@@ -203,7 +209,8 @@ class JobRunner:
             api_key = self._vault.open(job.sealed_key)
             charged = await self._find_charged(job)
             done = await self._leases.read_done(job.job_id)
-            document = await self._renderer.open(self.find_file(job.job_id), job.owner)
+            effort = self._efforts.pop(job.job_id, None)
+            document = await self._renderer.open(self.find_file(job.job_id), job.owner, effort)
         except FileNotFoundError:
             return Failure("document_missing", "The job's document is no longer there.")
         except SettingsError as error:
@@ -216,7 +223,12 @@ class JobRunner:
         options = read_options(job.options)
         left = [page for page in job.pages if page not in done]
         question = options.question(self._settings, api_key)
-        return await self._read_pages(job, Order(document, left, options, question, job.job_id, charged, stop))
+        failure = await self._read_pages(job, Order(document, left, options, question, job.job_id, charged, stop))
+        if stop.is_set():
+            self._efforts[job.job_id] = document.effort
+            while len(self._efforts) > _MAX_LEFT:
+                self._efforts.popitem(last=False)
+        return failure
 
     async def _find_charged(self, job: Job) -> Mapping[int, int]:
         """What pages were charged while another service had the job, in nanodollars."""

@@ -91,15 +91,20 @@ class Renderer:
         """Documents and pages that wait for their turn."""
         return self._queue.num_waiting
 
-    async def open(self, file: Path, tenant: str) -> Document:
-        """Find out what a document is and how many pages it has. The file must stay while pages are drawn.
+    async def open(self, file: Path, tenant: str, effort: Effort | None = None) -> Document:
+        """Find out what a document is and how many pages it has, when its tenant's turn has come.
+
+        Args:
+            file: must stay while pages are drawn.
+            tenant: whose it is.
+            effort: what drawing it has taken before.
 
         Raises:
             InvalidRequestError: a format that is not read.
-            RenderError: it is encrypted or damaged, or took too long.
+            RenderError: it is encrypted or damaged, took too long, or has cost too much before.
         """
         kind = find_format(await asyncio.to_thread(_read_head, file))
-        effort = Effort()
+        effort = effort if effort is not None else Effort()
         told, _ = await self._ask({"file": str(file), "format": kind.value}, tenant, effort)
         if told["num_pages"] < 1:
             raise RenderError("The document has no pages.", param="document")
@@ -135,8 +140,9 @@ class Renderer:
             await self._idle.pop().kill()
 
     async def _ask(self, order: dict[str, Any], tenant: str, effort: Effort) -> tuple[dict[str, Any], bytes]:
+        self._check_effort(effort)
         async with self._queue.place(tenant):
-            self._check_effort(effort)
+            self._check_effort(effort)  # others of its pages were drawn meanwhile
             async with self._worker() as worker:
                 try:
                     told, data = await self._ask_worker(worker, order)

@@ -173,6 +173,21 @@ async def test_jobs_that_share_a_place_get_on_by_turns_and_read_no_page_twice(tm
     assert changes >= 4, asked
 
 
+async def test_a_document_gets_no_more_time_for_being_read_in_turns(tmp_path: Path) -> None:
+    """Turns of a page each, and two pages that may be lost: the third turn finds that the document was given up."""
+    ocr = {"jobs": {"running": 1, "turn_s": 0}, "pages_in_parallel": 1}
+    render = {"page_cpu_s": 1, "max_lost_pages": 2, "workers": 1}
+    pdf = write_pdf(tmp_path / "x.pdf", 60, (50, 50)).read_bytes()
+    async with served(tmp_path, reads(pause_s=0.1), render=render, **ocr) as (service, hostile, other):
+        slow = (await service.upload(slow_pdf(9, 10**7), "/v1/ocr/jobs", headers=hostile)).json()
+        await service.upload(pdf, "/v1/ocr/jobs", headers=other)
+        done = await service.wait_for(slow["id"], "completed", "failed", headers=hostile)
+        found = (await service.client.get(f"/v1/ocr/jobs/{slow['id']}/pages", headers=hostile)).json()["data"]
+    codes = [page["error"]["code"] for page in found]
+    assert codes.count("render_timeout") == 2
+    assert set(codes) | {(done["error"] or {}).get("code")} >= {"document_too_costly"}
+
+
 class SlowUpload:
     """A client that begins to send a request and does not go on."""
 
@@ -215,6 +230,7 @@ async def test_slow_uploads_of_one_tenant_leave_places_to_others(path: str, code
         assert (mine.status_code, mine.json()["error"]["code"]) == (429, code)
         assert int(mine.headers["retry-after"]) >= 1
         assert (await service.upload(pdf, path, headers=other)).status_code in (200, 202)
+        assert await eventually(lambda: inside.documents.num_held + inside.submissions.num_held == 2, 10)
         # The whole of it taken is another matter, and not this tenant's fault.
         inside.documents.add("third", 2)
         inside.submissions.add("third", 2)

@@ -215,6 +215,16 @@ async def test_a_document_that_loses_its_workers_is_given_up(tmp_path: Path) -> 
     assert codes == ["render_timeout"] * 2 + ["document_too_costly"] * 7
 
 
+async def test_a_document_that_was_given_up_waits_for_no_turn(tmp_path: Path) -> None:
+    async with rendering(max_lost_pages=2) as renderer:
+        document = await renderer.open(write_pdf(tmp_path / "x", 1), "acme")
+        document.effort.num_lost = 2
+        async with renderer._queue.place("other"):
+            with pytest.raises(RenderError) as failed:
+                await renderer.draw(document, 0)
+    assert failed.value.code == "document_too_costly"
+
+
 async def test_a_document_has_only_so_much_cpu_time(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(slow_pdf(50, 10**5))
     async with rendering(document_cpu_s=1) as renderer:
