@@ -22,8 +22,9 @@ class RenderSettings(Frozen):
     """A page that has more, or would have at its dpi, fails."""
     dpi: Annotated[int, Field(ge=18, le=600)] = 144
     """Of PDF pages when a request doesn't say; the published code's own."""
-    page_timeout_s: Annotated[float, Field(gt=0)] = 30.0
-    """After so long on one page a worker is killed, and the page has failed."""
+    page_timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    """After so long on one page a worker is killed, and the page has failed: for one that hangs. What it may compute is
+    `page_cpu_s`, which others that keep the machine busy do not use up."""
     page_cpu_s: Annotated[int, Field(ge=1)] = 15
     """CPU seconds after which the kernel ends a worker that is at one page, and the page has failed."""
     document_cpu_s: Annotated[float, Field(gt=0)] = 600.0

@@ -31,6 +31,7 @@ class JournalRoom:
         self._refused = settings.directory / "refused"
         self._others_bytes = 0
         self._num_rows: Counter[str] = Counter()
+        self._num_all = 0
         self.is_disk_failing = False
         """Whether the disk did not take what was written last."""
 
@@ -49,10 +50,15 @@ class JournalRoom:
     def add(self, tenant_id: str) -> None:
         """A row waits for the database."""
         self._num_rows[tenant_id] += 1
+        self._num_all += 1
 
     def remove(self, records: Iterable[RequestRecord]) -> None:
         """These are in the database."""
-        self._num_rows -= Counter(record.tenant_id for record in records)
+        for record in records:
+            self._num_all -= 1
+            self._num_rows[record.tenant_id] -= 1
+            if self._num_rows[record.tenant_id] <= 0:
+                del self._num_rows[record.tenant_id]
 
     def used_ratio(self, own_bytes: int) -> float:
         """Part of the bound that is used; 1 while the disk takes nothing."""
@@ -66,7 +72,7 @@ class JournalRoom:
             RateLimitError: rows of the tenant's take up its share. Rows are taken to be of one size.
             OverloadedError: there is no room for anybody's.
         """
-        mine = own_bytes * self._num_rows[tenant_id] / max(1, self._num_rows.total())
+        mine = own_bytes * self._num_rows[tenant_id] / max(1, self._num_all)
         left = self._settings.max_bytes - self._others_bytes - (own_bytes - mine)
         if is_one_of_many and mine and mine >= self._settings.tenant_share * left:
             raise RateLimitError(

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from serving.billing.database import Database
 from serving.ocr.job_database import JobDatabase
@@ -102,6 +103,33 @@ async def test_a_turn_that_ended_in_order_is_no_take(jobs: JobDatabase) -> None:
         takes.append(job.num_takes)
         await leases.leave("job-1", is_orderly=is_orderly)
     assert takes == [1, 1, 1, 2, 2]
+
+
+async def test_results_are_counted_also_those_of_a_version_before(
+    jobs: JobDatabase,
+    database: Database,  # noqa: F811
+) -> None:
+    leases = JobLeases(jobs, 60.0, "service")
+    for job_id in ("job-1", "job-2"):
+        await submit(jobs, job_id)
+    job = await leases.take(JobTurns(60.0))
+    assert job is not None
+    for number in range(3):
+        await leases.store_page(job.job_id, dataclasses.replace(PAGE, index=number, shown={"text": "ü" * 100}))
+
+    async def sizes() -> dict[str, int]:
+        async with database.reading() as connection:
+            rows = await connection.execute(text("SELECT job_id, result_bytes FROM ocr_jobs"))
+            return {job_id: int(size) for job_id, size in rows}
+
+    assert await sizes() == {"job-1": 3 * len('{"text":""}' + 200 * "x"), "job-2": 0}
+    async with database.engine.begin() as connection:
+        await connection.execute(text("ALTER TABLE ocr_jobs DROP COLUMN result_bytes"))
+        await connection.execute(text("UPDATE alembic_version SET version_num = '0003'"))
+    await database.migrate()
+    found = await sizes()
+    assert found["job-2"] == 0
+    assert 300 <= found["job-1"] <= 3 * 211, "in characters"
 
 
 @pytest.mark.parametrize(
