@@ -27,7 +27,7 @@ class RenderSettings(Frozen):
     `page_cpu_s`, which others that keep the machine busy do not use up."""
     page_cpu_s: Annotated[int, Field(ge=1)] = 15
     """CPU seconds after which the kernel ends a worker that is at one page, and the page has failed."""
-    document_cpu_s: Annotated[float, Field(gt=0)] = 600.0
+    document_cpu_s: Annotated[float, Field(gt=0)] = 1800.0
     """CPU seconds that drawing one document may take; the pages that are left then fail with
     `document_too_costly`."""
     max_lost_pages: Annotated[int, Field(ge=1)] = 5

@@ -120,7 +120,7 @@ def _listing(summary: str) -> dict[str, Any]:
 
 
 def _quoting(schema: dict[str, Any]) -> dict[str, Any]:
-    statuses = ("400", "401", "403", "404", "405", "408", "413", "431", "503")
+    statuses = ("400", "401", "403", "404", "405", "408", "413", "429", "431", "503")
     found = {"description": "Tokens and dollars, from the least to the most", "content": _JSON_OBJECT}
     return {
         "summary": "What a request would cost, without running it",
