@@ -72,7 +72,6 @@ class JobRunner:
         self._renderer = renderer
         self._vault = vault
         self._settings = settings
-        self._stop = asyncio.Event()
         self._wake = asyncio.Event()
         self._turns = JobTurns(settings.jobs.turn_s)
         self._reading: dict[str, _Reading] = {}
@@ -89,7 +88,6 @@ class JobRunner:
 
     def stop_taking(self) -> None:
         """No job and no page is begun any more."""
-        self._stop.set()
         for reading in self._reading.values():
             reading.stop.set()
         for task in self._tasks:

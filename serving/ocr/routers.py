@@ -68,7 +68,8 @@ class Callers:
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Callers:
-        self._session = aiohttp.ClientSession(timeout=_TIMEOUT)
+        # Without a bound of its own: one tenant's quotes must not keep others from being known.
+        self._session = aiohttp.ClientSession(timeout=_TIMEOUT, connector=aiohttp.TCPConnector(limit=0))
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -30,7 +30,6 @@ from serving.telemetry import catalogue
 from serving.telemetry.ocr_metrics import OcrMetrics
 from serving.telemetry.router_metrics import Reading
 
-_CONNECTIONS = 256
 _DOCUMENTS = Refusals(
     own_code="too_many_documents",
     own_message="You have as many documents open as one tenant may; wait until one has ended, or submit jobs.",
@@ -66,7 +65,11 @@ class OcrService:
         self.intake = Intake(ocr, settings.router.limits, self.storage)
         self.vault = Vault(ocr.secret, ocr.directory)
         self._reader = PageReader(
-            routers.choose, ocr.read, max_connections=_CONNECTIONS, sign_credit=self.vault.signer.sign
+            routers.choose,
+            ocr.read,
+            # As many as pages can be with the router: none waits for a connection of another tenant's.
+            max_connections=(ocr.max_documents + ocr.jobs.running) * ocr.pages_in_parallel,
+            sign_credit=self.vault.signer.sign,
         )
         self.pipeline = Pipeline(self.renderer, self._reader, ocr, self.metrics)
         self.quoter = Quoter(self.renderer, self.callers, ocr)
@@ -105,10 +108,10 @@ class OcrService:
         """
         with (self.submissions if is_job else self.documents).hold(caller) as held:
             try:
-                held.take(1)
                 self.storage.check_documents(caller)
                 if is_job:
                     self.storage.check_results(caller)
+                held.take(1)
             except ServingError:
                 # A client that is still sending would see a reset instead of the answer.
                 await discard_body(request.receive, self.settings.router.limits)
