@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from serving.errors import RenderError
-from serving.ocr.renderer import PageImage, Renderer
+from serving.ocr.renderer import Document, PageImage, Renderer
 from serving.ocr_settings import RenderSettings
 from unit.ocr.papers import encrypted_pdf, huge_png, slow_pdf, write_image, write_pdf
 
@@ -172,11 +172,10 @@ async def test_a_worker_has_none_of_the_services_secrets(tmp_path: Path, monkeyp
         assert "SECRET_KEY" not in psutil.Process(pid).environ()
 
 
-async def draw_codes(renderer: Renderer, file: Path, pages: int) -> list[str]:
+async def draw_codes(renderer: Renderer, document: Document) -> list[str]:
     """Of each page, one after the other, what it fails with."""
-    document = await renderer.open(file, "acme")
     found = []
-    for page in range(pages):
+    for page in range(document.num_pages):
         try:
             await renderer.draw(document, page)
             found.append("")
@@ -194,7 +193,8 @@ async def test_a_page_has_only_so_much_cpu_time_however_long_it_may_take(tmp_pat
         assert (failed.value.code, "CPU time" in failed.value.message) == ("render_timeout", True)
         assert 1 <= document.effort.cpu_s <= 5
         assert renderer._queue._turns._allowances["acme"].level_cpu_s <= 59
-        assert (await draw_codes(renderer, write_pdf(tmp_path / "fine", 1), 1)) == [""]
+        fine = await renderer.open(write_pdf(tmp_path / "fine", 1), "acme")
+        assert (await draw_codes(renderer, fine)) == [""]
 
 
 async def test_what_waits_for_a_worker_has_no_time_running(tmp_path: Path) -> None:
@@ -209,9 +209,11 @@ async def test_what_waits_for_a_worker_has_no_time_running(tmp_path: Path) -> No
 
 
 async def test_a_document_that_loses_its_workers_is_given_up(tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes(slow_pdf(9, 10**6))
-    async with rendering(page_timeout_s=0.4, max_lost_pages=2) as renderer:
-        codes = await draw_codes(renderer, tmp_path / "x", 9)
+    (tmp_path / "x").write_bytes(slow_pdf(9, 10**7))
+    async with rendering(max_lost_pages=2) as renderer:
+        document = await renderer.open(tmp_path / "x", "acme")
+        renderer._settings = renderer._settings.model_copy(update={"page_timeout_s": 0.4})
+        codes = await draw_codes(renderer, document)
     assert codes == ["render_timeout"] * 2 + ["document_too_costly"] * 7
 
 
@@ -228,8 +230,8 @@ async def test_a_document_that_was_given_up_waits_for_no_turn(tmp_path: Path) ->
 async def test_a_document_has_only_so_much_cpu_time(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(slow_pdf(50, 10**5))
     async with rendering(document_cpu_s=1) as renderer:
-        codes = await draw_codes(renderer, tmp_path / "x", 50)
-        fine = await draw_codes(renderer, write_pdf(tmp_path / "fine", 1), 1)
+        codes = await draw_codes(renderer, await renderer.open(tmp_path / "x", "acme"))
+        fine = await draw_codes(renderer, await renderer.open(write_pdf(tmp_path / "fine", 1), "acme"))
     assert 1 <= codes.count("") <= 49
     assert codes == [""] * codes.count("") + ["document_too_costly"] * (50 - codes.count(""))
     assert fine == [""]
