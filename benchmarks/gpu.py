@@ -171,7 +171,7 @@ def measure(plan: Plan, levels: list[int], num_pages: int, ports: tuple[int, int
                 arguments = build_vllm_bench(plan, url, level, number, folder, slug)
                 # vLLM's client takes its key from OpenAI's variable.
                 key = {"OPENAI_API_KEY": os.environ.get("SERVING_API_KEY", "")}
-                command = [sys.executable, "-m", "benchmarks.vllm_bench", *arguments]
+                command = [str(Path(sys.executable).with_name("vllm")), "bench", "serve", *arguments]
                 subprocess.run(command, check=True, env={**os.environ, **key})
                 vllm[name][str(level)] = json.loads((folder / f"{slug}.json").read_text())
             if name == STACK:

