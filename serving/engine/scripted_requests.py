@@ -16,6 +16,7 @@ import orjson
 import pybase64
 from PIL import Image
 
+from serving.plugin.geometry import shown_size
 from serving.plugin.selection import ModeRules, SelectionError
 from serving.settings import ScriptSettings
 
@@ -178,7 +179,7 @@ def _read_size(url: str) -> tuple[int, int]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 with Image.open(io.BytesIO(pybase64.b64decode(text))) as image:
-                    return image.size
+                    return shown_size(image)
         except (OSError, ValueError, SyntaxError, TypeError, KeyError, Image.DecompressionBombError):
             continue
     return _PAGE

@@ -24,7 +24,10 @@ import warnings
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from PIL import Image, ImageOps
+from PIL import Image
+
+from serving.plugin.geometry import shown_size
+from serving.plugin.picture import show, to_rgb
 
 _POINTS_PER_INCH = 72
 _PILLOW_FORMATS = {"jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "tiff": "TIFF", "gif": "GIF", "bmp": "BMP"}
@@ -32,6 +35,7 @@ _AS_THEY_ARE = frozenset({"jpeg", "png", "webp"})
 """Single pictures that go on byte for byte when nothing needs to be turned or taken out."""
 _LARGE_PNG_BYTES = 12 * 2**20
 _JPEG_QUALITY = 95
+_WHITE = (255, 255, 255)
 
 
 class PageError(Exception):
@@ -104,11 +108,12 @@ def draw(order: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
         with Image.open(file, formats=[_PILLOW_FORMATS[name]]) as opened:
             if name == "tiff":
                 opened.seek(order["page"])
-            check_pixels(*opened.size, order["max_pixels"])
-            if name in _AS_THEY_ARE and is_plain(opened) and "part" not in order:
+            size = shown_size(opened)
+            check_pixels(*size, order["max_pixels"])
+            if name in _AS_THEY_ARE and is_plain(opened) and size == opened.size and "part" not in order:
                 opened.load()  # a damaged one shall fail here, not in the engine
                 return file.read_bytes(), describe(opened, f"image/{name}")
-            image = flatten(ImageOps.exif_transpose(opened))
+            image = show(opened, _WHITE)
     return encode(image.crop(order["part"]) if "part" in order else image)
 
 
@@ -121,7 +126,7 @@ def draw_pdf_page(file: Path, page: int, dpi: int, max_pixels: int) -> Image.Ima
             raise PageError("damaged_page", "The page has no size.")
         check_pixels(math.ceil(width * scale), math.ceil(height * scale), max_pixels)
         document.init_forms()
-        return flatten(document[page].render(scale=scale).to_pil())
+        return to_rgb(document[page].render(scale=scale).to_pil(), _WHITE)
 
 
 def open_pdf(file: Path) -> Any:
@@ -149,17 +154,6 @@ def check_pixels(width: int, height: int, max_pixels: int) -> None:
 def is_plain(image: Image.Image) -> bool:
     """Whether it is one picture that stands upright."""
     return int(getattr(image, "n_frames", 1)) == 1 and image.getexif().get(0x0112, 1) == 1
-
-
-def flatten(image: Image.Image) -> Image.Image:
-    """In RGB, on white where it is transparent."""
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        below = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(below, image)
-    elif image.mode.startswith("I;16"):
-        image = image.point(lambda value: value / 256).convert("L")
-    return image.convert("RGB")
 
 
 def encode(image: Image.Image) -> tuple[bytes, dict[str, Any]]:

@@ -39,6 +39,8 @@ _DEATH_S = 5.0
 """From the end of a worker's pipes to that of its process, at most."""
 _KEPT_VARIABLES = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL")
 """Of the environment, where a service keeps secrets that no document should get near."""
+_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1"}
+"""For numpy, which would take a part of a worker's bounded memory for each of the machine's cores."""
 
 
 @dataclass(slots=True)
@@ -239,7 +241,7 @@ class _Worker:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
             limit=_LINE_BYTES,
-            env={name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ},
+            env=_ONE_THREAD | {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ},
             start_new_session=True,  # Ctrl-C is for the service, which ends its workers itself
         )
         return cls(process)

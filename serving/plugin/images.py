@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from serving.plugin.decoding import Colour, Pixels, size_of, to_rgb
+from serving.plugin.decoding import Pixels, size_of
 from serving.plugin.modes import ResolutionMode, TileGrid
+from serving.plugin.picture import Colour, to_rgb
 from serving.plugin.pixels import Layout, draw_views
 
 WHITE = (255, 255, 255)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from serving.plugin.decoding import Colour, Size
+from serving.plugin.geometry import Size
 from serving.plugin.modes import ResolutionMode
+from serving.plugin.picture import Colour
 
 
 @dataclass(frozen=True, slots=True)

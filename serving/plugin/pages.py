@@ -7,9 +7,10 @@ from typing import Any
 
 from PIL import Image
 
-from serving.plugin.decoding import Colour, Header, Pixels, decode
+from serving.plugin.decoding import Header, Pixels, decode
 from serving.plugin.images import PageViews
 from serving.plugin.modes import ResolutionMode
+from serving.plugin.picture import Colour
 
 
 class EncodedPage(Image.Image):

@@ -12,12 +12,12 @@ from PIL import Image
 from vllm.exceptions import RetryableRequestError
 
 from serving.plugin import metrics
-from serving.plugin.decoding import Colour
 from serving.plugin.image_settings import ImageSettings
 from serving.plugin.images import PageViews, build_views
 from serving.plugin.jobs import Job
 from serving.plugin.modes import ResolutionMode
 from serving.plugin.pages import EncodedPage
+from serving.plugin.picture import Colour
 from serving.plugin.pool import ImagePool, PoolUnavailableError, Ticket
 from serving.plugin.selection import ChosenMode
 

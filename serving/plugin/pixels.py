@@ -12,8 +12,10 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from serving.plugin.decoding import Colour, Pixels, Size, size_of
+from serving.plugin.decoding import Pixels, size_of
+from serving.plugin.geometry import Size
 from serving.plugin.modes import ResolutionMode, TileGrid
+from serving.plugin.picture import Colour
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,9 +21,9 @@ from vllm.multimodal.processing import (
     PromptUpdate,
 )
 
-from serving.plugin.decoding import Colour
 from serving.plugin.modes import ResolutionMode
 from serving.plugin.pages import EncodedPage
+from serving.plugin.picture import Colour
 from serving.plugin.pipeline import image_pipeline
 from serving.plugin.selection import ChosenMode, ModeRules, SelectionError, Size
 

@@ -12,7 +12,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from serving.plugin.decoding import Pixels, Size, size_of
+from serving.plugin.decoding import Pixels, size_of
+from serving.plugin.geometry import Size
 from serving.plugin.row_sums import WEIGHT_BITS, Bounds, Weights, sum_rows
 
 _SUPPORT = 2.0

@@ -11,6 +11,7 @@ import pybase64
 from PIL import Image, UnidentifiedImageError
 
 from serving.errors import ImageTooLargeError, InvalidImageError, InvalidRequestError
+from serving.plugin.geometry import shown_size
 from serving.router_settings import RouterSettings
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF")
@@ -83,7 +84,7 @@ def _decode(encoded: str, param: str) -> bytes:
 
 
 def read_size(data: bytes, param: str) -> tuple[int, int]:
-    """Width and height from the header; no pixel is decoded.
+    """Width and height from the header, as the engine will show the image; no pixel is decoded.
 
     Raises:
         InvalidImageError: it is no image of a format that is read.
@@ -93,7 +94,7 @@ def read_size(data: bytes, param: str) -> tuple[int, int]:
             # Pillow warns of large images and odd metadata; our own limit decides, and the engine meets the rest.
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                return image.size
+                return shown_size(image)
     except Image.DecompressionBombError as error:
         raise ImageTooLargeError("The image has far too many pixels.", param=param) from error
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, TypeError, KeyError) as error:

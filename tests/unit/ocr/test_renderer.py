@@ -9,6 +9,7 @@ import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from PIL import Image
@@ -48,6 +49,16 @@ async def test_pdf_pages_are_drawn_at_the_dpi_that_was_asked_for(tmp_path: Path)
             page = pixels(await renderer.draw(document, 2, dpi))
             assert page.size == size
             assert page.getcolors() == [(size[0] * size[1], (255, 255, 255))]
+
+
+async def test_a_deep_scan_is_drawn_within_the_least_memory_that_a_worker_may_have(tmp_path: Path) -> None:
+    scan = np.full((1100, 850), 60_000, "u2")
+    scan[500:600] = 2000
+    Image.fromarray(scan).save(tmp_path / "x", "TIFF")
+    async with rendering(worker_memory_bytes=256 * 2**20) as renderer:
+        page = pixels(await renderer.draw(await renderer.open(tmp_path / "x"), 0))
+    assert page.getpixel((10, 10)) == (233, 233, 233)
+    assert page.getpixel((10, 550)) == (8, 8, 8)
 
 
 @pytest.mark.parametrize("name", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Callable
 
 import numpy as np
@@ -79,4 +80,37 @@ FILES: dict[str, Callable[[], bytes]] = {
     "ico": lambda: encode(scene(64, 64), "ICO"),
     "animated gif": lambda: animated(SIZE),
 }
+SHOWN_OTHERWISE = {"16-bit png", "transparent rgb png"}
+"""vLLM cuts the one at 255 and shows what is transparent in the other; no page can be read so (test_picture.py)."""
 FILES |= {f"jpeg turned {turn}": lambda turn=turn: with_orientation(scene(*SIZE), turn) for turn in range(10)}
+
+
+def tiff(values: npt.NDArray[np.generic], order: str = "<", *, photometric: int = 1) -> bytes:
+    """One strip without compression, of numbers of any kind, as the tags say.
+
+    order: `<` for Intel's byte order, `>` for Motorola's.
+    photometric: 0 when the smallest numbers are white, 1 when they are black.
+    """
+    height, width = values.shape
+    bits = values.dtype.itemsize * 8
+    formats = {"u": 1, "i": 2, "f": 3}
+    entries: dict[int, tuple[int, int]] = {
+        256: (3, width),
+        257: (3, height),
+        258: (3, bits),
+        259: (3, 1),
+        262: (3, photometric),
+        273: (4, 8),
+        277: (3, 1),
+        278: (3, height),
+        279: (4, values.nbytes),
+        339: (3, formats[values.dtype.kind]),
+    }
+    pixels = values.astype(values.dtype.newbyteorder(order)).tobytes()
+    pack = {3: "HH", 4: "I"}
+    directory = struct.pack(f"{order}H", len(entries))
+    for tag, (kind, value) in sorted(entries.items()):
+        packed = struct.pack(f"{order}{pack[kind]}", *([value, 0] if kind == 3 else [value]))
+        directory += struct.pack(f"{order}HHI", tag, kind, 1) + packed
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8 + len(pixels))
+    return head + pixels + directory + bytes(4)

@@ -15,7 +15,7 @@ from serving.plugin.images import WHITE, build_views
 from serving.plugin.modes import ResolutionMode
 from serving.plugin.resampling import resample
 from serving.plugin.selection import MODES
-from unit.plugin.image_files import FILES, GREY, Array, encode, scene
+from unit.plugin.image_files import FILES, GREY, SHOWN_OTHERWISE, Array, encode, scene
 
 SIZES = [
     (1, 1),
@@ -35,7 +35,8 @@ SIZES = [
 def test_files_are_decoded_as_by_vllm(name: str) -> None:
     data = FILES[name]()
     expected = ImageMediaIO().load_bytes(data).media
-    assert np.array_equal(np.asarray(decode(data, ALLOWED_IMAGE_FORMATS, WHITE)), np.asarray(expected))
+    ours = decode(data, ALLOWED_IMAGE_FORMATS, WHITE)
+    assert np.array_equal(np.asarray(ours), np.asarray(expected)) == (name not in SHOWN_OTHERWISE)
 
 
 @pytest.mark.parametrize("name", FILES)
