@@ -23,7 +23,8 @@ _DET, _DET_END = "<|det|>", "<|/det|>"
 _MARKS = (_REF, _REF_END, _DET, _DET_END)
 _MARK = re.compile("|".join(re.escape(mark) for mark in _MARKS))
 _GROUP = re.compile(r"\[([^\[\]]*)\]")
-_NUMBER = re.compile(r"\s*[+-]?\d{1,6}(?:\.\d{0,6})?\s*")
+_NUMBER = re.compile(r"[^\d.+-]*([+-]?\d{1,6}(?:\.\d{0,6})?)[^\d.+-]*")
+"""With letters beside it now and then: `[[550, s 331, 652, 345]]`."""
 _LAST = 999
 """The largest coordinate."""
 _MAX_LABEL_CHARS = 1000
@@ -100,6 +101,7 @@ class LayoutParser:
             return False
         self._take_text(found.start())
         self._drop(len(found.group()))
+        self._part_text()
         if found.group() == _REF:
             self._step = self._read_label
         elif found.group() == _DET:
@@ -108,6 +110,10 @@ class LayoutParser:
 
     def _read_label(self, is_end: bool) -> bool:
         found = _MARK.search(self._pending)
+        written = self._pending if found is None else self._pending[: found.start()]
+        if "\n" in written.strip() or (is_end and found is None and " " in written):
+            self._step = self._read_text  # the page itself says `<|ref|>`
+            return True
         if found is None and len(self._pending) <= _MAX_LABEL_CHARS + len(_REF_END):
             if is_end:
                 self._pending = ""
@@ -149,8 +155,14 @@ class LayoutParser:
         return True
 
     def _take_text(self, num_chars: int) -> None:
-        self._text.append(self._pending[:num_chars])
-        self._drop(num_chars)
+        if num_chars:
+            self._text.append(self._pending[:num_chars])
+            self._drop(num_chars)
+
+    def _part_text(self) -> None:
+        """Two words, or two numbers, with a mark between them are not one."""
+        if self._text and self._text[-1][-1].isalnum():
+            self._text.append(" ")
 
     def _drop(self, num_chars: int) -> None:
         self._pending = self._pending[num_chars:]
@@ -169,15 +181,16 @@ def parse_layout(text: str, width: int, height: int) -> list[Block]:
 
 
 def read_boxes(text: str, width: int, height: int) -> tuple[Box, ...]:
-    """Boxes of `[[x1, y1, x2, y2], ...]` in pixels; groups that are not four numbers are left out.
+    """Boxes of `[[x1, y1, x2, y2], ...]` in pixels; groups that have not four numbers are left out.
 
     Coordinates are held to the page, and put in order.
     """
     boxes = []
     for group in _GROUP.findall(text):
-        numbers = group.split(",")
-        if len(numbers) == 4 and all(_NUMBER.fullmatch(number) for number in numbers):
-            x1, y1, x2, y2 = (min(max(float(number), 0.0), _LAST) / _LAST for number in numbers)
+        found = [_NUMBER.fullmatch(number) for number in group.split(",")]
+        numbers = [float(number.group(1)) for number in found if number is not None]
+        if len(numbers) == len(found) == 4:
+            x1, y1, x2, y2 = (min(max(number, 0.0), _LAST) / _LAST for number in numbers)
             (left, right), (top, bottom) = sorted((x1, x2)), sorted((y1, y2))
             boxes.append(Box(round(left * width), round(top * height), round(right * width), round(bottom * height)))
     return tuple(boxes)

@@ -56,7 +56,7 @@ def measure(document: Document, image: PageImage, dpi: int) -> Dimensions:
 
 def find_figures(blocks: Sequence[Block], max_figures: int) -> list[Box]:
     """Boxes of a page's figures, in order and each once; figures without one, or without area, cannot be cut out."""
-    boxes = dict.fromkeys(block.boxes[0] for block in blocks if block.label.lower() in FIGURES and block.boxes)
+    boxes = dict.fromkeys(box for block in blocks if block.label.lower() in FIGURES for box in block.boxes)
     return [box for box in boxes if box.right > box.left and box.bottom > box.top][:max_figures]
 
 
