@@ -17,6 +17,7 @@ from serving.ocr.bulk import BulkRun, Outcome, OutputFormat, SelectionError, Tal
 from serving.ocr.bulk_state import BulkState, RunningError
 from serving.ocr.client import DEFAULT_URL, AsyncOcrClient, Options, RetryPolicy
 from serving.ocr.failures import KeyRefusedError, OcrError
+from serving.ocr.file_names import show_name
 
 _MODES = ("tiny", "small", "base", "large", "gundam", "auto")
 _SHOWN_FAILURES = 10
@@ -55,20 +56,21 @@ def read_files(
     by page: stop the command, or lose the service, and the same command goes on where it was. Done once more, it reads
     only files that are new or have changed, and pages that failed.
 
-    The exit status is 0 when every page was read, 1 when some pages or documents were not (they are listed), 2 when the
-    command is wrong, 3 when the service cannot be used, 130 after Ctrl-C.
+    The exit status is 0 when every page was read, 1 when some pages, documents or folders were not (they are listed), 2
+    when the command is wrong, 3 when the service cannot be used, 130 after Ctrl-C.
     """
     if mode is not None and mode not in _MODES:
         _fail(2, f"--mode {mode}: there are {', '.join(_MODES)}")
     try:
-        tasks = plan_tasks(find_files(files, out), out, output)
+        found = find_files(files, out)
+        tasks = plan_tasks(found.files, out, output)
         state = BulkState(out)
     except SelectionError as error:
         _fail(2, str(error))
     except RunningError:
-        _fail(2, f"another `serving ocr` writes into {out}; wait for it, or take another folder")
+        _fail(2, f"another `serving ocr` writes into {show_name(out)}; wait for it, or take another folder")
     except OSError as error:
-        _fail(2, f"{out}: cannot be written ({error.strerror})")
+        _fail(2, f"{show_name(out)}: cannot be written ({error.strerror})")
     fields = {"pages": pages, "prompt": prompt, "dpi": dpi, "max_tokens": max_tokens, "mode": mode}
     try:
         client = AsyncOcrClient(url, api_key=key, retry=RetryPolicy(max_wait_s=wait))
@@ -80,7 +82,9 @@ def read_files(
         _fail(3, f"{url}: {error}{advice}\nWhat is finished is kept; the same command goes on from there.")
     finally:
         state.close()
-    if not all(outcome.is_good for outcome in outcomes):
+    for folder, reason in found.unread.items():
+        typer.echo(f"{show_name(folder)}: it cannot be looked into ({reason})", err=True)
+    if found.unread or not all(outcome.is_good for outcome in outcomes):
         raise typer.Exit(1)
 
 
@@ -143,7 +147,7 @@ def _describe(tally: Tally, seconds: float) -> str:
 
 
 def _tell(console: Console, outcome: Outcome) -> None:
-    name = str(outcome.task.file)
+    name = show_name(outcome.task.file)
     if outcome.failure is not None:
         console.print(f"{name}: {outcome.failure}", markup=False, style="red", soft_wrap=True)
     for number, reason in list(outcome.failed.items())[:_SHOWN_FAILURES]:
@@ -151,7 +155,7 @@ def _tell(console: Console, outcome: Outcome) -> None:
     if len(outcome.failed) > _SHOWN_FAILURES:
         console.print(f"{name}: and {len(outcome.failed) - _SHOWN_FAILURES} pages more", markup=False, style="red")
     if outcome.is_good and not outcome.was_done:
-        console.print(f"{name} -> {outcome.task.target}", markup=False, soft_wrap=True, highlight=False)
+        console.print(f"{name} -> {show_name(outcome.task.target)}", markup=False, soft_wrap=True, highlight=False)
 
 
 def _fail(status: int, reason: str) -> typing.NoReturn:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import glob
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -24,6 +26,7 @@ from serving.ocr.failures import (
     RefusedError,
     ServiceError,
 )
+from serving.ocr.file_names import name_key, safe_place, show_name
 from serving.ocr.results import Job, JobStatus, Page
 
 SUFFIXES = frozenset((".pdf", ".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".gif", ".bmp"))
@@ -93,8 +96,16 @@ class Tally:
             self.dollars += page.usage.estimated_cost
 
 
-def find_files(arguments: Sequence[str], out: Path) -> list[tuple[Path, Path]]:
-    """Files that are meant, each once and with its place under the folder that was named.
+@dataclass(frozen=True, slots=True)
+class Found:
+    files: list[tuple[Path, Path]]
+    """Each with its place under the folder that was named."""
+    unread: dict[Path, str]
+    """Folders that could not be looked into, and why."""
+
+
+def find_files(arguments: Sequence[str], out: Path) -> Found:
+    """Files that are meant, each once.
 
     Args:
         arguments: files, folders (searched to the bottom) and glob patterns.
@@ -104,26 +115,60 @@ def find_files(arguments: Sequence[str], out: Path) -> list[tuple[Path, Path]]:
         SelectionError: there is no such file, or nothing to read in a folder or under a pattern.
     """
     found: dict[Path, Path] = {}
+    unread: dict[Path, str] = {}
     for argument in arguments:
         path = Path(argument)
-        if path.is_dir():
-            inside = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and _is_meant(f, path, out))
-            if not inside:
-                raise SelectionError(f"{argument}: no documents in this folder ({', '.join(sorted(SUFFIXES))})")
+        if os.path.isdir(path):
+            inside, failed = _search(path, out)
+            if not inside and not failed:
+                raise SelectionError(
+                    f"{show_name(argument)}: no documents in this folder ({', '.join(sorted(SUFFIXES))})"
+                )
             found |= {file: file.relative_to(path) for file in inside}
-        elif path.exists():
+            unread |= failed
+        elif os.path.exists(path):
             found[path] = Path(path.name)
-        elif matches := [Path(name) for name in sorted(glob.glob(argument, recursive=True))]:
-            found |= {file: Path(file.name) for file in matches if file.is_file()}
         else:
-            raise SelectionError(f"{argument}: there is no such file or folder, and no file matches it")
+            matches = [Path(name) for name in sorted(glob.glob(argument, recursive=True))]
+            failed = _find_closed(argument)
+            if not matches and not failed:
+                raise SelectionError(f"{show_name(argument)}: there is no such file or folder, and no file matches it")
+            found |= {file: Path(file.name) for file in matches if file.is_file()}
+            unread |= failed
     unique = {file.resolve(): (file, place) for file, place in reversed(found.items())}
-    return list(reversed(unique.values()))
+    return Found(list(reversed(unique.values())), unread)
 
 
-def _is_meant(file: Path, folder: Path, out: Path) -> bool:
-    is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return file.is_file() and not is_hidden and not file.resolve().is_relative_to(out.resolve())
+def _search(folder: Path, out: Path) -> tuple[list[Path], dict[Path, str]]:
+    """Documents in a folder and all below it, and what could not be looked into."""
+    files: list[Path] = []
+    failed: dict[Path, str] = {}
+    results = out.resolve()
+
+    def note(error: OSError) -> None:
+        failed[Path(error.filename)] = error.strerror or "unreadable"
+
+    for where, folders, names in os.walk(folder, onerror=note):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            file = Path(where, name)
+            if name.startswith(".") or file.suffix.lower() not in SUFFIXES:
+                continue
+            try:
+                if file.is_file() and not file.resolve().is_relative_to(results):
+                    files.append(file)
+            except OSError as error:
+                failed[file] = error.strerror or "unreadable"
+    return sorted(files), failed
+
+
+def _find_closed(pattern: str) -> dict[Path, str]:
+    """Folders that a pattern leads into and that cannot be listed: `glob` passes them over."""
+    folders = Path(pattern).parts[:-1]
+    prefixes = (str(Path(*folders[:count])) for count in range(1, len(folders) + 1))
+    reached = {Path(name) for prefix in prefixes for name in glob.glob(prefix, recursive=True)}
+    closed = (path for path in sorted(reached) if os.path.isdir(path) and not os.access(path, os.R_OK | os.X_OK))
+    return {path: os.strerror(errno.EACCES) for path in closed}
 
 
 def plan_tasks(files: Sequence[tuple[Path, Path]], out: Path, kind: OutputFormat) -> list[Task]:
@@ -133,13 +178,15 @@ def plan_tasks(files: Sequence[tuple[Path, Path]], out: Path, kind: OutputFormat
         SelectionError: two files have one name.
     """
     stems = [place.with_suffix("") for _, place in files]
+    counts = Counter(stems)
     tasks = []
     targets: dict[Path, Path] = {}
     for (file, place), stem in zip(files, stems, strict=True):
-        name = place if stems.count(stem) > 1 else stem
+        name = safe_place(place if counts[stem] > 1 else stem)
         target = out / name.with_name(name.name + kind.suffix)
         if target in targets:
-            raise SelectionError(f"{file} and {targets[target]} would both become {target}; read them into two folders")
+            names = map(show_name, (file, targets[target], target))
+            raise SelectionError("{} and {} would both become {}; read them into two folders".format(*names))
         targets[target] = file
         tasks.append(Task(file, target))
     return tasks
@@ -193,7 +240,7 @@ class BulkRun:
         return [task.result() for task in running]
 
     async def _do(self, task: Task) -> Outcome:
-        path = str(task.file.resolve())
+        path = name_key(task.file.resolve())
         try:
             digest = await asyncio.to_thread(digest_file, task.file)
         except OSError as error:
@@ -295,7 +342,7 @@ class BulkRun:
     def _write(self, task: Task, path: str) -> None:
         task.target.parent.mkdir(parents=True, exist_ok=True)
         half = task.target.with_name(f".{task.target.name}.half")
-        half.write_text(render(self._kind, task.file, self._state.pages(path)))
+        half.write_text(render(self._kind, task.file, self._state.pages(path)), encoding="utf-8")
         os.replace(half, task.target)
 
 
@@ -304,7 +351,7 @@ def render(kind: OutputFormat, file: Path, pages: Sequence[Page]) -> str:
     if kind is OutputFormat.JSON:
         listed = [page.model_dump(mode="json", exclude={"seq"}, exclude_none=True) for page in pages]
         dollars = round(sum(page.usage.estimated_cost for page in pages), 9)
-        return json.dumps({"file": file.name, "estimated_cost": dollars, "pages": listed}, indent=1) + "\n"
+        return json.dumps({"file": show_name(file.name), "estimated_cost": dollars, "pages": listed}, indent=1) + "\n"
     if kind is OutputFormat.TEXT:
         return "\f".join(f"{page.content}\n" for page in pages)
     parts = []

@@ -12,6 +12,7 @@ import pydantic
 import tenacity
 
 from serving.ocr.failures import BadAnswerError, ConnectionLostError, OcrError, RefusedError, from_answer
+from serving.ocr.file_names import show_name
 from serving.ocr.reader import read_retry_after
 from serving.ocr.results import StreamEvent, read_event
 
@@ -79,7 +80,7 @@ def build_document(source: Source, fields: dict[str, Any]) -> dict[str, Any]:
         return {"json": {**fields, "document": {"type": "document_url", "document_url": source}}}
     texts = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in fields.items()}
     content: Any = source.open("rb") if isinstance(source, Path) else source.data
-    return {"data": texts, "files": {"file": (source.name, content)}}
+    return {"data": texts, "files": {"file": (show_name(source.name), content)}}
 
 
 def close_document(arguments: dict[str, Any]) -> None:

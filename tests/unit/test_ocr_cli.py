@@ -10,12 +10,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from serving.cli import app
+from serving.ocr.bulk import OutputFormat, plan_tasks
 from unit.ocr.papers import write_image, write_pdf
 from unit.ocr.service_double import OcrDouble, run_double
 
@@ -80,6 +81,85 @@ def test_files_of_one_name_are_told_apart(service: OcrDouble, out: Path, tmp_pat
     assert run(service, out, tmp_path / "a.pdf", tmp_path / "a.png").exit_code == 0
     assert (out / "a.pdf.md").exists()
     assert (out / "a.png.md").exists()
+
+
+def test_names_that_are_not_utf8_are_read_and_written_under_names_of_their_own(
+    service: OcrDouble, out: Path, tmp_path: Path
+) -> None:
+    scans = tmp_path / "scans"
+    names = [
+        b"caf\xe9.png",
+        b"caf\xe8.png",
+        "café.png".encode(),
+        b"caf%e9.png",
+        b"caf\\xe9.png",
+        b"\x8a" * 200 + b".png",
+    ]
+    for folder in (b"\xfc", b"plain"):
+        for name in names:
+            file = Path(os.fsdecode(os.path.join(os.fsencode(scans), folder, name)))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_image(file, "PNG")
+    result = run(service, out, scans)
+    assert result.exit_code == 0, result.output
+    written = [file for file in out.rglob("*.md") if file.name[0] != "."]
+    assert len(written) == len({file.read_text() and file for file in written}) == 2 * len(names)
+    for file in written:
+        assert str(file.relative_to(out)).encode().decode().isprintable()
+    assert (out / "plain/café.md").exists()
+    assert (out / "plain/caf%e9.md").exists()
+    assert len(list((out / "plain").glob("caf%e9-????????.md"))) == 1
+    assert "caf\\xe9.png -> " in result.output
+    again = run(service, out, scans)
+    assert (again.exit_code, submissions(service)) == (0, 2 * len(names))
+    assert f"{2 * len(names)} of them done before" in again.output
+
+
+def test_a_name_that_is_not_utf8_is_taken_in_every_other_way_too(service: OcrDouble, out: Path, tmp_path: Path) -> None:
+    odd = write_image(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")), "PNG")
+    assert run(service, out, odd, "--format", "json").exit_code == 0
+    (file,) = out.glob("*.json")
+    assert json.loads(file.read_text())["file"] == "caf\\xe9.png"
+    assert run(service, Path(os.fsdecode(os.fsencode(tmp_path) + b"/o\xe9t")), tmp_path / "caf*").exit_code == 0
+    (tmp_path / "other").mkdir()
+    twin = write_image(Path(os.fsdecode(os.fsencode(tmp_path) + b"/other/caf\xe9.png")), "PNG")
+    wrong = run(service, tmp_path / "third", odd, twin)
+    assert (wrong.exit_code, "would both become" in wrong.output) == (2, True)
+    none = run(service, out, os.fsdecode(b"none\xe9.png"))
+    assert (none.exit_code, "none\\xe9.png: there is no such file" in none.output) == (2, True)
+
+
+@pytest.mark.parametrize("argument", ["scans", "scans/**/*.png", "scans/*/*.png", "scans/locked/one.png"])
+def test_folders_that_cannot_be_looked_into_are_told_and_are_status_one(
+    service: OcrDouble, out: Path, tmp_path: Path, argument: str
+) -> None:
+    for folder in ("scans/open", "scans/locked"):
+        (tmp_path / folder).mkdir(parents=True)
+        write_image(tmp_path / folder / "one.png", "PNG")
+    (tmp_path / "scans/locked").chmod(0)
+    # To root no folder is locked, unless it gives that up.
+    humble = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.getuid() == 0 else []
+    command = [*humble, *SERVING, "ocr", tmp_path / argument, "--out", out, "--url", service.url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    (tmp_path / "scans/locked").chmod(0o700)
+    assert done.returncode == 1, done.stderr
+    assert "locked: it cannot be looked into (Permission denied)" in done.stderr
+    assert [file.name for file in out.rglob("*.md")] == ([] if "locked" in argument else ["one.md"])
+
+
+def test_many_names_are_planned_with_few_comparisons(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [(Path(f"scans/{n}.pdf"), Path(f"{n}.pdf")) for n in range(500)]
+    num_compared = 0
+    equal = PurePath.__eq__
+
+    def count(one: PurePath, other: object) -> bool:
+        nonlocal num_compared
+        num_compared += 1
+        return equal(one, other)
+
+    monkeypatch.setattr(PurePath, "__eq__", count)
+    assert len(plan_tasks(files, Path("out"), OutputFormat.TEXT)) == len(files)
+    assert num_compared < 10 * len(files)
 
 
 def test_what_is_done_is_not_done_again(service: OcrDouble, out: Path, tmp_path: Path) -> None:
@@ -199,6 +279,15 @@ def wait_for(is_so: object, timeout_s: float = 30) -> None:
     while not is_so():  # type: ignore[operator]
         assert time.monotonic() < deadline_s
         time.sleep(0.02)
+
+
+def test_a_file_is_never_given_the_pages_of_another(service: OcrDouble, out: Path, tmp_path: Path) -> None:
+    """The first job is over and gone while the second still runs and the third is submitted."""
+    service.page_s = 0.05
+    papers = [write_pdf(tmp_path / f"{n}.pdf", num_pages) for n, num_pages in enumerate((1, 20, 9))]
+    assert run(service, out, *papers, "--jobs", "2").exit_code == 0
+    assert set(service.reads.values()) == {1}
+    assert len(service.reads) == 30
 
 
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])

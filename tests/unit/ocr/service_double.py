@@ -9,6 +9,7 @@ import asyncio
 import base64
 import contextlib
 import io
+import itertools
 import json
 import threading
 import time
@@ -59,6 +60,7 @@ class OcrDouble:
     jobs: dict[str, DoubleJob] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
     port: int = 0
+    _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
@@ -183,7 +185,8 @@ class OcrDouble:
         key = request.headers.get("idempotency-key", "")
         job = self.jobs.get(self.keys.get(key, ""))
         if job is None:
-            job = DoubleJob(f"job-{len(self.jobs) + 1}", data, fields, numbers)
+            # Never that of a job that was deleted: whoever still asks for a job would be given another's pages.
+            job = DoubleJob(f"job-{next(self._numbers)}", data, fields, numbers)
             self.jobs[job.id] = job
             self.keys[key] = job.id
             self._task = asyncio.create_task(self._run(job))
