@@ -52,7 +52,7 @@ def buildah(tmp_path: Path) -> Iterator[Buildah]:
     for tool in ("buildah", "mmdebstrap"):
         if shutil.which(tool) is None or os.getuid() != 0:
             assert "CI" not in os.environ, f"{tool} is missing, or this is not root"
-            pytest.skip(f"needs {tool} and root")
+            pytest.skip(f"{tool} is not installed, or this is not root (apt-get install buildah mmdebstrap)")
     buildah = Buildah(tmp_path / "buildah")
     yield buildah
     buildah.run("rm", "--all")

@@ -81,7 +81,7 @@ def test_a_field_that_there_is_not_is_an_error(made: Manifests) -> None:
 def test_the_rayservice_is_valid(made: Manifests, texts: dict[str, str], component: str | None, tmp_path: Path) -> None:
     shared = next((folder / "shared" for folder in ROOT.parents[:2] if (folder / "shared/kuberay").is_dir()), None)
     if shared is None:
-        pytest.skip("no CRD of KubeRay's beside the project")
+        pytest.skip("KubeRay's CRD is not there (shared/kuberay beside the project)")
     text = with_component(made.name, component, tmp_path) if component else texts[made.name]
     assert not complaints(read_manifests(made.name, text))
     file = tmp_path / "made.yaml"
@@ -239,7 +239,7 @@ def test_the_rules_are_those_of_the_rule_files(made: Manifests, tmp_path: Path) 
     promtool = shutil.which("promtool")
     if promtool is None:
         assert "CI" not in os.environ, "promtool is missing"
-        pytest.skip("no promtool")
+        pytest.skip("promtool is not installed (apt-get install prometheus)")
     file = tmp_path / "rules.yml"
     file.write_text(yaml.safe_dump(rule["spec"]))
     checked = subprocess.run(

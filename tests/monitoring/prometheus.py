@@ -16,7 +16,8 @@ import pytest
 
 # CI installs it: there its absence is a failure, not a reason to skip.
 needs_prometheus = pytest.mark.skipif(
-    shutil.which("prometheus") is None and "CI" not in os.environ, reason="prometheus is not installed"
+    shutil.which("prometheus") is None and "CI" not in os.environ,
+    reason="prometheus is not installed (apt-get install prometheus)",
 )
 
 

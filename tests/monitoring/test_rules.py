@@ -14,7 +14,9 @@ import yaml
 RULES = Path(__file__).resolve().parents[2] / "k8s/monitoring/rules"
 PROMTOOL = shutil.which("promtool")
 # CI installs it: there its absence is a failure, not a reason to skip.
-needs_promtool = pytest.mark.skipif(PROMTOOL is None and "CI" not in os.environ, reason="promtool is not installed")
+needs_promtool = pytest.mark.skipif(
+    PROMTOOL is None and "CI" not in os.environ, reason="promtool is not installed (apt-get install prometheus)"
+)
 
 OK = 'serving_requests_total{model="m",outcome="completed",status="200"}'
 FAILED = 'serving_requests_total{model="m",outcome="failed",status="502"}'

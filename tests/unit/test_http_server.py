@@ -86,7 +86,7 @@ async def test_servers_that_say_so_share_a_port() -> None:
         assert (await get(first.port)).status_code == 200
 
 
-@pytest.mark.skipif(not socket.has_ipv6, reason="needs IPv6")
+@pytest.mark.skipif(not socket.has_ipv6, reason="IPv6 is not there (net.ipv6.conf.all.disable_ipv6=0)")
 async def test_an_address_with_colons_is_ipv6() -> None:
     async with serve(App(), host="::1") as server:
         assert (await get(server.port, "[::1]")).status_code == 200
