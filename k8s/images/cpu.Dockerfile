@@ -25,10 +25,12 @@ RUN /opt/serving/bin/python -m uv pip install --python /opt/serving/bin/python -
     && /opt/serving/bin/python -m uv pip uninstall --python /opt/serving/bin/python uv
 
 FROM ${BASE}
-# wget is what probes ask with; libnuma is vLLM's.
+# wget is what probes ask with; libnuma is vLLM's; fonts are for PDFs that do not bring their own, which are blank
+# pages without.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends libgomp1 libnuma1 wget \
+    && apt-get install -y --no-install-recommends fonts-dejavu-core fonts-liberation fonts-noto-cjk \
+        libgomp1 libnuma1 wget \
     && rm -rf /var/lib/apt/lists/* \
     && groupadd --gid 10001 serving \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp/home --shell /bin/bash serving \

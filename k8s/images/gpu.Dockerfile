@@ -24,10 +24,12 @@ RUN /opt/serving/bin/python -m uv pip install --python /opt/serving/bin/python -
     && /opt/serving/bin/python -m uv pip uninstall --python /opt/serving/bin/python uv
 
 FROM ${BASE}
-# wget is what probes ask with; Triton compiles its launchers with gcc when an engine starts.
+# wget is what probes ask with; Triton compiles its launchers with gcc when an engine starts; fonts are for PDFs that do
+# not bring their own, which are blank pages without (an OCR service may run in this image as well).
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends gcc libc6-dev libgomp1 libnuma1 wget \
+    && apt-get install -y --no-install-recommends fonts-dejavu-core fonts-liberation fonts-noto-cjk \
+        gcc libc6-dev libgomp1 libnuma1 wget \
     && rm -rf /var/lib/apt/lists/* \
     && groupadd --gid 10001 serving \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp/home --shell /bin/bash serving \

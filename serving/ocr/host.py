@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 from starlette.routing import BaseRoute
@@ -10,6 +11,7 @@ from serving.asgi.draining import Drainable
 from serving.directory import ServiceRecord
 from serving.http_server import HttpServer
 from serving.ocr.app import OcrApp
+from serving.ocr.fonts import warn_of_missing_fonts
 from serving.ocr.routers import Routers
 from serving.ocr.service import OcrService
 from serving.settings import Settings
@@ -59,6 +61,7 @@ class OcrHost:
 
     async def start(self) -> None:
         """Must run inside the event loop that serves."""
+        await asyncio.to_thread(warn_of_missing_fonts)
         await self._service.start()
         await self._metrics.start()
         await self._server.start()

@@ -85,6 +85,8 @@ def test_the_cpu_image_answers(buildah: Buildah, tmp_path: Path) -> None:
     assert "2.60.0" in buildah.run(*run, "/bin/bash", "-lc", "ray --version")
     assert "GNU Wget" in buildah.run(*run, "/bin/sh", "-c", "wget --version")
     assert "--within" in buildah.run(*run, "/opt/serving/bin/python", "-m", "serving.drain", "--help")
+    fonts = "from serving.ocr.fonts import FOLDERS, find_scripts; print(len(find_scripts(FOLDERS)))"
+    assert buildah.run(*run, "/opt/serving/bin/python", "-c", fonts) == "4", "PDFs without fonts would be blank"
     # No weights but nano's; compressed-tensors brings some matrices of its own.
     find = "find / -xdev -name '*.safetensors' -size +100k 2>/dev/null || true"
     found = {Path(file).name for file in buildah.run(*run, "/bin/sh", "-c", find).splitlines()}

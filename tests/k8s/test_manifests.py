@@ -264,6 +264,12 @@ def test_dockerfiles_have_no_findings(image: str) -> None:
     assert checked.returncode == 0, checked.stdout
 
 
+@pytest.mark.parametrize("image", ["cpu", "gpu"])
+def test_images_have_fonts_for_pdfs_that_bring_none(image: str) -> None:
+    *_, final = (K8S / f"images/{image}.Dockerfile").read_text().split("\nFROM ")
+    assert {"fonts-noto-cjk", "fonts-dejavu-core", "fonts-liberation"} <= set(final.split())
+
+
 def test_the_guide_makes_every_secret_with_its_keys() -> None:
     """All but the Ingress's, which is cert-manager's, say."""
     guide = (K8S / "README.md").read_text().partition("## Install")[2].partition("## Upgrade")[0].replace("\\\n", " ")
