@@ -28,6 +28,7 @@ from PIL import Image
 
 from serving.plugin.geometry import shown_size
 from serving.plugin.picture import show, to_rgb
+from serving.plugin.png_notes import read_tolerantly
 
 _POINTS_PER_INCH = 72
 _PILLOW_FORMATS = {"jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "tiff": "TIFF", "gif": "GIF", "bmp": "BMP"}
@@ -91,7 +92,14 @@ def count_pages(file: Path, name: str) -> int:
     if name == "pdf":
         with open_pdf(file) as document:
             return len(document)
-    with Image.open(file, formats=[_PILLOW_FORMATS[name]]) as image:
+    if name == "png":
+        return read_tolerantly(lambda data: count_frames(io.BytesIO(data), name), file.read_bytes())
+    return count_frames(file, name)
+
+
+def count_frames(source: Path | io.BytesIO, name: str) -> int:
+    """Of a picture."""
+    with Image.open(source, formats=[_PILLOW_FORMATS[name]]) as image:
         return int(getattr(image, "n_frames", 1)) if name == "tiff" else 1
 
 
@@ -103,17 +111,29 @@ def draw(order: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
     """
     file, name = Path(order["file"]), order["format"]
     if name == "pdf":
-        image = draw_pdf_page(file, order["page"], order["dpi"], order["max_pixels"])
-    else:
-        with Image.open(file, formats=[_PILLOW_FORMATS[name]]) as opened:
-            if name == "tiff":
-                opened.seek(order["page"])
-            size = shown_size(opened)
-            check_pixels(*size, order["max_pixels"])
-            if name in _AS_THEY_ARE and is_plain(opened) and size == opened.size and "part" not in order:
-                opened.load()  # a damaged one shall fail here, not in the engine
-                return file.read_bytes(), describe(opened, f"image/{name}")
-            image = show(opened, _WHITE)
+        return encode_part(draw_pdf_page(file, order["page"], order["dpi"], order["max_pixels"]), order)
+    if name == "png":
+        return read_tolerantly(lambda data: draw_picture(io.BytesIO(data), order), file.read_bytes())
+    return draw_picture(file, order)
+
+
+def draw_picture(source: Path | io.BytesIO, order: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
+    """As `draw`, of what is no PDF."""
+    name = order["format"]
+    with Image.open(source, formats=[_PILLOW_FORMATS[name]]) as opened:
+        if name == "tiff":
+            opened.seek(order["page"])
+        size = shown_size(opened)
+        check_pixels(*size, order["max_pixels"])
+        if name in _AS_THEY_ARE and is_plain(opened) and size == opened.size and "part" not in order:
+            opened.load()  # a damaged one shall fail here, not in the engine
+            data = source.read_bytes() if isinstance(source, Path) else source.getvalue()
+            return data, describe(opened, f"image/{name}")
+        return encode_part(show(opened, _WHITE), order)
+
+
+def encode_part(image: Image.Image, order: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
+    """A drawn page, or the part of it that was asked for."""
     return encode(image.crop(order["part"]) if "part" in order else image)
 
 

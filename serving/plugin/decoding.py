@@ -18,6 +18,7 @@ from PIL import Image
 
 from serving.plugin.geometry import Size, orientation_of, pixel_aspect, shown_size
 from serving.plugin.picture import Colour, make_square, show
+from serving.plugin.png_notes import read_tolerantly
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -58,14 +59,9 @@ def read_header(data: bytes, formats: tuple[str, ...]) -> Header:
         DecodeError: not an image of these formats.
     """
     try:
-        image = Image.open(BytesIO(data), formats=formats)
-        is_lazy = image.format in _LAZY_FORMATS
-        if image.format == "PNG":
-            is_lazy = not any(mark in data for mark in _PNG_ORIENTATION)
-        size = shown_size(image)
+        return read_tolerantly(lambda data: _read_header(data, formats), data)
     except Exception as error:  # on hostile data Pillow's readers raise whatever they happen to
         raise DecodeError(f"Failed to load image: {error}") from error
-    return Header(size, image.mode, is_lazy)
 
 
 def decode(data: bytes, formats: tuple[str, ...], background: Colour) -> Pixels | Image.Image:
@@ -78,12 +74,7 @@ def decode(data: bytes, formats: tuple[str, ...], background: Colour) -> Pixels 
         DecodeError: not an image of these formats, or damaged.
     """
     try:
-        image: Image.Image = Image.open(BytesIO(data), formats=formats)
-        aspect = pixel_aspect(image)
-        pixels = _decode_jpeg(data, image)
-        if pixels is None:
-            return show(image, background)
-        return pixels if aspect == 1.0 else make_square(Image.fromarray(pixels), aspect, orientation_of(image))
+        return read_tolerantly(lambda data: _decode(data, formats, background), data)
     except Exception as error:  # on hostile data Pillow's readers raise whatever they happen to
         raise DecodeError(f"Failed to load image: {error}") from error
 
@@ -91,6 +82,23 @@ def decode(data: bytes, formats: tuple[str, ...], background: Colour) -> Pixels 
 def size_of(page: Pixels | Image.Image) -> Size:
     """Width and height."""
     return page.size if isinstance(page, Image.Image) else (page.shape[1], page.shape[0])
+
+
+def _read_header(data: bytes, formats: tuple[str, ...]) -> Header:
+    image = Image.open(BytesIO(data), formats=formats)
+    is_lazy = image.format in _LAZY_FORMATS
+    if image.format == "PNG":
+        is_lazy = not any(mark in data for mark in _PNG_ORIENTATION)
+    return Header(shown_size(image), image.mode, is_lazy)
+
+
+def _decode(data: bytes, formats: tuple[str, ...], background: Colour) -> Pixels | Image.Image:
+    image: Image.Image = Image.open(BytesIO(data), formats=formats)
+    aspect = pixel_aspect(image)
+    pixels = _decode_jpeg(data, image)
+    if pixels is None:
+        return show(image, background)
+    return pixels if aspect == 1.0 else make_square(Image.fromarray(pixels), aspect, orientation_of(image))
 
 
 def _decode_jpeg(data: bytes, image: Image.Image) -> Pixels | None:

@@ -12,6 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from serving.errors import ImageTooLargeError, InvalidImageError, InvalidRequestError
 from serving.plugin.geometry import shown_size
+from serving.plugin.png_notes import read_tolerantly
 from serving.router_settings import RouterSettings
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF")
@@ -93,10 +94,14 @@ def read_size(data: bytes, param: str) -> tuple[int, int]:
         with warnings.catch_warnings():
             # Pillow warns of large images and odd metadata; our own limit decides, and the engine meets the rest.
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                return shown_size(image)
+            return read_tolerantly(_read_shown_size, data)
     except Image.DecompressionBombError as error:
         raise ImageTooLargeError("The image has far too many pixels.", param=param) from error
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, TypeError, KeyError) as error:
         known = ", ".join(FORMATS)
         raise InvalidImageError(f"This is not an image that can be read ({known}).", param=param) from error
+
+
+def _read_shown_size(data: bytes) -> tuple[int, int]:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        return shown_size(image)
