@@ -28,12 +28,14 @@ from PIL import Image
 
 from serving.plugin.geometry import shown_size
 from serving.plugin.picture import show, to_rgb
-from serving.plugin.png_notes import read_tolerantly
+from serving.plugin.repairs import read_tolerantly
 
 _POINTS_PER_INCH = 72
 _PILLOW_FORMATS = {"jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "tiff": "TIFF", "gif": "GIF", "bmp": "BMP"}
 _AS_THEY_ARE = frozenset({"jpeg", "png", "webp"})
 """Single pictures that go on byte for byte when nothing needs to be turned or taken out."""
+_REPAIRED = frozenset({"jpeg", "png"})
+"""Those of which a part may be spared."""
 _LARGE_PNG_BYTES = 12 * 2**20
 _JPEG_QUALITY = 95
 _WHITE = (255, 255, 255)
@@ -92,7 +94,7 @@ def count_pages(file: Path, name: str) -> int:
     if name == "pdf":
         with open_pdf(file) as document:
             return len(document)
-    if name == "png":
+    if name in _REPAIRED:
         return read_tolerantly(lambda data: count_frames(io.BytesIO(data), name), file.read_bytes())
     return count_frames(file, name)
 
@@ -112,7 +114,7 @@ def draw(order: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
     file, name = Path(order["file"]), order["format"]
     if name == "pdf":
         return encode_part(draw_pdf_page(file, order["page"], order["dpi"], order["max_pixels"]), order)
-    if name == "png":
+    if name in _REPAIRED:
         return read_tolerantly(lambda data: draw_picture(io.BytesIO(data), order), file.read_bytes())
     return draw_picture(file, order)
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from serving.plugin.geometry import Size, orientation_of, pixel_aspect, shown_size
 from serving.plugin.picture import Colour, make_square, show
-from serving.plugin.png_notes import read_tolerantly
+from serving.plugin.repairs import read_tolerantly
 
 Pixels = npt.NDArray[np.uint8]
 

@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from serving.errors import ImageTooLargeError, InvalidImageError, InvalidRequestError
 from serving.plugin.geometry import shown_size
-from serving.plugin.png_notes import read_tolerantly
+from serving.plugin.repairs import read_tolerantly
 from serving.router_settings import RouterSettings
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF")

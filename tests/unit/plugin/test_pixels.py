@@ -58,8 +58,15 @@ def test_the_background_shows_through() -> None:
     assert np.asarray(decode(data, ALLOWED_IMAGE_FORMATS, (1, 2, 3))).tolist() == [[[1, 2, 3]] * 2] * 2
 
 
-@pytest.mark.parametrize("name", ["jpeg", "progressive jpeg", "grey png", "tiff", "webp", "animated gif", "bmp"])
-@pytest.mark.parametrize("part", [0.02, 0.5, 0.95])
+TRUNCATED = [
+    (name, part)
+    for name in ("jpeg", "progressive jpeg", "grey png", "tiff", "webp", "animated gif", "bmp")
+    for part in (0.02, 0.5, 0.95)
+    if (name.split()[-1], part) != ("jpeg", 0.95)  # a margin that can be spared: see test_repairs.py
+]
+
+
+@pytest.mark.parametrize(("name", "part"), TRUNCATED)
 def test_truncated_files_are_refused(name: str, part: float) -> None:
     data = FILES[name]()
     with pytest.raises(DecodeError):
