@@ -14,9 +14,10 @@ What a model writes may be cut or malformed: nothing is ever raised, and no text
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 _REF, _REF_END = "<|ref|>", "<|/ref|>"
 _DET, _DET_END = "<|det|>", "<|/det|>"
@@ -177,7 +178,18 @@ class LayoutParser:
 def parse_layout(text: str, width: int, height: int) -> list[Block]:
     """The blocks of a whole answer to a page of so many pixels."""
     parser = LayoutParser(width, height)
-    return [*parser.feed(text), *parser.finish()]
+    return give_tables_back([*parser.feed(text), *parser.finish()])
+
+
+def give_tables_back(blocks: Sequence[Block]) -> list[Block]:
+    """A model that puts a table's caption between its label and its markup means the table by the label."""
+    found = list(blocks)
+    for index, (table, caption) in enumerate(itertools.pairwise(blocks)):
+        start = caption.text.lower().find("<table")
+        if table.label == "table" and not table.text and caption.label == "table_caption" and start >= 0:
+            found[index] = replace(table, text=caption.text[start:])
+            found[index + 1] = replace(caption, text=caption.text[:start].rstrip())
+    return found
 
 
 def read_boxes(text: str, width: int, height: int) -> tuple[Box, ...]:

@@ -101,3 +101,15 @@ def test_several_boxes_of_what_was_looked_for() -> None:
 
 def test_a_label_without_end_is_text() -> None:
     assert parse_layout("<|ref|>" + "x" * 5000, 9, 9) == [Block("", (), "x" * 5000)]
+
+
+def test_a_table_behind_its_caption_belongs_to_the_label_before() -> None:
+    first, second = Box(1, 2, 3, 4), Box(5, 6, 7, 8)
+    labels = "<|ref|>table<|/ref|><|det|>[[1,2,3,4]]<|/det|>\n<|ref|>table_caption<|/ref|><|det|>[[5,6,7,8]]<|/det|>\n"
+    table = "<table><tr><td>1</td></tr></table>"
+    assert parse_layout(f"{labels}Table 1: sums\n{table}\n", 999, 999) == [
+        Block("table", (first,), table),
+        Block("table_caption", (second,), "Table 1: sums"),
+    ]
+    alone = [Block("table", (first,), ""), Block("table_caption", (second,), "no markup")]
+    assert parse_layout(f"{labels}no markup", 999, 999) == alone
