@@ -248,3 +248,21 @@ def test_ordinary_pictures_are_not_even_copied() -> None:
 @given(st.lists(st.floats(width=32) | st.just(0.0), min_size=4, max_size=4))
 def test_no_floats_are_too_odd(numbers: list[float]) -> None:
     assert read_in_chat(tiff(np.array(numbers, "f4").reshape(2, 2))).shape == (2, 2, 3)
+
+
+@pytest.mark.parametrize(("mode", "dtype"), [("I;16", "<u2"), ("I;16L", "<u2"), ("I;16B", ">u2"), ("I;16N", "=u2")])
+def test_16_bits_are_read_in_every_order_of_bytes(mode: str, dtype: str) -> None:
+    values = ramp(0, 65535, "u2")
+    picture = Image.frombuffer(mode, SHAPE[::-1], values.astype(dtype).tobytes(), "raw", mode, 0, 1)
+    assert np.array_equal(grey_of(np.asarray(to_rgb(picture, WHITE))), scaled(values, 0, 65535))
+
+
+MODES = ("1", "L", "P", "RGB", "RGBA", "LA", "PA", "La", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "I", "F")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("info", [{}, {"transparency": 0}])
+def test_no_pixel_format_of_pillows_is_unknown(mode: str, info: dict[str, int]) -> None:
+    picture = Image.new(mode, (3, 2))
+    picture.info.update(info)
+    assert to_rgb(picture, WHITE).mode == "RGB"
