@@ -1,8 +1,12 @@
 """Monthly budgets: what a tenant may spend in a calendar month, UTC. Pure.
 
-Every request reserves what it may cost before it runs and settles what it did cost when it has ended. One is let in as
-long as what is spent and reserved is below the limit, so that all requests together overshoot by no more than is in
-flight. What other routers have spent comes by `refresh`, every few seconds; one's own spending is known at once.
+Every request reserves the most that it can cost before it runs, and settles what it did cost when it has ended. It is
+let in only if that fits beside what is spent and what others have reserved, so what a tenant spends through one router
+never exceeds its budget, however many requests run at once.
+
+What other routers have spent comes by `refresh`, every few seconds; what they have reserved does not. So with several
+routers a tenant may exceed its budget by what it spends through the others between two refreshes, and by what they
+have in flight when its budget ends.
 """
 
 from __future__ import annotations
@@ -14,7 +18,9 @@ from enum import StrEnum
 
 from serving.billing.periods import month_of
 from serving.billing.prices import format_dollars
-from serving.errors import QuotaExceededError
+from serving.errors import QuotaExceededError, RateLimitError
+
+_RETRY_S = 1.0  # nobody knows when a running request will end
 
 
 class BudgetState(StrEnum):
@@ -41,6 +47,11 @@ class BudgetStatus:
             return 0
         return 100 * self.spent_nanodollars // self.limit_nanodollars if self.limit_nanodollars else 100
 
+    @property
+    def left_nanodollars(self) -> int | None:
+        """Of the limit, not spent; None without a limit."""
+        return None if self.limit_nanodollars is None else max(0, self.limit_nanodollars - self.spent_nanodollars)
+
 
 @dataclass(slots=True)
 class Reservation:
@@ -63,24 +74,50 @@ class Budgets:
     """All by month and tenant."""
 
     def reserve(
-        self, tenant_id: str, *, limit_nanodollars: int | None, estimate_nanodollars: int, now_ns: int
+        self,
+        tenant_id: str,
+        *,
+        limit_nanodollars: int | None,
+        most_nanodollars: int,
+        now_ns: int,
+        param: str | None = None,
     ) -> Reservation:
-        """Let a request in that may cost so much; it counts to the month of `now_ns`, its arrival.
+        """Let in a request that costs so much at most; it counts to the month of `now_ns`, its arrival.
+
+        Args:
+            tenant_id: whose budget it is.
+            limit_nanodollars: the budget; None is no limit.
+            most_nanodollars: what the request can cost.
+            now_ns: when it came.
+            param: the field of the request that makes it so dear, for the refusal.
 
         Raises:
-            QuotaExceededError: the month's budget is spent or reserved.
+            QuotaExceededError: the month's budget is spent, or what is left of it does not pay for this request.
+            RateLimitError: it would, but for what running requests have reserved; worth another try when they end.
         """
         status = self.status(tenant_id, limit_nanodollars=limit_nanodollars, now_ns=now_ns)
-        if (
-            limit_nanodollars is not None
-            and status.spent_nanodollars + status.reserved_nanodollars >= limit_nanodollars
-        ):
-            raise QuotaExceededError(
-                f"The budget of ${format_dollars(limit_nanodollars).rstrip('0').rstrip('.')} for {status.month} is "
-                "spent; requests are served again next month, or when the operator raises it."
-            )
-        self._reserved[status.month, tenant_id] += estimate_nanodollars
-        return Reservation(tenant_id, status.month, estimate_nanodollars)
+        left = status.left_nanodollars
+        if left is not None and limit_nanodollars is not None:
+            if left <= 0:
+                raise QuotaExceededError(
+                    f"The budget of ${_show(limit_nanodollars)} for {status.month} is spent; requests are served again "
+                    "next month, or when the operator raises it."
+                )
+            if most_nanodollars > left:
+                remedy = f"ask for a smaller {param}" if param is not None else "shorten the prompt"
+                raise QuotaExceededError(
+                    f"This request can cost ${_show(most_nanodollars)}, and ${_show(left)} of the budget for "
+                    f"{status.month} are left; {remedy}, or have the operator raise the budget.",
+                    param=param,
+                )
+            if most_nanodollars > left - status.reserved_nanodollars:
+                raise RateLimitError(
+                    f"Requests that are running may need the ${_show(left)} that are left of the budget for "
+                    f"{status.month}; try again when they have ended.",
+                    _RETRY_S,
+                )
+        self._reserved[status.month, tenant_id] += most_nanodollars
+        return Reservation(tenant_id, status.month, most_nanodollars)
 
     def settle(self, reservation: Reservation, cost_nanodollars: int) -> None:
         """A request has ended and cost so much, perhaps nothing. A second time changes nothing."""
@@ -119,3 +156,7 @@ class Budgets:
         else:
             state = BudgetState.WARNING if spent < limit_nanodollars else BudgetState.EXHAUSTED
         return BudgetStatus(month, limit_nanodollars, spent, reserved, state)
+
+
+def _show(nanodollars: int) -> str:
+    return format_dollars(nanodollars).rstrip("0").rstrip(".")

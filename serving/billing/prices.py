@@ -64,6 +64,43 @@ class Price:
         Cached and image tokens are parts of the prompt that may overlap, and counts don't say how far. The dearer kind
         is taken to be the cached one, so that nobody pays more than an exact count would have made it.
         """
+        picodollars = self._cost_picodollars(
+            num_prompt_tokens, num_completion_tokens, num_image_tokens, num_cached_tokens
+        )
+        return _round(picodollars)
+
+    def most_nanodollars(
+        self, *, num_prompt_tokens: int, num_completion_tokens: int, num_image_tokens: int | None
+    ) -> int:
+        """The most that a request of at most so many tokens can cost, whatever part of its prompt comes from a cache.
+
+        `num_image_tokens` is None when any part of the prompt may be images. Engines that do not tell image tokens
+        apart are covered too.
+        """
+        prompt = self._most_of_prompt(num_prompt_tokens, num_image_tokens)
+        return _round(prompt + num_completion_tokens * self.output_picodollars)
+
+    def count_payable(self, nanodollars: int, *, num_prompt_tokens: int, num_image_tokens: int | None) -> int | None:
+        """Completion tokens that an amount pays for beside the prompt, in the sense of `most_nanodollars`.
+
+        None: any number, since they cost nothing. Negative: not even the prompt.
+        """
+        left = nanodollars * _PICO_PER_NANO + _PICO_PER_NANO // 2 - 1  # what is still rounded down to the amount
+        left -= self._most_of_prompt(num_prompt_tokens, num_image_tokens)
+        if self.output_picodollars == 0:
+            return None if left >= 0 else -1
+        return left // self.output_picodollars
+
+    def _most_of_prompt(self, num_tokens: int, num_image_tokens: int | None) -> int:
+        # The cost is convex in either count, so the largest is at an end.
+        images = (0, num_tokens if num_image_tokens is None else min(num_image_tokens, num_tokens))
+        return max(
+            self._cost_picodollars(num_tokens, 0, image, cached) for image in images for cached in (0, num_tokens)
+        )
+
+    def _cost_picodollars(
+        self, num_prompt_tokens: int, num_completion_tokens: int, num_image_tokens: int, num_cached_tokens: int
+    ) -> int:
         image_rate = self.input_picodollars if self.image_picodollars is None else self.image_picodollars
         num_cached = 0 if self.cached_picodollars is None else min(num_cached_tokens, num_prompt_tokens)
         num_image = min(num_image_tokens, num_prompt_tokens)
@@ -71,13 +108,12 @@ class Price:
             num_image = max(0, num_image - num_cached)
         else:
             num_image = min(num_image, num_prompt_tokens - num_cached)
-        picodollars = (
+        return (
             num_cached * (self.cached_picodollars or 0)
             + num_image * image_rate
             + (num_prompt_tokens - num_cached - num_image) * self.input_picodollars
             + num_completion_tokens * self.output_picodollars
         )
-        return (picodollars + _PICO_PER_NANO // 2) // _PICO_PER_NANO
 
     def bill_nanodollars(self, tokens: TokenCounts, outcome: Outcome) -> int:
         """What a request is charged: nothing when it was refused or the stack failed it, else all its tokens."""
@@ -158,6 +194,10 @@ class PriceBook:
         for (model, tenant_id), price_list in self.lists.items():
             for since_ns, price in zip(price_list.starts_ns, price_list.prices, strict=True):
                 yield PriceRow(model, tenant_id, since_ns, price)
+
+
+def _round(picodollars: int) -> int:
+    return (picodollars + _PICO_PER_NANO // 2) // _PICO_PER_NANO
 
 
 def to_dollars(nanodollars: int) -> float:

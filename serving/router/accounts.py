@@ -16,8 +16,8 @@ from serving.billing.periods import month_of
 from serving.billing.prices import Price, PriceBook
 from serving.billing.records import RequestRecord, TokenCounts
 from serving.directory import EMPTY, Snapshot
+from serving.router.bounds import TokenBounds
 from serving.router.metering import Call, FetchUsage, ask_replica
-from serving.router.work import Work
 from serving.settings import Settings
 from serving.telemetry.readings import read_budgets, read_ledger
 from serving.telemetry.router_metrics import Reading
@@ -50,6 +50,7 @@ class Accounts:
         """
         if self.ledger is not None:
             await self.ledger.start()
+            await self._refresh(self.ledger)  # before the first request: a budget may be spent already
             self._refreshing = asyncio.create_task(self._refresh_forever())
 
     async def close(self) -> None:
@@ -72,24 +73,52 @@ class Accounts:
         if self.ledger is not None:
             self.ledger.check_room(identity.tenant_id, is_one_of_many=bool(identity.key_id))
 
-    def reserve(self, call: Call, work: Work) -> None:
-        """Hold back what a request may cost.
+    def reserve(self, call: Call, bounds: TokenBounds) -> None:
+        """Hold back the most that a request can cost. An answer that its client has put no bound on is bounded to what
+        the rest of the budget pays for.
 
         Raises:
-            QuotaExceededError: the tenant's month is spent.
+            QuotaExceededError: the tenant's month is spent, or what is left of it does not pay for this request.
+            RateLimitError: running requests have reserved what it would need.
         """
-        _, notes = call.understood()
-        estimate = notes.price.cost_nanodollars(
-            num_prompt_tokens=work.prompt_tokens, num_completion_tokens=work.output_tokens
-        )
+        request, notes = call.understood()
+        price, tenant_id = notes.price, call.identity.tenant_id
         limit = _limit(call.identity)
+        answer = bounds.longest_answer
         if limit is not None:
-            self._known[call.identity.tenant_id] = limit
+            self._known[tenant_id] = limit
+            payable = self._count_payable(call, limit, bounds)
+            if request.max_tokens_field is None and payable is not None and (answer is None or payable < answer):
+                answer = max(1, payable)  # what does not pay for a single token is refused below
+                call.request = request = request.with_max_tokens(answer)
+        most = price.most_nanodollars(
+            num_prompt_tokens=bounds.prompt.most,
+            num_completion_tokens=(answer or 0) * bounds.num_choices,
+            num_image_tokens=bounds.num_image_tokens,
+        )
         call.reservation = self._budgets.reserve(
-            call.identity.tenant_id, limit_nanodollars=limit, estimate_nanodollars=estimate, now_ns=call.arrived_ns
+            tenant_id,
+            limit_nanodollars=limit,
+            most_nanodollars=most,
+            now_ns=call.arrived_ns,
+            param=request.max_tokens_field,
         )
         if self.ledger is not None:
             call.on_try = self._open
+
+    def has_budget(self, identity: Identity) -> bool:
+        """Whether what a tenant spends is limited."""
+        return _limit(identity) is not None
+
+    def _count_payable(self, call: Call, limit: int, bounds: TokenBounds) -> int | None:
+        """Tokens of each answer that the rest of the budget pays for; None for any number."""
+        status = self._budgets.status(call.identity.tenant_id, limit_nanodollars=limit, now_ns=call.arrived_ns)
+        payable = call.understood()[1].price.count_payable(
+            status.left_nanodollars or 0,
+            num_prompt_tokens=bounds.prompt.most,
+            num_image_tokens=bounds.num_image_tokens,
+        )
+        return None if payable is None else payable // bounds.num_choices
 
     def settle(self, call: Call, record: RequestRecord) -> None:
         """A request has ended: its reservation becomes its cost, and its record goes into the ledger."""
@@ -161,13 +190,16 @@ class Accounts:
         """Learn what tenants have spent by way of other routers, and in earlier lives of this one."""
         assert self.ledger is not None
         while True:
-            month = month_of(time.time_ns())
-            try:
-                self._budgets.refresh(month, await self.ledger.read_month(month))
-                self._budgets.forget_before(month)
-            except Exception as error:  # noqa: BLE001  # whatever a database driver raises: the last figures stand
-                logger.warning("what tenants have spent elsewhere cannot be read: %s", error)
             await asyncio.sleep(self._refresh_s)
+            await self._refresh(self.ledger)
+
+    async def _refresh(self, ledger: Ledger) -> None:
+        month = month_of(time.time_ns())
+        try:
+            self._budgets.refresh(month, await ledger.read_month(month))
+            self._budgets.forget_before(month)
+        except Exception as error:  # noqa: BLE001  # whatever a database driver raises: the last figures stand
+            logger.warning("what tenants have spent elsewhere cannot be read: %s", error)
 
 
 def build_price_book(settings: Settings) -> PriceBook:

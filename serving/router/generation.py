@@ -16,15 +16,18 @@ from serving.asgi.presence import ClientPresence
 from serving.asgi.reply import Reply
 from serving.billing.credits import CREDIT_HEADER, find_signer
 from serving.billing.records import Outcome
+from serving.directory import ReplicaRecord
 from serving.errors import InvalidRequestError, ReplicaTimeoutError, ServingError
 from serving.router.accounts import Accounts
 from serving.router.auth import Authenticator, check_model_allowed
+from serving.router.bounds import bound_tokens
 from serving.router.dispatch import Dispatcher
 from serving.router.gateway import Backend
 from serving.router.limits import TenantLimits
 from serving.router.metering import CLIENT_CLOSED, Accountant, Call, Ending
 from serving.router.remote import RemoteImages
 from serving.router.requests import RoutedRequest, parse_request
+from serving.router.work import read_images
 from serving.settings import Settings
 
 if TYPE_CHECKING:
@@ -117,9 +120,10 @@ class Generation:
             with self._held.open() as held:
                 body = await read_body(scope, receive, self.settings.router.limits, held)
                 request = await self._understand(call, body, held)
-                work = self.dispatcher.estimate(request)
-                self.accounts.reserve(call, work)
-                call.reserved_tokens = work.total
+                sample = self.dispatcher.sample(request.model)
+                if sample is not None or not self.accounts.has_budget(call.identity):
+                    request = self._reserve(call, request, sample)
+                call.reserved_tokens = self.dispatcher.estimate(request).total
                 try:
                     self.limits.reserve_tokens(call.identity, call.reserved_tokens, time.monotonic())
                 except ServingError:
@@ -144,6 +148,12 @@ class Generation:
             call.request = request
         return request
 
+    def _reserve(self, call: Call, request: RoutedRequest, replica: ReplicaRecord | None) -> RoutedRequest:
+        """Hold back what the request can cost, and give it as it may be sent."""
+        max_model_len = replica.max_model_len if replica is not None else 0
+        self.accounts.reserve(call, bound_tokens(request, read_images(request, replica), max_model_len))
+        return call.understood()[0]
+
     async def _answer(
         self, call: Call, request: RoutedRequest, deadline_s: float, reply: Reply, receive: Receive
     ) -> None:
@@ -153,6 +163,8 @@ class Generation:
                 slot = await self.dispatcher.enter(request, call.identity, deadline_s=deadline_s)
         call.queue_wait_ns = round(slot.waited_s * 1e9)
         try:
+            if call.reservation is None:  # while it waited for the model's first replica, nobody knew its context
+                self._reserve(call, request, slot.replica)
             await self.backend.answer(call, slot, reply, receive)
         finally:
             slot.close(call.tokens, is_whole=reply.is_complete)

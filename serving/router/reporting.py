@@ -12,7 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from serving.billing.ledger import Ledger
 from serving.billing.periods import NS_PER_S, Window, month_of, month_window, parse_time_ns
 from serving.billing.queries import read_uptimes, sum_usage, sum_work
-from serving.billing.quotes import TokenRange, quote, quote_to_json
+from serving.billing.quotes import quote, quote_to_json
 from serving.billing.reports import (
     GroupBy,
     UsageReport,
@@ -27,6 +27,7 @@ from serving.billing.reports import (
 from serving.billing.spend import report_costs
 from serving.errors import InvalidRequestError, NoReplicaError, OverloadedError, PermissionDeniedError
 from serving.router.accounts import Accounts
+from serving.router.bounds import bound_tokens
 from serving.router.requests import RoutedRequest
 from serving.router.work import ImageReading
 from serving.tenants import Identity
@@ -34,9 +35,6 @@ from serving.tenants import Identity
 T = TypeVar("T")
 Query = dict[str, list[str]]
 _MAX_DAYS = 400
-_BYTES_PER_CHAR = 4
-_TEMPLATE_TOKENS = 16
-"""What a chat template adds to a message at most, as far as is known of DeepSeek-OCR's."""
 
 
 def parse_query(query_string: bytes) -> Query:
@@ -97,16 +95,13 @@ def answer_quote(
     """
     if not max_model_len:
         raise NoReplicaError("No replica of this model is ready; try again shortly.")
-    num_image = reading.num_tokens if reading.num_tokens is not None else 0
-    most_text = request.num_text_chars * _BYTES_PER_CHAR + _TEMPLATE_TOKENS * max(1, request.num_messages)
-    prompt = TokenRange(min(num_image + 1, max_model_len), min(num_image + most_text, max_model_len))
-    longest = max_model_len - prompt.least
+    bounds = bound_tokens(request, reading, max_model_len)
     found = quote(
         accounts.find_price(request.model, identity.tenant_id, time.time_ns()),
-        prompt_tokens=prompt,
-        num_image_tokens=num_image,
-        max_tokens=min(request.max_tokens or longest, longest),
-        num_choices=request.num_choices,
+        prompt_tokens=bounds.prompt,
+        num_image_tokens=bounds.num_image_tokens or 0,
+        max_tokens=bounds.longest_answer or 0,
+        num_choices=bounds.num_choices,
     )
     return quote_to_json(request.model, found)
 

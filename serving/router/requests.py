@@ -7,7 +7,7 @@ is the engine's to judge; vLLM's own answer is then brought into OpenAI's shape.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
@@ -57,12 +57,22 @@ class RoutedRequest:
     """The `mm_processor_kwargs` that the engine gets."""
     num_text_chars: int = 0
     """Characters of the prompt's text: what there is to guess its tokens by."""
+    num_tool_bytes: int = 0
+    """JSON of what a chat template may write into the prompt beside the messages' text: tools, calls and names."""
     max_tokens: int | None = None
     """Longest answer that the request allows, per choice."""
+    max_tokens_field: str | None = None
+    """The field by which the client itself named `max_tokens`."""
     num_choices: int = 1
+    """Answers of all prompts together."""
+    num_prompts: int = 1
     num_messages: int = 1
     is_constrained: bool = False
     """Whether the answer has to fit a grammar of the client's."""
+
+    def with_max_tokens(self, num_tokens: int) -> RoutedRequest:
+        """The same request with a bound on its answer that the client has not named."""
+        return replace(self, body=add_field(self.body, "max_tokens", num_tokens), max_tokens=num_tokens)
 
 
 def parse_request(path: str, body: bytes, settings: Settings) -> RoutedRequest:
@@ -98,8 +108,11 @@ def parse_request(path: str, body: bytes, settings: Settings) -> RoutedRequest:
         is_stream=bool(payload.get("stream")),
         wants_stream_usage=bool(stream_options and stream_options.get("include_usage")),
         num_text_chars=content.num_chars,
+        num_tool_bytes=_count_tool_bytes(payload),
         max_tokens=_read_max_tokens(payload, is_chat),
+        max_tokens_field=_find_max_tokens(payload, is_chat),
         num_choices=num_choices,
+        num_prompts=content.num_prompts,
         num_messages=len(payload["messages"]) if is_chat else 1,
         is_constrained=_is_constrained(payload),
     )
@@ -149,13 +162,31 @@ def _count_choices(payload: dict[str, Any], limit: int) -> int:
     return max(counts)
 
 
+def add_field(body: bytes, name: str, value: Any) -> bytes:
+    """A JSON object's text with one more field at its end, where it counts even if the object has it as null already.
+    Decoding and encoding would cost as much as the images in it are large."""
+    return b"%b,%b:%b}" % (body.rstrip()[:-1], orjson.dumps(name), orjson.dumps(value))
+
+
+def _find_max_tokens(payload: dict[str, Any], is_chat: bool) -> str | None:
+    """The field that bounds the answer, if the client has named one."""
+    names = ("max_completion_tokens", "max_tokens") if is_chat else ("max_tokens",)
+    return next((name for name in names if payload.get(name) is not None), None)
+
+
 def _read_max_tokens(payload: dict[str, Any], is_chat: bool) -> int | None:
-    if not is_chat:
-        given = payload.get("max_tokens")
-        return _DEFAULT_COMPLETION_TOKENS if given is None else int(given)
-    newer: int | None = payload.get("max_completion_tokens")
-    older: int | None = payload.get("max_tokens")
-    return older if newer is None else newer
+    name = _find_max_tokens(payload, is_chat)
+    if name is None:
+        return None if is_chat else _DEFAULT_COMPLETION_TOKENS
+    return int(payload[name])
+
+
+def _count_tool_bytes(payload: dict[str, Any]) -> int:
+    """Bytes of what a template may write beside the texts, as JSON."""
+    written = [payload[key] for key in ("tools", "response_format", "tool_choice") if payload.get(key) is not None]
+    for message in payload.get("messages") or ():
+        written += [message[key] for key in ("name", "tool_calls", "tool_call_id") if message.get(key) is not None]
+    return len(orjson.dumps(written)) if written else 0
 
 
 @dataclass(slots=True)

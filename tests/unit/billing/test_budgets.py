@@ -7,7 +7,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from serving.billing.budgets import Budgets, BudgetState, Reservation
 from serving.billing.periods import parse_time_ns
-from serving.errors import QuotaExceededError
+from serving.errors import QuotaExceededError, RateLimitError
 
 LIMIT = 1000
 NOW_NS = parse_time_ns("2026-11-30T23:59:59")
@@ -15,7 +15,7 @@ DECEMBER_NS = parse_time_ns("2026-12-01")
 
 
 def reserve(budgets: Budgets, amount: int, *, limit: int | None = LIMIT, now_ns: int = NOW_NS) -> Reservation:
-    return budgets.reserve("acme", limit_nanodollars=limit, estimate_nanodollars=amount, now_ns=now_ns)
+    return budgets.reserve("acme", limit_nanodollars=limit, most_nanodollars=amount, now_ns=now_ns)
 
 
 def spend(budgets: Budgets, amount: int, *, now_ns: int = NOW_NS) -> None:
@@ -73,6 +73,25 @@ def test_others_spending_comes_later_and_never_goes_back() -> None:
     assert budgets.status("acme", limit_nanodollars=LIMIT, now_ns=NOW_NS).spent_nanodollars == 600
 
 
+def test_what_the_rest_does_not_pay_for_is_refused_for_good() -> None:
+    budgets = Budgets()
+    spend(budgets, 700)
+    with pytest.raises(QuotaExceededError, match=r"can cost \$0\.000000301.* smaller max_tokens") as caught:
+        budgets.reserve("acme", limit_nanodollars=LIMIT, most_nanodollars=301, now_ns=NOW_NS, param="max_tokens")
+    assert caught.value.param == "max_tokens"
+    reserve(budgets, 300)
+
+
+def test_what_others_may_not_need_is_refused_for_the_moment() -> None:
+    budgets = Budgets()
+    first = reserve(budgets, 600)
+    with pytest.raises(RateLimitError, match="running") as caught:
+        reserve(budgets, 600)
+    assert int(caught.value.headers["retry-after"]) >= 1
+    budgets.settle(first, 100)
+    reserve(budgets, 600)
+
+
 class Spending(RuleBasedStateMachine):
     """Two routers and a database that they hear of each other by, now and then."""
 
@@ -85,17 +104,24 @@ class Spending(RuleBasedStateMachine):
         self.known = [0, 0]
         """What each has been told of the other."""
         self.admitted: dict[int, list[int]] = {0: [], 1: []}
+        self.unknown = 0
+        """The most that the other had spent or in flight, untold, when one let a request in."""
 
     @rule(target=running, router=st.integers(0, 1), amount=st.integers(1, 300))
     def admit(self, router: int, amount: int) -> object:
-        in_flight = sum(self.admitted[router])
+        left = LIMIT - self.settled[router] - self.known[router]
         try:
             reservation = reserve(self.routers[router], amount)
         except QuotaExceededError:
-            assert self.settled[router] + in_flight + self.known[router] >= LIMIT
+            assert amount > left
             return (router, None, 0)
-        assert self.settled[router] + in_flight + self.known[router] < LIMIT
+        except RateLimitError:
+            assert left - sum(self.admitted[router]) < amount <= left
+            return (router, None, 0)
+        assert amount <= left - sum(self.admitted[router])
         self.admitted[router].append(amount)
+        untold = self.settled[1 - router] - self.known[router] + sum(self.admitted[1 - router])
+        self.unknown = max(self.unknown, untold)
         return (router, reservation, amount)
 
     @rule(request=consumes(running), part=st.integers(0, 100))
@@ -114,15 +140,13 @@ class Spending(RuleBasedStateMachine):
         self.routers[router].refresh("2026-11", {"acme": self.known[router]})
 
     @invariant()
-    def a_router_overshoots_by_its_last_request_at_most(self) -> None:
+    def a_router_never_spends_more_than_the_budget(self) -> None:
         for router in (0, 1):
-            known = self.settled[router] + sum(self.admitted[router])
-            assert known < LIMIT + 300
+            assert self.settled[router] + sum(self.admitted[router]) <= LIMIT
 
     @invariant()
-    def all_overshoot_by_what_is_in_flight_or_not_yet_told(self) -> None:
-        untold = min(self.settled[1] - self.known[0], self.settled[0] - self.known[1])
-        assert sum(self.settled) < LIMIT + 2 * 300 + untold
+    def all_overshoot_by_what_a_router_did_not_know_of_the_others(self) -> None:
+        assert sum(self.settled) + sum(map(sum, self.admitted.values())) <= LIMIT + self.unknown
 
 
 TestSpending = Spending.TestCase

@@ -211,3 +211,35 @@ def test_a_price_list_is_dumped_as_it_was_given() -> None:
 @given(st.integers(-(10**18), 10**18))
 def test_dollars_are_written_with_every_digit(nanodollars: int) -> None:
     assert Decimal(format_dollars(nanodollars)) == Decimal(nanodollars).scaleb(-9)
+
+
+@given(PRICES, TOKEN_COUNTS, st.integers(0, 1000), st.integers(0, 1000), st.booleans())
+def test_no_request_within_its_bounds_costs_more_than_the_most(
+    price: Price, tokens: TokenCounts, more_prompt: int, more_completion: int, knows_images: bool
+) -> None:
+    most = price.most_nanodollars(
+        num_prompt_tokens=tokens.num_prompt_tokens + more_prompt,
+        num_completion_tokens=tokens.num_completion_tokens + more_completion,
+        num_image_tokens=tokens.num_image_tokens if knows_images else None,
+    )
+    assert price.bill_nanodollars(tokens, Outcome.COMPLETED) <= most
+    assert price.bill_nanodollars(replace(tokens, num_image_tokens=0), Outcome.COMPLETED) <= most
+
+
+@given(PRICES, st.integers(0, 10**12), st.integers(0, 10**6), st.none() | st.integers(0, 10**6))
+def test_an_amount_pays_for_so_many_tokens_and_no_more(
+    price: Price, nanodollars: int, num_prompt: int, num_image: int | None
+) -> None:
+    payable = price.count_payable(nanodollars, num_prompt_tokens=num_prompt, num_image_tokens=num_image)
+
+    def most(num_completion: int) -> int:
+        return price.most_nanodollars(
+            num_prompt_tokens=num_prompt, num_completion_tokens=num_completion, num_image_tokens=num_image
+        )
+
+    if payable is None:
+        assert most(10**9) <= nanodollars
+    elif payable < 0:
+        assert most(0) > nanodollars
+    else:
+        assert most(payable) <= nanodollars < most(payable + 1)
