@@ -62,9 +62,13 @@ class Snapshot:
 class TenantUse:
     """What one router has let through for one tenant since it started (totals), and what runs now."""
 
-    num_requests: int = 0
+    num_requests: float = 0
+    """By their weight: see `serving.router.limits`."""
     num_tokens: int = 0
     num_running: int = 0
+    """Requests that generate."""
+    num_documents: int = 0
+    num_lookups: int = 0
 
 
 @dataclass(frozen=True, slots=True)

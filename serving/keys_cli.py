@@ -31,7 +31,9 @@ RpmOption = Annotated[int | None, typer.Option("--rpm", min=0, help="Requests pe
 TpmOption = Annotated[
     int | None, typer.Option("--tpm", min=0, help="Tokens per minute, of prompts and answers; 0 for no limit.")
 ]
-ConcurrentOption = Annotated[int | None, typer.Option("--concurrent", min=0, help="Requests at once; 0 for no limit.")]
+ConcurrentOption = Annotated[
+    int | None, typer.Option("--concurrent", min=0, help="Requests at once, of each kind; 0 for no limit.")
+]
 PriorityOption = Annotated[
     Priority | None, typer.Option("--priority", help="Whose waiting requests go first when replicas are busy.")
 ]

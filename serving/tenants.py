@@ -26,8 +26,10 @@ class Tenant(Frozen):
     models: tuple[Name, ...] | None = None
     """Canonical names or aliases; None allows every model."""
     requests_per_minute: Annotated[int, Field(ge=1)] | None = None
+    """Of any kind, by their weight (`serving.router.limits`)."""
     tokens_per_minute: Annotated[int, Field(ge=1)] | None = None
     max_concurrent: Annotated[int, Field(ge=1)] | None = None
+    """Requests that generate at once, and as many documents and as many lookups besides."""
     priority: Priority = Priority.NORMAL
     monthly_budget: Annotated[Decimal, Field(ge=0, decimal_places=6)] | None = None
     """US dollars per calendar month, UTC."""

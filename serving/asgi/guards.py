@@ -18,6 +18,23 @@ from serving.router_settings import LimitSettings
 
 _DISCARD_S = 10.0
 _FEW = 512
+_SINGLE_HEADERS = frozenset(
+    {
+        b"authorization",
+        b"content-type",
+        b"host",
+        b"idempotency-key",
+        b"origin",
+        b"sec-fetch-mode",
+        b"sec-fetch-site",
+        b"traceparent",
+        b"x-request-id",
+        b"x-request-timeout-ms",
+        b"x-serving-credit",
+    }
+)
+"""Those that decide something here, of which a request can have one only. What frames the message (Content-Length,
+Transfer-Encoding) is the protocol's to refuse."""
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -221,6 +238,22 @@ def _too_many_values(limits: LimitSettings) -> InvalidRequestError:
     return InvalidRequestError(
         f"The body may hold {limits.max_json_values} JSON values at most.", code="json_too_large"
     )
+
+
+def read_headers(scope: Scope) -> dict[bytes, bytes]:
+    """The request's headers by name, in small letters.
+
+    Raises:
+        InvalidRequestError: two values for a header that decides something: whoever stands in front of this service
+            (a proxy that checks keys, say) may have taken the other one.
+    """
+    found: dict[bytes, bytes] = {}
+    for name, value in scope["headers"]:
+        if name in _SINGLE_HEADERS and found.get(name, value) != value:
+            shown = name.decode("latin-1")
+            raise InvalidRequestError(f"The header {shown} has two values; send it once.", param=shown)
+        found[name] = value
+    return found
 
 
 def read_request_id(headers: Mapping[bytes, bytes]) -> str:

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
-from serving.asgi.guards import ClientGoneError, read_request_id
+from serving.asgi.guards import ClientGoneError, read_headers, read_request_id
 from serving.asgi.reply import Reply
 from serving.errors import InternalError, MethodNotAllowedError, RouteNotFoundError, ServingError
 from serving.ocr.documents_route import DocumentsRoute
@@ -70,9 +70,11 @@ class _Endpoint:
         self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request_id = read_request_id(dict(scope["headers"]))
-        reply = Reply(send, [(b"x-request-id", request_id.encode())])
+        reply = Reply(send)
+        request_id = read_request_id({})
         try:
+            request_id = read_request_id(read_headers(scope))
+            reply.headers.append((b"x-request-id", request_id.encode()))
             await self._find(scope["method"])(Request(scope, receive), reply)
         except ServingError as error:
             self._service.metrics.see_refusal(error.code or error.type)

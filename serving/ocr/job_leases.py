@@ -15,6 +15,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, and_, case, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from serving.billing.credits import SERVICE_MARK
 from serving.billing.schema import JOB_PAGES, JOBS, REQUESTS
 from serving.ocr.job_database import JobDatabase
 from serving.ocr.job_turns import JobTurns, OwnerJobs
@@ -107,7 +108,7 @@ class JobLeases:
         wanted = and_(
             REQUESTS.c.tenant_id == job.owner,
             REQUESTS.c.arrived_ns >= job.created_ns - round(_CLOCKS_S * NS),
-            REQUESTS.c.request_id.startswith(f"{job.job_id}-p", autoescape=True),
+            REQUESTS.c.request_id.startswith(f"{SERVICE_MARK}{job.job_id}-p", autoescape=True),
             REQUESTS.c.cost_nanodollars > 0,
         )
         async with self._jobs.reading() as connection:

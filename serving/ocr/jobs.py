@@ -10,6 +10,7 @@ from typing import Any
 
 import orjson
 
+from serving.billing.credits import SERVICE_MARK
 from serving.ocr.reader import Usage
 from serving.ocr.shown import show_usage
 
@@ -81,9 +82,10 @@ def new_job_id() -> str:
 
 
 def find_page(job_id: str, request_id: str) -> int | None:
-    """The page, counted from 0, that a request in the ledger was for; None when it was not this job's."""
-    found = re.match(r"-p([0-9]{1,9})-t", request_id.removeprefix(job_id))
-    return int(found[1]) - 1 if found is not None and request_id.startswith(job_id) else None
+    """The page, counted from 0, that a request in the ledger was for; None when it was not this job's, or no service's
+    of ours."""
+    found = re.fullmatch(rf"{re.escape(SERVICE_MARK + job_id)}-p([0-9]{{1,9}})-t[0-9.a-f]+", request_id)
+    return int(found[1]) - 1 if found is not None else None
 
 
 def dump(value: Any) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import aiohttp
 import orjson
 
-from serving.billing.credits import CREDIT_HEADER
+from serving.billing.credits import CREDIT_HEADER, SignCredit
 from serving.ocr.renderer import PageImage
 from serving.ocr_settings import ReadSettings
 
@@ -36,9 +36,6 @@ _FIRST_PAUSE_S = 0.25
 _MAX_FRAME_BYTES = 2**20
 _DATA = b"data:"
 _DONE = b"[DONE]"
-
-SignCredit = Callable[[str, int], str]
-"""From a request's id and nanodollars to the value of `CREDIT_HEADER`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +155,8 @@ class PageReader:
         base_url: of the router, without `/v1`; or what chooses one for a try.
         settings: tries and times.
         max_connections: requests at once; pages beyond it wait.
-        sign_credit: makes routers believe what a page was charged before; without it they are not told.
+        sign_credit: makes routers believe that a request is a page's, and what that was charged before; without it
+            they take it for any client's.
         """
         self._sign_credit = sign_credit
         self._choose_router = base_url if callable(base_url) else lambda: base_url
@@ -268,7 +266,7 @@ class PageReader:
             headers["authorization"] = f"Bearer {question.api_key}"
         if question.request_id is not None:
             headers["x-request-id"] = request_id = f"{question.request_id}-t{number}"
-            if question.credit_nanodollars and self._sign_credit is not None:
+            if self._sign_credit is not None:
                 headers[CREDIT_HEADER] = self._sign_credit(request_id, question.credit_nanodollars)
         return headers
 

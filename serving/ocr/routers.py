@@ -6,13 +6,16 @@ import hashlib
 import io
 import itertools
 import time
+import uuid
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import aiohttp
 import orjson
 
+from serving.billing.credits import CREDIT_HEADER, SignCredit
 from serving.errors import AuthenticationError, NoReplicaError, ServingError, from_engine
 
 _KNOWN_S = 10.0
@@ -21,6 +24,7 @@ _MAX_KNOWN = 10_000
 _TIMEOUT = aiohttp.ClientTimeout(total=10, sock_connect=5)
 _MAX_ANSWER_BYTES = 64 * 1024
 _NO_SUCH_ROUTE = (404, 405)
+_NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
 class Routers:
@@ -62,9 +66,12 @@ class _KeysOwner:
 class Callers:
     """Asks a router whose key it is, so that no document of a stranger's is taken in. Use it as an async context."""
 
-    def __init__(self, routers: Routers) -> None:
+    def __init__(self, routers: Routers, sign_credit: SignCredit | None = None) -> None:
+        """`sign_credit` makes routers believe that a question for a quote is a part of a document's, which they have
+        counted already; without it each counts as a request of the tenant's."""
         self._routers = routers
         self._known: OrderedDict[str, _KeysOwner] = OrderedDict()
+        self._sign_credit = sign_credit
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Callers:
@@ -109,7 +116,11 @@ class Callers:
         Raises:
             ServingError: the router's own refusal, or none of the routers answers.
         """
-        status, answer = await self._fetch("/v1/quote", api_key, body)
+        signed: dict[str, str] = {}
+        if self._sign_credit is not None:
+            request_id = f"quote-{uuid.uuid4().hex}"
+            signed = {"x-request-id": request_id, CREDIT_HEADER: self._sign_credit(request_id, 0)}
+        status, answer = await self._fetch("/v1/quote", api_key, body, signed)
         found = _decode(answer)
         if status != 200:
             raise _refusal(status, found)
@@ -126,15 +137,19 @@ class Callers:
         # A router without keys says that everybody is the same tenant, and names no key.
         return _KeysOwner(str(found.get("id") or f"key-{print_}"), bool(found.get("key_id")), time.monotonic())
 
-    async def _fetch(self, path: str, api_key: str | None, body: bytes | None = None) -> tuple[int, bytes]:
+    async def _fetch(
+        self, path: str, api_key: str | None, body: bytes | None = None, more: Mapping[str, str] = _NO_HEADERS
+    ) -> tuple[int, bytes]:
         """Status and body of one router's answer, to a POST where there is a body to send.
 
         Raises:
             NoReplicaError: none of them answers.
         """
         assert self._session is not None
-        headers = {"authorization": f"Bearer {api_key}"} if api_key is not None else {}
-        method = "GET" if body is None else "POST"
+        headers = {**more, **({"authorization": f"Bearer {api_key}"} if api_key is not None else {})}
+        method = "GET"
+        if body is not None:
+            method, headers["content-type"] = "POST", "application/json"
         for _ in range(2):
             url = f"{self._routers.choose()}{path}"
             try:

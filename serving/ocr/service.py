@@ -60,10 +60,10 @@ class OcrService:
         """Documents that are being taken in for jobs."""
         self.metrics = OcrMetrics(self._read_gauges)
         self.renderer = Renderer(ocr.render)
-        self.callers = Callers(routers)
         self.storage = Storage(ocr)
         self.intake = Intake(ocr, settings.router.limits, self.storage)
         self.vault = Vault(ocr.secret, ocr.directory)
+        self.callers = Callers(routers, self.vault.signer.sign)
         self._reader = PageReader(
             routers.choose,
             ocr.read,

@@ -7,18 +7,19 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import orjson
 from starlette.types import Receive, Scope, Send
 
-from serving.asgi.guards import ClientGoneError, discard_body, read_request_id
+from serving.asgi.guards import ClientGoneError, discard_body, read_headers, read_request_id
 from serving.asgi.reply import Reply
 from serving.billing.records import RequestRecord
 from serving.directory import EMPTY, RouterReport, ServiceRecord, Snapshot
 from serving.errors import (
     InternalError,
+    InvalidRequestError,
     MethodNotAllowedError,
     RouteNotFoundError,
     ServingError,
@@ -27,7 +28,8 @@ from serving.frozen import is_loopback
 from serving.router.accounts import Accounts, build_ledger
 from serving.router.auth import Authenticator
 from serving.router.dispatch import Dispatcher
-from serving.router.documents import PLAYGROUND, DocumentRelay, is_for_ocr
+from serving.router.documents import DocumentRelay, find_charge, is_for_ocr
+from serving.router.door import Door, Incoming
 from serving.router.gateway import Backend, Gateway
 from serving.router.generation import Generation
 from serving.router.limits import TenantLimits
@@ -48,9 +50,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_GENERATE = ("/v1/chat/completions", "/v1/completions")
-_OPEN = ("/health", "/ready", "/openapi.json")
-_METHODS = dict.fromkeys((*_GENERATE, QUOTE), "POST") | dict.fromkeys((*GET_ROUTES, *_OPEN), "GET")
+GENERATE = ("/v1/chat/completions", "/v1/completions")
+OPEN = ("/health", "/ready", "/openapi.json")
+METHODS = dict.fromkeys((*GENERATE, QUOTE), "POST") | dict.fromkeys((*GET_ROUTES, *OPEN), "GET")
+"""Every route but the OCR service's (`is_for_ocr`) and single models (`MODEL`)."""
 _PREFIX = "/v1/openai/"  # DeepInfra's
 
 
@@ -91,6 +94,7 @@ class RouterApp:
         self._backend = backend or Gateway(Relay(settings.router, key.get_secret_value() if key is not None else None))
         self._keys = Authenticator(settings.router.keys_file, is_local=is_loopback(settings.router.host))
         self._limits = TenantLimits(time.monotonic)
+        self._door = Door(settings, self._keys, self._limits)
         self._dispatcher = Dispatcher(settings, read_snapshot, router_id=self.router_id, rng=random.Random())
         ledger = build_ledger(settings, self.router_id) if keeps_books else None
         self._accounts = Accounts(settings, ledger, self._backend.fetch_usage)
@@ -101,15 +105,21 @@ class RouterApp:
         self._documents = DocumentRelay(settings.router, settings.ocr)
         self._state = RouterState(self.router_id, read_snapshot, self._dispatcher, self._limits)
         self._lookups = Lookups(
-            settings, read_snapshot, self._dispatcher, self._accounts, self._state, self._documents, self.list_targets
+            settings,
+            read_snapshot,
+            self._dispatcher,
+            self._accounts,
+            self._state,
+            self._documents,
+            self._door,
+            self.list_targets,
         )
         self._metrics = RouterMetrics(self._read_gauges)
         self._traces = _build_traces(settings, self.router_id)
         self._document = orjson.dumps(build_document(settings))
         self._generation = Generation(
             settings,
-            self._keys,
-            self._limits,
+            self._door,
             self._dispatcher,
             self._backend,
             self._accountant,
@@ -183,10 +193,14 @@ class RouterApp:
         """One HTTP request; whatever goes wrong ends as an answer in OpenAI's shape."""
         if scope["type"] != "http":
             return
-        request_id = read_request_id(dict(scope["headers"]))
+        request_id, headers, refusal = _read_head(scope)
         reply = Reply(send, [(b"x-request-id", request_id.encode())])
+        incoming = Incoming(request_id, _canonical_path(scope["path"]), headers, scope, receive, reply)
         try:
-            await self._route(request_id, scope, receive, reply)
+            if refusal is not None:
+                await discard_body(receive, self.settings.router.limits)
+                raise refusal
+            await self._route(incoming)
         except ServingError as error:
             await reply.send_error(error)
         except ClientGoneError:
@@ -196,18 +210,18 @@ class RouterApp:
             failure = InternalError("The router failed on this request; it has been logged.")
             await (reply.end_with_error(failure) if reply.has_begun else reply.send_error(failure))
 
-    async def _route(self, request_id: str, scope: Scope, receive: Receive, reply: Reply) -> None:
-        path = _canonical_path(scope["path"])
+    async def _route(self, incoming: Incoming) -> None:
+        path, method, reply = incoming.path, incoming.scope["method"], incoming.reply
         if is_for_ocr(path):
-            await self._relay_documents(path, request_id, {**scope, "path": path or "/"}, receive, reply)
+            await self._relay_documents(incoming)
             return
-        allowed = "GET" if path.startswith(MODEL) else _METHODS.get(path)
+        allowed = "GET" if path.startswith(MODEL) else METHODS.get(path)
         if allowed is None:
-            raise RouteNotFoundError(f"There is no {scope['method']} {scope['path'][:200]} here.")
-        if scope["method"] != allowed and not (allowed == "GET" and scope["method"] == "HEAD"):
+            raise RouteNotFoundError(f"There is no {method} {incoming.scope['path'][:200]} here.")
+        if method != allowed and not (allowed == "GET" and method == "HEAD"):
             raise MethodNotAllowedError(f"{path} answers {allowed} only.", allowed)
-        if path in _GENERATE:
-            await self._generation.serve(path, request_id, scope, receive, reply)
+        if path in GENERATE:
+            await self._generation.serve(incoming)
         elif path == "/health":
             await reply.send_body(200, b'{"status":"up"}')
         elif path == "/ready":
@@ -215,22 +229,22 @@ class RouterApp:
         elif path == "/openapi.json":
             await reply.send_body(200, self._document)
         elif path == QUOTE:
-            identity = self._keys.identify(dict(scope["headers"]))
-            await self._lookups.answer_quote(request_id, identity, scope, receive, reply)
+            await self._lookups.answer_quote(incoming)
         else:
-            identity = self._keys.identify(dict(scope["headers"]))
-            await self._lookups.answer(path, identity, scope, receive, reply)
+            await self._lookups.answer(incoming)
 
-    async def _relay_documents(self, path: str, request_id: str, scope: Scope, receive: Receive, reply: Reply) -> None:
+    async def _relay_documents(self, incoming: Incoming) -> None:
         """The page and its files are for everybody; a document is not even read without a key."""
         self._documents.check_enabled()
-        if path and not path.startswith(PLAYGROUND):
-            try:
-                self._keys.identify(dict(scope["headers"]))
-            except ServingError:
-                await discard_body(receive, self.settings.router.limits)
-                raise
-        await self._documents.relay(request_id, scope, receive, reply)
+        scope = {**incoming.scope, "path": incoming.path or "/"}
+        charge = find_charge(scope["method"], incoming.path)
+        if charge is None:
+            await self._documents.relay(incoming.request_id, scope, incoming.receive, incoming.reply)
+            return
+        identity = await self._door.identify(incoming)
+        async with self._door.admitted(incoming, identity, charge):
+            incoming.reply.headers += self._limits.headers(identity, time.monotonic())
+            await self._documents.relay(incoming.request_id, scope, incoming.receive, incoming.reply)
 
     async def _answer_ready(self, reply: Reply) -> None:
         snapshot = self._read_snapshot()
@@ -260,6 +274,15 @@ def _build_traces(settings: Settings, router_id: str) -> Traces | None:
     from serving.telemetry.traces import Traces  # with the whole SDK, which most stacks do without
 
     return Traces(settings.telemetry, router_id)
+
+
+def _read_head(scope: Scope) -> tuple[str, Mapping[bytes, bytes], ServingError | None]:
+    """The request's id, its headers, and what is wrong with them."""
+    try:
+        headers = read_headers(scope)
+    except InvalidRequestError as error:
+        return read_request_id({}), {}, error
+    return read_request_id(headers), headers, None
 
 
 def _canonical_path(path: str) -> str:

@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope
 from serving.asgi.guards import ClientGoneError
 from serving.asgi.presence import ClientPresence
 from serving.asgi.reply import Reply
+from serving.billing.credits import CREDIT_HEADER
 from serving.directory import ServiceRecord
 from serving.errors import (
     BodyTooLargeError,
@@ -28,20 +29,31 @@ from serving.errors import (
     ServingError,
 )
 from serving.ocr_settings import OcrSettings
+from serving.router.limits import DOCUMENT, LOOKUP, POLL, Charge
 from serving.router_settings import RouterSettings
 
 OCR = "/v1/ocr"
 QUOTE = OCR + "/quote"
 PLAYGROUND = "/playground/"
+_TAKE_DOCUMENTS = (OCR, QUOTE, OCR + "/jobs")
 _CONNECT_S = 5.0
 _FORM_BYTES = 128 * 1024
 """What a form or JSON may add to a document."""
 _DROPPED = frozenset(
     {"connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade", "host", "expect", "x-request-id"}
-) | {"proxy-authorization", "proxy-authenticate", "proxy-connection"}
+) | {"proxy-authorization", "proxy-authenticate", "proxy-connection", CREDIT_HEADER}
 """Between two machines only (RFC 9110, section 7.6.1), or set anew."""
 _ANSWER_DROPPED = frozenset({"connection", "keep-alive", "transfer-encoding", "x-request-id", "date", "server"})
 _METHODS_WITH_BODY = ("POST", "PUT", "PATCH")
+
+
+def find_charge(method: str, path: str) -> Charge | None:
+    """What a request for the OCR service counts as; None for its pages for people, which are free."""
+    if path == "" or path.startswith(PLAYGROUND):
+        return None
+    if method in ("GET", "HEAD"):
+        return POLL
+    return DOCUMENT if method == "POST" and path in _TAKE_DOCUMENTS else LOOKUP
 
 
 def is_for_ocr(path: str) -> bool:

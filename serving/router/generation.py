@@ -6,24 +6,25 @@ import asyncio
 import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from starlette.types import Receive, Scope
+from starlette.types import Receive
 
-from serving.asgi.guards import BodyBudget, ClientGoneError, HeldBody, discard_body, read_body
+from serving.asgi.guards import ClientGoneError, HeldBody, discard_body, read_body
 from serving.asgi.presence import ClientPresence
 from serving.asgi.reply import Reply
-from serving.billing.credits import CREDIT_HEADER, find_signer
+from serving.billing.credits import SERVICE_MARK
 from serving.billing.records import Outcome
 from serving.directory import ReplicaRecord
 from serving.errors import InvalidRequestError, ReplicaTimeoutError, ServingError
 from serving.router.accounts import Accounts
-from serving.router.auth import Authenticator, check_model_allowed
+from serving.router.auth import check_model_allowed
 from serving.router.bounds import bound_tokens
 from serving.router.dispatch import Dispatcher
+from serving.router.door import Door, Incoming
 from serving.router.gateway import Backend
-from serving.router.limits import TenantLimits
+from serving.router.limits import GENERATION
 from serving.router.metering import CLIENT_CLOSED, Accountant, Call, Ending
 from serving.router.remote import RemoteImages
 from serving.router.requests import RoutedRequest, parse_request
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from serving.telemetry.traces import Traces
 
 _TIMEOUT_HEADER = b"x-request-timeout-ms"
-_CREDIT_HEADER = CREDIT_HEADER.encode()
 _GRACE_S = 0.05
 
 
@@ -43,8 +43,7 @@ class Generation:
     """Serves the routes that generate. Everything it needs is given to it; it decides nothing itself."""
 
     settings: Settings
-    keys: Authenticator
-    limits: TenantLimits
+    door: Door
     dispatcher: Dispatcher
     backend: Backend
     accountant: Accountant
@@ -52,34 +51,25 @@ class Generation:
     accounts: Accounts
     traces: Traces | None = None
     """None when nothing is traced."""
-    _held: BodyBudget = field(init=False)
 
-    def __post_init__(self) -> None:
-        self._held = BodyBudget(self.settings.router.limits.max_held_bytes)
-
-    async def serve(self, path: str, request_id: str, scope: Scope, receive: Receive, reply: Reply) -> None:
+    async def serve(self, incoming: Incoming) -> None:
         """One request, to its end and its record.
 
         Raises:
             ServingError: it was refused or failed, and the reply has not begun.
             ClientGoneError: nobody is there to be answered.
         """
-        headers = dict(scope["headers"])
-        try:
-            identity = self.keys.identify(headers)
-        except ServingError:
-            await discard_body(receive, self.settings.router.limits)
-            raise
-        unique_id = f"{request_id}.{secrets.token_hex(4)}" if b"x-request-id" in headers else request_id
-        call = Call(unique_id, path, identity, arrived_ns=time.time_ns())
-        if _CREDIT_HEADER in headers:
-            call.credit_nanodollars = self._read_credit(request_id, headers[_CREDIT_HEADER])
+        headers, reply = incoming.headers, incoming.reply
+        identity = await self.door.identify(incoming)
+        credit = self.door.read_credit(incoming)
+        call = Call(_make_id(incoming, is_service=credit is not None), incoming.path, identity, time.time_ns())
+        call.credit_nanodollars = credit or 0
         if self.traces is not None:
-            call.trace = self.traces.begin(path, headers, call.arrived_ns)
+            call.trace = self.traces.begin(incoming.path, headers, call.arrived_ns)
         ending = Ending(Outcome.FAILED, 500, "internal_error")
         reply.on_whole = lambda: self.accountant.finish_whole(call, Ending.of_whole(reply.status, reply.first_byte_ns))
         try:
-            await self._serve_admitted(call, scope, headers, receive, reply)
+            await self._serve_admitted(call, incoming)
             ending = Ending.of_whole(reply.status, reply.first_byte_ns)
         except ServingError as error:
             ending = Ending.from_error(error, call, reply.status, reply.first_byte_ns)
@@ -98,45 +88,33 @@ class Generation:
         finally:
             self.accountant.finish(call, ending)
 
-    def _read_credit(self, request_id: str, value: bytes) -> int:
-        """What an OCR service of ours says that this page was charged before; 0 when it is not one of ours."""
-        ocr = self.settings.ocr
-        signer = find_signer(ocr.secret, ocr.secret_file)
-        return signer.read(request_id, value.decode("latin-1")) if signer is not None else 0
-
-    async def _serve_admitted(
-        self, call: Call, scope: Scope, headers: Mapping[bytes, bytes], receive: Receive, reply: Reply
-    ) -> None:
-        now_s = time.monotonic()
-        timeout_s = _read_timeout(headers, self.settings.router.admission.request_timeout_s)
+    async def _serve_admitted(self, call: Call, incoming: Incoming) -> None:
+        began_s, limits, reply = time.monotonic(), self.door.limits, incoming.reply
+        timeout_s = _read_timeout(incoming.headers, self.settings.router.admission.request_timeout_s)
         try:
             self.accounts.check_room(call.identity)
-            self.limits.admit(call.identity, now_s)
         except ServingError:
-            reply.headers += self.limits.headers(call.identity, now_s)
-            await discard_body(receive, self.settings.router.limits)
+            await discard_body(incoming.receive, self.settings.router.limits)
             raise
-        try:
-            with self._held.open() as held:
-                body = await read_body(scope, receive, self.settings.router.limits, held)
+        async with self.door.admitted(incoming, call.identity, GENERATION):
+            with self.door.bodies.open() as held:
+                body = await read_body(incoming.scope, incoming.receive, self.settings.router.limits, held)
                 request = await self._understand(call, body, held)
                 sample = self.dispatcher.sample(request.model)
                 if sample is not None or not self.accounts.has_budget(call.identity):
                     request = self._reserve(call, request, sample)
                 call.reserved_tokens = self.dispatcher.estimate(request).total
                 try:
-                    self.limits.reserve_tokens(call.identity, call.reserved_tokens, time.monotonic())
+                    limits.reserve_tokens(call.identity, call.reserved_tokens, time.monotonic())
                 except ServingError:
                     call.reserved_tokens = 0
                     raise
                 finally:
-                    reply.headers += self.limits.headers(call.identity, time.monotonic())
+                    reply.headers += limits.headers(call.identity, time.monotonic())
                     reply.headers += self.accounts.headers(call.identity)
                 # A little longer than the queue's own deadline, whose refusal says more.
                 async with asyncio.timeout(timeout_s + _GRACE_S):
-                    await self._answer(call, request, now_s + timeout_s, reply, receive)
-        finally:
-            self.limits.leave(call.identity)
+                    await self._answer(call, request, began_s + timeout_s, reply, incoming.receive)
 
     async def _understand(self, call: Call, body: bytes, held: HeldBody) -> RoutedRequest:
         request = parse_request(call.route, body, self.settings)
@@ -168,6 +146,14 @@ class Generation:
             await self.backend.answer(call, slot, reply, receive)
         finally:
             slot.close(call.tokens, is_whole=reply.is_complete)
+
+
+def _make_id(incoming: Incoming, *, is_service: bool) -> str:
+    """What engines and the ledger know a request by: unique, whatever its client calls it, and a service's cannot be
+    called so by anybody else."""
+    if b"x-request-id" not in incoming.headers:
+        return incoming.request_id
+    return f"{SERVICE_MARK if is_service else ''}{incoming.request_id}.{secrets.token_hex(4)}"
 
 
 def _read_timeout(headers: Mapping[bytes, bytes], longest_s: float) -> float:

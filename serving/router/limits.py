@@ -1,5 +1,11 @@
 """What one tenant may ask for: requests and tokens per minute, and requests at once. Pure; the clock is passed in.
 
+`requests_per_minute` is one allowance for everything: a request that generates is one, and so is a document (each of
+its pages comes back from the OCR service as one more), a quote or a report; looking after jobs is a tenth.
+
+`max_concurrent` holds for each kind by itself: requests that generate, documents, and lookups. A document would
+otherwise wait for its own pages, and who polls a job would be refused as long as its pages are read.
+
 Every router keeps its own buckets and debits what the others report to have let through, so that a limit holds for all
 of them together, to within what a tenant sends in one interval of reports.
 """
@@ -7,8 +13,10 @@ of them together, to within what a tenant sends in one interval of reports.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from serving.directory import RouterReport, TenantUse
 from serving.errors import RateLimitError
@@ -17,7 +25,31 @@ from serving.tenants import Identity, Tenant
 _MINUTE_S = 60.0
 _FORGET_S = 600.0
 _SWEEP_S = 60.0
+_POLL_WEIGHT = 0.1
 _CONCURRENT_RETRY_S = 1.0  # nobody knows when a request of the tenant's will end
+
+
+class Kind(StrEnum):
+    """What is counted at once; each has `max_concurrent` for itself. The value completes a refusal."""
+
+    GENERATION = "requests"
+    DOCUMENT = "documents"
+    LOOKUP = "lookups"
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """What a request counts as."""
+
+    kind: Kind
+    weight: float = 1.0
+    """Of a request, against the requests per minute."""
+
+
+GENERATION = Charge(Kind.GENERATION)
+DOCUMENT = Charge(Kind.DOCUMENT)
+LOOKUP = Charge(Kind.LOOKUP)
+POLL = Charge(Kind.LOOKUP, _POLL_WEIGHT)
 
 
 @dataclass(slots=True)
@@ -73,8 +105,8 @@ class _State:
     heard_s: float
     requests: Bucket | None = None
     tokens: Bucket | None = None
-    num_running: int = 0
-    num_requests: int = 0
+    running: Counter[Kind] = field(default_factory=Counter)
+    num_requests: float = 0
     num_charged: int = 0
     """Tokens that were reserved or, once known, used."""
     num_told: int = 0
@@ -88,7 +120,7 @@ class _State:
 
     def is_forgettable(self, now_s: float) -> bool:
         is_full = all(bucket is None or not bucket.reset_s(now_s) for bucket in (self.requests, self.tokens))
-        return is_full and not self.num_running and now_s - self.heard_s > _FORGET_S
+        return is_full and not self.running.total() and now_s - self.heard_s > _FORGET_S
 
     def charge(self, num_tokens: int) -> None:
         self.num_charged += num_tokens
@@ -114,25 +146,25 @@ class TenantLimits:
     _states: dict[str, _State] = field(default_factory=dict)
     _seen: dict[str, dict[str, TenantUse]] = field(default_factory=dict)
     """By router, then tenant: what the last reports said."""
-    _running_elsewhere: dict[str, int] = field(default_factory=dict)
+    _running_elsewhere: Counter[tuple[str, Kind]] = field(default_factory=Counter)
     _swept_s: float = 0.0
 
-    def admit(self, identity: Identity, now_s: float) -> None:
-        """Count a request that comes in; `leave` must follow.
+    def admit(self, identity: Identity, now_s: float, charge: Charge = GENERATION) -> None:
+        """Count a request that comes in; `leave` with the same charge must follow.
 
         Raises:
             RateLimitError: the tenant has too many at once or in this minute; nothing was counted.
         """
         state = self._state(identity, now_s)
-        most = identity.tenant.max_concurrent
-        if most is not None and state.num_running + self._running_elsewhere.get(identity.tenant_id, 0) >= most:
-            raise RateLimitError(f"Rate limit reached: {most} requests at once.", _CONCURRENT_RETRY_S)
+        most, kind = identity.tenant.max_concurrent, charge.kind
+        if most is not None and state.running[kind] + self._running_elsewhere[identity.tenant_id, kind] >= most:
+            raise RateLimitError(f"Rate limit reached: {most} {kind} at once.", _CONCURRENT_RETRY_S)
         if state.requests is not None:
-            wait_s = state.requests.take(1, now_s)
+            wait_s = state.requests.take(charge.weight, now_s)
             if wait_s > 0:
                 raise RateLimitError(f"Rate limit reached: {state.requests.limit} requests per minute.", wait_s)
-        state.num_running += 1
-        state.num_requests += 1
+        state.running[kind] += 1
+        state.num_requests += charge.weight
 
     def reserve_tokens(self, identity: Identity, n: int, now_s: float) -> None:
         """Take the tokens that a request is expected to use; `settle` must follow.
@@ -155,11 +187,11 @@ class TenantLimits:
             state.tokens.debit(used - reserved, now_s)
         state.charge(used - reserved)
 
-    def leave(self, identity: Identity) -> None:
+    def leave(self, identity: Identity, charge: Charge = GENERATION) -> None:
         """A request that was admitted has ended, however it did."""
         state = self._states.get(identity.tenant_id)
-        if state is not None and state.num_running > 0:
-            state.num_running -= 1
+        if state is not None and state.running[charge.kind] > 0:
+            state.running[charge.kind] -= 1
 
     def headers(self, identity: Identity, now_s: float) -> list[tuple[bytes, bytes]]:
         """What OpenAI's clients know of their limits; a limit that does not exist has no headers.
@@ -184,7 +216,7 @@ class TenantLimits:
         """Totals of every tenant for this router's report."""
         self._sweep(self.clock())
         return tuple(
-            (tenant_id, TenantUse(state.num_requests, state.num_told, state.num_running))
+            (tenant_id, TenantUse(state.num_requests, state.num_told, *(state.running[kind] for kind in Kind)))
             for tenant_id, state in self._states.items()
         )
 
@@ -196,12 +228,13 @@ class TenantLimits:
         """
         now_s = self.clock()
         seen: dict[str, dict[str, TenantUse]] = {}
-        running: dict[str, int] = {}
+        running: Counter[tuple[str, Kind]] = Counter()
         for report in reports:
             known = self._seen.get(report.router_id)
             seen[report.router_id] = dict(report.tenants)
             for tenant_id, use in report.tenants:
-                running[tenant_id] = running.get(tenant_id, 0) + use.num_running
+                for kind, number in zip(Kind, (use.num_running, use.num_documents, use.num_lookups), strict=True):
+                    running[tenant_id, kind] += number
                 if known is not None:
                     self._debit(tenant_id, known.get(tenant_id, TenantUse()), use, now_s)
         self._seen, self._running_elsewhere = seen, running

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import orjson
-from starlette.types import Message, Receive, Scope
+from starlette.types import Message, Receive
 
 from serving.asgi.guards import decode_json, read_body
-from serving.asgi.reply import Reply
 from serving.directory import Snapshot
 from serving.errors import ModelNotFoundError, PermissionDeniedError
 from serving.router.accounts import Accounts
 from serving.router.auth import check_model_allowed
 from serving.router.dispatch import Dispatcher
 from serving.router.documents import DocumentRelay
+from serving.router.door import Door, Incoming
+from serving.router.limits import DOCUMENT, LOOKUP, Charge
 from serving.router.reporting import answer_costs, answer_openai_usage, answer_quote, answer_usage, parse_query
 from serving.router.requests import parse_request
 from serving.router.state import RouterState
@@ -28,16 +31,20 @@ from serving.tenants import Identity
 MODEL = "/v1/models/"
 TENANT = "/v1/tenant"
 TARGETS = "/metrics/targets"
-GET_ROUTES = (
-    "/v1/models",
-    TENANT,
-    "/v1/usage",
-    "/v1/organization/usage/completions",
-    "/admin/state",
-    "/admin/costs",
-    TARGETS,
-)
+GET_ROUTES: Mapping[str, Charge | None] = {
+    "/v1/models": None,
+    TENANT: None,
+    "/v1/usage": LOOKUP,
+    "/v1/organization/usage/completions": LOOKUP,
+    "/admin/state": None,
+    "/admin/costs": LOOKUP,
+    TARGETS: None,
+}
+"""What each counts as. Free is what this router knows by heart: OCR services ask whose key it is, and people's clients
+list the models, in the name of tenants who want something else."""
 QUOTE = "/v1/quote"
+_COUNTED_DOCUMENT = replace(DOCUMENT, weight=0.0)
+"""The request per minute was taken as a lookup, before its body told what it is."""
 
 
 class Lookups:
@@ -51,6 +58,7 @@ class Lookups:
         accounts: Accounts,
         state: RouterState,
         documents: DocumentRelay,
+        door: Door,
         list_targets: Callable[[], list[Group]] = list,
     ) -> None:
         self._settings = settings
@@ -59,17 +67,28 @@ class Lookups:
         self._accounts = accounts
         self._state = state
         self._documents = documents
+        self._door = door
         self._list_targets = list_targets
         self._started_s = int(time.time())
 
-    async def answer(self, path: str, identity: Identity, scope: Scope, receive: Receive, reply: Reply) -> None:
+    async def answer(self, incoming: Incoming) -> None:
         """One of `GET_ROUTES`, or a model of `MODEL`.
 
         Raises:
             ServingError: what is wrong with the request.
         """
-        content_type = "application/json"
-        query = parse_query(scope["query_string"])
+        identity = await self._door.identify(incoming)
+        charge = GET_ROUTES.get(incoming.path)
+        if charge is None:
+            await self._answer(incoming, identity)
+            return
+        async with self._door.admitted(incoming, identity, charge):
+            incoming.reply.headers += self._door.limits.headers(identity, time.monotonic())
+            await self._answer(incoming, identity)
+
+    async def _answer(self, incoming: Incoming, identity: Identity) -> None:
+        path, content_type = incoming.path, "application/json"
+        query = parse_query(incoming.scope["query_string"])
         found: bytes | dict[str, Any]
         if path == "/v1/models":
             found = {"object": "list", "data": self._model_cards(identity)}
@@ -90,26 +109,37 @@ class Lookups:
             else:
                 found = await answer_openai_usage(self._accounts.ledger, query)
         body = found if isinstance(found, bytes) else orjson.dumps(found)
-        await reply.send_body(200, body, content_type=content_type.encode())
+        await incoming.reply.send_body(200, body, content_type=content_type.encode())
 
-    async def answer_quote(
-        self, request_id: str, identity: Identity, scope: Scope, receive: Receive, reply: Reply
-    ) -> None:
+    async def answer_quote(self, incoming: Incoming) -> None:
         """`QUOTE`: of a chat or a completion, or of a document, which the OCR service has to look into.
 
         Raises:
             ServingError: what is wrong with the request.
             ClientGoneError: the client has left.
         """
-        limits = self._settings.router.limits
-        body = await read_body(scope, receive, limits)
-        given = decode_json(body, limits)
+        identity = await self._door.identify(incoming)
+        with self._door.bodies.open() as held:
+            async with contextlib.AsyncExitStack() as admitted:
+                # A service asks for every page of a document whose own quote was counted.
+                if self._door.read_credit(incoming) is None:
+                    await admitted.enter_async_context(self._door.admitted(incoming, identity, LOOKUP))
+                    incoming.reply.headers += self._door.limits.headers(identity, time.monotonic())
+                body = await read_body(incoming.scope, incoming.receive, self._settings.router.limits, held)
+                path = self._find_quoted(body)
+                if path is not None:
+                    await incoming.reply.send_body(200, orjson.dumps(self._quote(identity, path, body)))
+                    return
+            async with self._door.admitted(incoming, identity, _COUNTED_DOCUMENT):
+                receive = _replay(body, incoming.receive)
+                await self._documents.relay_quote(incoming.request_id, incoming.scope, receive, incoming.reply)
+
+    def _find_quoted(self, body: bytes) -> str | None:
+        """The path of the request that is to be quoted; None for a document."""
+        given = decode_json(body, self._settings.router.limits)
         if "document" in given and not given.keys() & {"messages", "prompt"}:
-            del given
-            await self._documents.relay_quote(request_id, scope, _replay(body, receive), reply)
-            return
-        path = "/v1/chat/completions" if "messages" in given else "/v1/completions"
-        await reply.send_body(200, orjson.dumps(self._quote(identity, path, body)))
+            return None
+        return "/v1/chat/completions" if "messages" in given else "/v1/completions"
 
     def _quote(self, identity: Identity, path: str, body: bytes) -> dict[str, Any]:
         request = parse_request(path, body, self._settings)

@@ -49,7 +49,13 @@ class RouterState:
                 for (model, priority), length in self.dispatcher.queue_lengths().items()
             ],
             "tenants": {
-                name: {"requests": use.num_requests, "tokens": use.num_tokens, "running": use.num_running}
+                name: {
+                    "requests": round(use.num_requests, 1),
+                    "tokens": use.num_tokens,
+                    "running": use.num_running,
+                    "documents": use.num_documents,
+                    "lookups": use.num_lookups,
+                }
                 for name, use in self.limits.uses()
             },
         }

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
+from pydantic import SecretStr
 from sqlalchemy import text
 
+from serving.billing.credits import CREDIT_HEADER, CreditSigner
 from serving.billing.database import Database
+from serving.billing_settings import BillingSettings
 from serving.ocr.job_database import JobDatabase
 from serving.ocr.job_leases import JobLeases, LeaseLostError
 from serving.ocr.job_store import JobStore
@@ -17,8 +22,10 @@ from serving.ocr.job_turns import JobTurns, OwnerJobs
 from serving.ocr.jobs import Job, NewJob, find_page
 from serving.ocr.reader import Usage
 from serving.ocr.shown import PageResult
+from serving.ocr_settings import OcrSettings
 from unit.billing.conftest import database, database_url, make_settings, postgres_url  # noqa: F401  # its fixtures
 from unit.billing.samples import make_record
+from unit.router.stack import USAGE, Engine, answers, build_settings, chat_body, run_router
 
 NEW = NewJob("acme", "nano", {"model": "nano"}, {}, range(12), "", "digest")
 PAGE = PageResult(0, {}, Usage(), None)
@@ -42,15 +49,16 @@ async def test_what_pages_were_charged_is_in_the_ledger(jobs: JobDatabase, datab
 
     await database.insert(
         [
-            row("job-a_b-p1-t1.0a", 100),
-            row("job-a_b-p1-t2.0b", 20),
-            row("job-a_b-p1-t1.0c", 3),
-            row("job-a_b-p11-t1.0d", 7),
-            row("job-a_b-p2-t1.0e", 0),
-            row("job-axb-p1-t1.0f", 9000),
-            row("job-a_b-p1-t1.10", 9000, tenant_id="other"),
-            row("job-a_b-p1-t1.11", 9000, arrived_ns=job.created_ns - 10**12),
-            row("job-a_b-pages", 9000),
+            row("~job-a_b-p1-t1.0a", 100),
+            row("~job-a_b-p1-t2.0b", 20),
+            row("~job-a_b-p1-t1.0c", 3),
+            row("~job-a_b-p11-t1.0d", 7),
+            row("~job-a_b-p2-t1.0e", 0),
+            row("~job-axb-p1-t1.0f", 9000),
+            row("~job-a_b-p1-t1.10", 9000, tenant_id="other"),
+            row("~job-a_b-p1-t1.11", 9000, arrived_ns=job.created_ns - 10**12),
+            row("~job-a_b-pages", 9000),
+            row("job-a_b-p1-t1.12", 9000),  # a client's own, which calls it so
         ]
     )
     assert await JobLeases(jobs, 5.0, "service").read_charged(job) == {0: 123, 10: 7}
@@ -134,7 +142,45 @@ async def test_results_are_counted_also_those_of_a_version_before(
 
 @pytest.mark.parametrize(
     ("request_id", "page"),
-    [("job-1-p3-t1.ab", 2), ("job-1-p30-t12", 29), ("job-12-p3-t1", None), ("job-1-p-t1", None), ("x-p3-t1", None)],
+    [
+        ("~job-1-p3-t1.ab", 2),
+        ("~job-1-p30-t12.0f", 29),
+        ("~job-12-p3-t1.ab", None),
+        ("~job-1-p-t1.ab", None),
+        ("~x-p3-t1.ab", None),
+        ("job-1-p3-t1.ab", None),
+    ],
 )
 def test_a_request_names_its_page(request_id: str, page: int | None) -> None:
     assert find_page("job-1", request_id) == page
+
+
+@pytest.mark.parametrize(("is_service", "charged"), [(False, {}), (True, {0: 80_000})])
+async def test_a_tenants_own_chats_are_no_tries_of_its_pages(
+    tmp_path: Path, is_service: bool, charged: dict[int, int]
+) -> None:
+    """A tenant knows its job's id, and may call its chats by it. What they cost must not come off its pages."""
+    secret = SecretStr("shared")
+    settings = build_settings().model_copy(
+        update={
+            "billing": BillingSettings(directory=tmp_path, flush_s=0.05),
+            "ocr": OcrSettings(secret=secret, directory=tmp_path),
+        }
+    )
+    books = JobDatabase(Database(settings.billing), 60.0)
+    job = await JobStore(books, 10).add("job-1", dataclasses.replace(NEW, owner="anonymous"))
+    request_id = "job-1-p1-t1"
+    signer = CreditSigner(b"shared" if is_service else b"guessed")
+    headers = {"x-request-id": request_id, CREDIT_HEADER: signer.sign(request_id, 0)}
+    answer = orjson.dumps({"choices": [{"message": {"content": "a"}}], "usage": USAGE})
+    async with (
+        Engine(answers(answer)) as engine,
+        run_router(engine.record, settings=settings, keeps_books=True) as router,
+    ):
+        asked = await router.client.post("/v1/chat/completions", content=chat_body(), headers=headers)
+        assert (asked.status_code, asked.headers["x-request-id"]) == (200, request_id)
+        ledger = router.app._accounts.ledger
+        assert ledger is not None
+        assert await ledger.flush(20)
+        assert await JobLeases(books, 5.0, "service").read_charged(job) == charged
+    await books._database.close()

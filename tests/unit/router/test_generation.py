@@ -506,7 +506,7 @@ async def test_the_state_is_for_admins(tenants: Tenants) -> None:
         state = (await client.get("/admin/state", headers=tenants.header("ops"))).json()
     (replica,) = state["replicas"]
     assert (replica["replica_id"], replica["work_tokens"], replica["breaker"]) == ("engine", 0, "closed")
-    assert state["tenants"]["acme"] == {"requests": 1, "tokens": 1500, "running": 0}
+    assert state["tenants"]["acme"] == {"requests": 1, "tokens": 1500, "running": 0, "documents": 0, "lookups": 0}
     assert {queue["requests"] for queue in state["queues"]} == {0}
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from serving.directory import RouterReport, TenantUse
 from serving.errors import RateLimitError
-from serving.router.limits import Bucket, TenantLimits, format_duration
+from serving.router.limits import DOCUMENT, GENERATION, LOOKUP, POLL, Bucket, Charge, TenantLimits, format_duration
 from serving.tenants import Identity, Tenant
 
 
@@ -117,6 +117,46 @@ def test_requests_at_once() -> None:
     limits.leave(me)
     limits.admit(me, 0.0)
     assert dict(limits.uses()) == {"t": TenantUse(3, 0, 2)}
+
+
+def test_each_kind_is_counted_by_itself() -> None:
+    limits, _ = build_limits()
+    me = who(max_concurrent=1)
+    kinds = (GENERATION, DOCUMENT, LOOKUP)
+    for charge in kinds:
+        limits.admit(me, 0.0, charge)
+    for charge in (*kinds, POLL):
+        with pytest.raises(RateLimitError, match=f"1 {charge.kind.value} at once"):
+            limits.admit(me, 0.0, charge)
+    assert dict(limits.uses()) == {"t": TenantUse(3, 0, 1, 1, 1)}
+    limits.leave(me, DOCUMENT)
+    limits.admit(me, 0.0, DOCUMENT)
+
+
+@pytest.mark.parametrize(
+    ("use", "charge"), [((0, 0, 1), GENERATION), ((0, 0, 0, 1), DOCUMENT), ((0, 0, 0, 0, 1), POLL)]
+)
+def test_each_kind_is_counted_over_all_routers(use: tuple[int, ...], charge: Charge) -> None:
+    limits, _ = build_limits()
+    me = who(max_concurrent=1)
+    limits.absorb((RouterReport("other", tenants=(("t", TenantUse(*use)),)),))
+    for each in (GENERATION, DOCUMENT, POLL):
+        if each is charge:
+            with pytest.raises(RateLimitError):
+                limits.admit(me, 0.0, each)
+        else:
+            limits.admit(me, 0.0, each)
+
+
+def test_looking_after_a_job_is_cheaper_than_a_request() -> None:
+    limits, _ = build_limits()
+    me = who(requests_per_minute=2)
+    for _ in range(10):
+        limits.admit(me, 0.0, POLL)
+        limits.leave(me, POLL)
+    limits.admit(me, 0.0)
+    with pytest.raises(RateLimitError):
+        limits.admit(me, 0.0)
 
 
 def test_tokens_are_reserved_and_settled() -> None:

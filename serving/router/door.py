@@ -1,0 +1,91 @@
+"""The door of a router: whose request it is, whether the tenant may have one more, and room for its body.
+
+Every route goes through it, whoever answers behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+
+from starlette.types import Receive, Scope
+
+from serving.asgi.guards import BodyBudget, discard_body
+from serving.asgi.reply import Reply
+from serving.billing.credits import CREDIT_HEADER, CreditReader
+from serving.errors import ServingError
+from serving.router.auth import Authenticator
+from serving.router.limits import Charge, TenantLimits
+from serving.settings import Settings
+from serving.tenants import Identity
+
+_CREDIT_HEADER = CREDIT_HEADER.encode()
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """One HTTP request at the door."""
+
+    request_id: str
+    path: str
+    """In its usual form: no slash at its end, and DeepInfra's prefix replaced."""
+    headers: Mapping[bytes, bytes]
+    scope: Scope
+    receive: Receive
+    reply: Reply
+
+
+@dataclass(slots=True)
+class Door:
+    """One per router process."""
+
+    settings: Settings
+    keys: Authenticator
+    limits: TenantLimits
+    bodies: BodyBudget = field(init=False)
+    """Of all requests that this router holds, whatever they are for."""
+    _credits: CreditReader = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.bodies = BodyBudget(self.settings.router.limits.max_held_bytes)
+        ocr = self.settings.ocr
+        self._credits = CreditReader(ocr.secret, ocr.secret_file)
+
+    async def identify(self, incoming: Incoming) -> Identity:
+        """Whose request this is; the body of a stranger's is read no further than politeness wants.
+
+        Raises:
+            AuthenticationError: nobody's that is known.
+        """
+        try:
+            return self.keys.identify(incoming.headers)
+        except ServingError:
+            await discard_body(incoming.receive, self.settings.router.limits)
+            raise
+
+    @contextlib.asynccontextmanager
+    async def admitted(self, incoming: Incoming, identity: Identity, charge: Charge) -> AsyncIterator[None]:
+        """Count a request while it is served.
+
+        Raises:
+            RateLimitError: the tenant has too many at once or in this minute.
+        """
+        now_s = time.monotonic()
+        try:
+            self.limits.admit(identity, now_s, charge)
+        except ServingError:
+            incoming.reply.headers += self.limits.headers(identity, now_s)
+            await discard_body(incoming.receive, self.settings.router.limits)
+            raise
+        try:
+            yield
+        finally:
+            self.limits.leave(identity, charge)
+
+    def read_credit(self, incoming: Incoming) -> int | None:
+        """What an OCR service of this stack says that the request was charged before, in nanodollars; None when the
+        request is no such service's."""
+        value = incoming.headers.get(_CREDIT_HEADER)
+        return self._credits.read(incoming.request_id, value.decode("latin-1")) if value is not None else None
