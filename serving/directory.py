@@ -33,8 +33,9 @@ class ReplicaRecord:
     """Tokens that its KV cache holds: the work it can have under way."""
     max_model_len: int = 0
     """Longest prompt and answer together, in tokens."""
-    image_config: tuple[tuple[str, Any], ...] = ()
-    """The checkpoint's preprocessing settings that decide an image's resolution mode."""
+    image_config: tuple[tuple[str, Any], ...] | None = None
+    """What decides an image's resolution mode (`serving.plugin.selection.ModeRules`); what is left out is as published.
+    None where the engine has not said how it reads images."""
     image_options: tuple[tuple[str, Any], ...] = ()
     """The server's own `mm_processor_kwargs`."""
     stage: str = ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from serving.frozen import Amount, Frozen, Name, is_loopback
 
@@ -98,6 +98,13 @@ class RouterSettings(Frozen):
     """Tenants and the hashes of their keys, made by `serving keys`; read again when it changes. None: no keys."""
     allow_unauthenticated: bool = False
     """Must be said before a router without keys listens on an address that others can reach."""
+    usage_in_last_chunk: bool = False
+    """Whether the chunk of a stream that has the `finish_reason` carries `usage` for clients that do not set
+    `stream_options.include_usage`. Under DeepInfra's `/v1/openai/` it always does, as DeepInfra's own."""
+    allowed_hosts: tuple[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9.-]{1,253}$")], ...] = ()
+    """Names (without ports) that a router or OCR service answers to while it asks for no keys, beside loopback's and,
+    where it listens for other machines, every IP address and its machine's name. Any other name in `Host` may be a web
+    page's that was pointed here. Pages under these names may use it from other ports, too."""
     connect_timeout_s: Annotated[float, Field(gt=0)] = 5.0
     read_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Longest silence of an engine between two pieces of an answer."""

@@ -17,6 +17,8 @@ from serving.engine.scripted import ScriptedEngine, run_scripted
 from serving.engine.serve_log import keep_serve_log
 from serving.engine.usage import EngineUsage, SequenceCounts, UsageApp
 from serving.errors import SettingsError
+from serving.plugin.image_config import read_image_config
+from serving.plugin.selection import ModeRules
 from serving.settings import NANO, ScriptSettings, Settings
 from serving.telemetry_settings import TelemetrySettings
 
@@ -114,7 +116,7 @@ async def _run_vllm(
             "max_num_seqs": config.scheduler_config.max_num_seqs,
             "capacity_tokens": private.kv_cache_tokens(config),
             "max_model_len": config.model_config.max_model_len,
-            "image_config": _scalars(config.model_config.hf_image_processor_config),
+            "image_config": ModeRules.from_config(read_image_config(config.model_config)).as_config(),
             "image_options": _scalars(multimodal.mm_processor_kwargs or {}),
         }
         yield Engine(

@@ -13,9 +13,10 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
-from serving.asgi.guards import ClientGoneError, read_headers, read_request_id
+from serving.asgi.guards import ClientGoneError, discard_body, read_headers, read_request_id
+from serving.asgi.origins import FORM, JSON, build_rules, check_content_type, check_source
 from serving.asgi.reply import Reply
-from serving.errors import InternalError, MethodNotAllowedError, RouteNotFoundError, ServingError
+from serving.errors import InternalError, MethodNotAllowedError, RequestError, RouteNotFoundError, ServingError
 from serving.ocr.documents_route import DocumentsRoute
 from serving.ocr.jobs_route import JobsRoute
 from serving.ocr.service import OcrService
@@ -23,6 +24,7 @@ from serving.ocr.service import OcrService
 logger = logging.getLogger(__name__)
 
 Answer = Callable[[Request, Reply], Awaitable[None]]
+_PROBES = ("/health", "/ready")
 _PREFIX = "/v1/openai/"  # DeepInfra's
 
 
@@ -50,6 +52,8 @@ class OcrApp:
         ]
         self._app = Starlette(routes=routes, exception_handlers={HTTPException: _show_http_error})
         self._app.router.redirect_slashes = False
+        self._service = service
+        self._hosts = build_rules(service.settings.ocr.host, service.settings.router.allowed_hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -59,7 +63,29 @@ class OcrApp:
             path = "/v1/" + path.removeprefix(_PREFIX)
         if path.startswith("/v1/"):
             scope = {**scope, "path": path}
+        try:
+            await self._check_source(path, scope)
+        except ServingError as error:
+            await discard_body(receive, self._service.settings.router.limits)
+            await Reply(send).send_error(error)
+            return
         await self._app(scope, receive, send)
+
+    async def _check_source(self, path: str, scope: Scope) -> None:
+        """Refuse what a foreign web page may have sent, unless the router asks for keys: no page knows one.
+
+        Raises:
+            ServingError: it may be one's; or the headers contradict each other, or no router says whether it asks.
+        """
+        headers = read_headers(scope)
+        if path in _PROBES:
+            return
+        try:
+            check_source(headers, self._hosts, is_page=not path.startswith("/v1/"))
+            check_content_type(headers, JSON, FORM)
+        except RequestError:
+            if not await self._service.callers.needs_key():
+                raise
 
 
 class _Endpoint:

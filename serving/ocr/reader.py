@@ -12,6 +12,7 @@ import io
 import itertools
 import math
 import random
+import re
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,8 +26,6 @@ from serving.ocr_settings import ReadSettings
 
 MODES = ("tiny", "small", "base", "large", "gundam")
 """Fewest tokens first."""
-GROUNDING = "<|grounding|>"
-"""In a prompt it asks for boxes, which stand between special tokens."""
 NANO_PER_DOLLAR = 10**9
 
 _REPETITION = "repetition"
@@ -36,6 +35,8 @@ _FIRST_PAUSE_S = 0.25
 _MAX_FRAME_BYTES = 2**20
 _DATA = b"data:"
 _DONE = b"[DONE]"
+_FRAMING = re.compile("<｜(?:begin▁of▁sentence|end▁of▁sentence|▁pad▁)｜>")
+"""Special tokens that are no part of a page. vLLM leaves out the one that ends an answer, other servers may not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,9 +288,10 @@ def build_body(url: str, question: Question) -> bytes:
         "temperature": 0.0,
         "stream": True,
         "stream_options": {"include_usage": True},
+        # Marks of boxes are special tokens, and in some tokenizers the cells of tables. Another stack's router may
+        # leave them out unless it is told.
+        "skip_special_tokens": False,
     }
-    if GROUNDING in question.prompt:
-        body["skip_special_tokens"] = False
     if question.mode is not None:
         body["mm_processor_kwargs"] = {"mode": question.mode}
     if question.max_tokens is not None:
@@ -342,7 +344,7 @@ def _take_frame(line: bytes, attempt: _Try) -> str:
         choice = frame["choices"][0]
         attempt.finish_reason = choice.get("finish_reason") or attempt.finish_reason
         attempt.stop_reason = choice.get("stop_reason") or attempt.stop_reason
-        return str((choice.get("delta") or {}).get("content") or "")
+        return _FRAMING.sub("", str((choice.get("delta") or {}).get("content") or ""))
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError("not a frame") from error
 

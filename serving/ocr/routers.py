@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+import math
 import time
 import uuid
 from collections import OrderedDict
@@ -24,6 +25,7 @@ _MAX_KNOWN = 10_000
 _TIMEOUT = aiohttp.ClientTimeout(total=10, sock_connect=5)
 _MAX_ANSWER_BYTES = 64 * 1024
 _NO_SUCH_ROUTE = (404, 405)
+_NO_ENTRY = (401, 403)
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
@@ -72,6 +74,7 @@ class Callers:
         self._routers = routers
         self._known: OrderedDict[str, _KeysOwner] = OrderedDict()
         self._sign_credit = sign_credit
+        self._needs_key, self._asked_s = False, -math.inf
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Callers:
@@ -98,6 +101,17 @@ class Callers:
             if len(self._known) > _MAX_KNOWN:
                 self._known.popitem(last=False)
         return Caller(known.owner, api_key, known.is_one_of_many)
+
+    async def needs_key(self) -> bool:
+        """Whether the router asks for keys at all.
+
+        Raises:
+            NoReplicaError: none of the routers answers.
+        """
+        if time.monotonic() - self._asked_s >= _KNOWN_S:
+            status, _ = await self._fetch("/v1/models", None)
+            self._needs_key, self._asked_s = status in _NO_ENTRY, time.monotonic()
+        return self._needs_key
 
     async def fetch_models(self, authorization: str | None) -> bytes:
         """The router's list of models, as JSON: people choose from it.

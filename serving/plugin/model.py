@@ -20,6 +20,7 @@ from vllm.model_executor.models.utils import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
+from serving.plugin.image_config import read_image_config
 from serving.plugin.modes import TileGrid
 from serving.plugin.private import mark_image_tower, mark_language_model
 from serving.plugin.processor import (
@@ -71,7 +72,7 @@ class DeepseekOCRForCausalLM(nn.Module, SupportsMultiModal, SupportsPP, Supports
         config = vllm_config.model_config.hf_config
         if config.tile_tag != "2D":
             raise ValueError(f"config.json: tile_tag {config.tile_tag!r} is not supported, only '2D' is")
-        processor_config = vllm_config.model_config.hf_image_processor_config
+        processor_config = read_image_config(vllm_config.model_config)
         self.config = config
         mean, std = (tuple(processor_config.get(key, _HALF)) for key in ("image_mean", "image_std"))
         with mark_image_tower(self, vllm_config):

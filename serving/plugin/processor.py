@@ -21,6 +21,7 @@ from vllm.multimodal.processing import (
     PromptUpdate,
 )
 
+from serving.plugin.image_config import read_image_config
 from serving.plugin.modes import ResolutionMode
 from serving.plugin.pages import EncodedPage
 from serving.plugin.picture import Colour
@@ -35,8 +36,12 @@ class DeepseekOCRProcessingInfo(BaseProcessingInfo):
     """What the processor and the dummy inputs need to know about the checkpoint."""
 
     @cached_property
+    def image_config(self) -> Mapping[str, Any]:
+        return read_image_config(self.ctx.model_config)
+
+    @cached_property
     def rules(self) -> ModeRules:
-        return ModeRules.from_config(self.ctx.get_hf_image_processor_config())
+        return ModeRules.from_config(self.image_config)
 
     def choose_modes(self, options: Mapping[str, object], sizes: Sequence[Size]) -> list[ChosenMode]:
         """The mode of every image, by the request's options over the server's.
@@ -55,7 +60,7 @@ class DeepseekOCRProcessingInfo(BaseProcessingInfo):
 
     @cached_property
     def image_mean(self) -> tuple[float, ...]:
-        return tuple(self.ctx.get_hf_image_processor_config().get("image_mean", _DEFAULT_MEAN))
+        return tuple(self.image_config.get("image_mean", _DEFAULT_MEAN))
 
     @cached_property
     def padding(self) -> Colour:

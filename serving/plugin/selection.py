@@ -7,7 +7,7 @@ per image. What it does not choose is the server's default, and at last the chec
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from serving.plugin.modes import ResolutionMode
@@ -56,14 +56,18 @@ class ModeRules:
     min_scale: float = 0.5
     """`auto` takes the smallest mode that shrinks the page's longer side to no less than this part of it.
 
-    0.5 keeps 10-point text of a 200 dpi scan at 14 pixels. `preprocessor_config.json` may name another
+    0.5 keeps 10-point text of a 200 dpi scan at 14 pixels. The checkpoint may name another
     (`auto_min_scale`) for a model that reads smaller or larger glyphs.
     """
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModeRules:
-        """Read a checkpoint's `preprocessor_config.json`."""
+        """Read a checkpoint's image settings (`serving.plugin.image_config`)."""
         return cls(own=ResolutionMode.from_config(config), min_scale=config.get("auto_min_scale", 0.5))
+
+    def as_config(self) -> tuple[tuple[str, Any], ...]:
+        """Everything that decides, whether the checkpoint said it or not; `from_config` takes it back."""
+        return (("auto_min_scale", self.min_scale), *asdict(self.own).items())
 
     def choose(self, request: Mapping[str, Any], server: Mapping[str, Any], sizes: Sequence[Size]) -> list[ChosenMode]:
         """The mode of every image of a request.

@@ -52,6 +52,8 @@ logger = logging.getLogger(__name__)
 
 GENERATE = ("/v1/chat/completions", "/v1/completions")
 OPEN = ("/health", "/ready", "/openapi.json")
+_PROBES = ("/health", "/ready")
+"""Asked by whoever watches over the router, under whatever name."""
 METHODS = dict.fromkeys((*GENERATE, QUOTE), "POST") | dict.fromkeys((*GET_ROUTES, *OPEN), "GET")
 """Every route but the OCR service's (`is_for_ocr`) and single models (`MODEL`)."""
 _PREFIX = "/v1/openai/"  # DeepInfra's
@@ -195,7 +197,9 @@ class RouterApp:
             return
         request_id, headers, refusal = _read_head(scope)
         reply = Reply(send, [(b"x-request-id", request_id.encode())])
-        incoming = Incoming(request_id, _canonical_path(scope["path"]), headers, scope, receive, reply)
+        path = scope["path"]
+        is_deepinfra = path.startswith(_PREFIX)
+        incoming = Incoming(request_id, _canonical_path(path), is_deepinfra, headers, scope, receive, reply)
         try:
             if refusal is not None:
                 await discard_body(receive, self.settings.router.limits)
@@ -215,6 +219,8 @@ class RouterApp:
         if is_for_ocr(path):
             await self._relay_documents(incoming)
             return
+        if path not in _PROBES:
+            await self._door.check_source(incoming)
         allowed = "GET" if path.startswith(MODEL) else METHODS.get(path)
         if allowed is None:
             raise RouteNotFoundError(f"There is no {method} {incoming.scope['path'][:200]} here.")
@@ -238,6 +244,7 @@ class RouterApp:
         self._documents.check_enabled()
         scope = {**incoming.scope, "path": incoming.path or "/"}
         charge = find_charge(scope["method"], incoming.path)
+        await self._door.check_source(incoming, is_page=charge is None, takes_forms=True)
         if charge is None:
             await self._documents.relay(incoming.request_id, scope, incoming.receive, incoming.reply)
             return

@@ -41,8 +41,9 @@ _FORM_BYTES = 128 * 1024
 """What a form or JSON may add to a document."""
 _DROPPED = frozenset(
     {"connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade", "host", "expect", "x-request-id"}
-) | {"proxy-authorization", "proxy-authenticate", "proxy-connection", CREDIT_HEADER}
-"""Between two machines only (RFC 9110, section 7.6.1), or set anew."""
+) | {"proxy-authorization", "proxy-authenticate", "proxy-connection", CREDIT_HEADER, "origin"}
+"""Between two machines only (RFC 9110, section 7.6.1), set anew, or about the router's own address."""
+_FETCH = "sec-fetch-"
 _ANSWER_DROPPED = frozenset({"connection", "keep-alive", "transfer-encoding", "x-request-id", "date", "server"})
 _METHODS_WITH_BODY = ("POST", "PUT", "PATCH")
 
@@ -128,7 +129,7 @@ class DocumentRelay:
         if self._session is None:
             raise InternalError("The router has not started.")
         given = ((name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"])
-        headers = [(name, value) for name, value in given if name not in _DROPPED]
+        headers = [(name, value) for name, value in given if name not in _DROPPED and not name.startswith(_FETCH)]
         headers.append(("x-request-id", request_id))
         body = _Body(receive, self._router.limits.body_timeout_s, self._find_limit())
         has_body = scope["method"] in _METHODS_WITH_BODY

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from starlette.types import Receive, Scope
 
 from serving.asgi.guards import BodyBudget, discard_body
+from serving.asgi.origins import FORM, JSON, HostRules, build_rules, check_content_type, check_source
 from serving.asgi.reply import Reply
 from serving.billing.credits import CREDIT_HEADER, CreditReader
 from serving.errors import ServingError
@@ -31,6 +32,8 @@ class Incoming:
     request_id: str
     path: str
     """In its usual form: no slash at its end, and DeepInfra's prefix replaced."""
+    is_deepinfra: bool
+    """Whether it came under DeepInfra's prefix."""
     headers: Mapping[bytes, bytes]
     scope: Scope
     receive: Receive
@@ -47,11 +50,29 @@ class Door:
     bodies: BodyBudget = field(init=False)
     """Of all requests that this router holds, whatever they are for."""
     _credits: CreditReader = field(init=False)
+    _hosts: HostRules = field(init=False)
 
     def __post_init__(self) -> None:
         self.bodies = BodyBudget(self.settings.router.limits.max_held_bytes)
-        ocr = self.settings.ocr
+        router, ocr = self.settings.router, self.settings.ocr
+        self._hosts = build_rules(router.host, router.allowed_hosts)
         self._credits = CreditReader(ocr.secret, ocr.secret_file)
+
+    async def check_source(self, incoming: Incoming, *, is_page: bool = False, takes_forms: bool = False) -> None:
+        """Where nobody is asked for a key, refuse what a foreign web page may have sent.
+
+        Raises:
+            PermissionDeniedError: another site's, or addressed to a name that is none of this router's.
+            InvalidRequestError: a body of a type that browsers send for anybody.
+        """
+        if not self.keys.is_open:
+            return
+        try:
+            check_source(incoming.headers, self._hosts, is_page=is_page)
+            check_content_type(incoming.headers, JSON, *((FORM,) if takes_forms else ()))
+        except ServingError:
+            await discard_body(incoming.receive, self.settings.router.limits)
+            raise
 
     async def identify(self, incoming: Incoming) -> Identity:
         """Whose request this is; the body of a stranger's is read no further than politeness wants.

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from starlette.types import Receive
@@ -99,7 +99,7 @@ class Generation:
         async with self.door.admitted(incoming, call.identity, GENERATION):
             with self.door.bodies.open() as held:
                 body = await read_body(incoming.scope, incoming.receive, self.settings.router.limits, held)
-                request = await self._understand(call, body, held)
+                request = await self._understand(call, incoming, body, held)
                 sample = self.dispatcher.sample(request.model)
                 if sample is not None or not self.accounts.has_budget(call.identity):
                     request = self._reserve(call, request, sample)
@@ -116,8 +116,10 @@ class Generation:
                 async with asyncio.timeout(timeout_s + _GRACE_S):
                     await self._answer(call, request, began_s + timeout_s, reply, incoming.receive)
 
-    async def _understand(self, call: Call, body: bytes, held: HeldBody) -> RoutedRequest:
+    async def _understand(self, call: Call, incoming: Incoming, body: bytes, held: HeldBody) -> RoutedRequest:
         request = parse_request(call.route, body, self.settings)
+        if incoming.is_deepinfra or self.settings.router.usage_in_last_chunk:
+            request = replace(request, usage_in_last_chunk=not request.wants_stream_usage)
         check_model_allowed(call.identity, request.model, *self.settings.models[request.model].aliases)
         call.start(request, self.accounts.find_price(request.model, call.identity.tenant_id, call.arrived_ns))
         if None in request.image_sizes:

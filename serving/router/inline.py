@@ -143,7 +143,9 @@ class _Answer:
         self._request = request
         self._notes = notes
         self._reply = reply
-        self._annotator = StreamAnnotator(notes, shows_usage=request.wants_stream_usage)
+        self._annotator = StreamAnnotator(
+            notes, shows_usage=request.wants_stream_usage, usage_in_last=request.usage_in_last_chunk
+        )
         self._status = 0
         self._is_stream = False
         self._parts: list[bytes] = []

@@ -11,7 +11,7 @@ from serving.settings import Settings
 _STATUSES = {
     "400": "The request is at fault; `error.param` says where",
     "401": "No key, or one that is not known",
-    "403": "The key may not do this",
+    "403": "The key may not do this; or, without keys, a foreign web page may have asked",
     "404": "No such model",
     "405": "Another method answers here",
     "408": "The body took too long to arrive",
@@ -23,7 +23,7 @@ _STATUSES = {
     "503": "Overloaded, or no replica is ready; Retry-After says when to come back",
     "504": "Not complete within the request's time",
 }
-_LOOK_UPS = ("401", "403", "404", "405", "431")
+_LOOK_UPS = ("400", "401", "403", "404", "405", "429", "431")
 
 
 def build_document(settings: Settings) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def _reporting(summary: str, parameters: tuple[str, ...]) -> dict[str, Any]:
     return {
         "summary": summary,
         "parameters": [{"name": name, "in": "query", "schema": _PARAMETERS[name]} for name in parameters],
-        "responses": {"200": {"description": summary, "content": content}, **_errors((*_LOOK_UPS, "400", "503"))},
+        "responses": {"200": {"description": summary, "content": content}, **_errors((*_LOOK_UPS, "503"))},
     }
 
 

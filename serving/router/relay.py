@@ -67,7 +67,9 @@ class Relay:
             if answer.status >= 400:
                 raise blame(request, from_engine(answer.status, await _read_error(answer)))
             if request.is_stream:
-                await _relay_stream(answer, StreamAnnotator(notes, shows_usage=request.wants_stream_usage), reply)
+                shows, in_last = request.wants_stream_usage, request.usage_in_last_chunk
+                annotator = StreamAnnotator(notes, shows_usage=shows, usage_in_last=in_last)
+                await _relay_stream(answer, annotator, reply)
             else:
                 await reply.send_body(200, annotate_answer(await answer.read(), notes))
 

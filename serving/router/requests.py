@@ -51,6 +51,7 @@ class RoutedRequest:
     body: bytes
     is_stream: bool
     wants_stream_usage: bool
+    """Whether the client asked for a chunk of usage at the end of a stream."""
     image_sizes: tuple[tuple[int, int] | None, ...] = ()
     """Width and height of every image in its order, None where only the engine will know."""
     image_options: Mapping[str, Any] = field(default_factory=dict)
@@ -69,6 +70,9 @@ class RoutedRequest:
     num_messages: int = 1
     is_constrained: bool = False
     """Whether the answer has to fit a grammar of the client's."""
+
+    usage_in_last_chunk: bool = False
+    """Whether a stream's usage stands in the last chunk of its answer."""
 
     def with_max_tokens(self, num_tokens: int) -> RoutedRequest:
         """The same request with a bound on its answer that the client has not named."""
@@ -99,6 +103,8 @@ def parse_request(path: str, body: bytes, settings: Settings) -> RoutedRequest:
         # The engine knows nothing of `detail`; only then is the body written anew.
         options = {**options, "mode": [MODE_FOR_DETAIL.get(detail or "", DEFAULT) for detail in content.details]}
         body = orjson.dumps({**payload, "mm_processor_kwargs": options})
+    if content.sizes and _keeps_special_tokens(payload):
+        body = add_field(body, "skip_special_tokens", False)
     return RoutedRequest(
         path=path,
         model=model,
@@ -116,6 +122,13 @@ def parse_request(path: str, body: bytes, settings: Settings) -> RoutedRequest:
         num_messages=len(payload["messages"]) if is_chat else 1,
         is_constrained=_is_constrained(payload),
     )
+
+
+def _keeps_special_tokens(payload: Mapping[str, Any]) -> bool:
+    """Whether special tokens stay in the text of a page unless its client says otherwise, as the published recipe has
+    it: in some tokenizers the cells of a table are such, and `<td>12</td><td>345</td>` would become `12345`. The token
+    that ends an answer is left out either way, but for an answer that is to go on after it."""
+    return payload.get("skip_special_tokens") is None and not payload.get("ignore_eos")
 
 
 def _is_constrained(payload: dict[str, Any]) -> bool:

@@ -88,16 +88,21 @@ class StreamAnnotator:
     """Cuts a stream of server-sent events into whole frames, finds the one with usage and adds the notes.
 
     Only that frame is looked into: others pass byte for byte, and are held back no longer than until they are whole.
+    Where the usage is to stand in the last chunk of the answer, that one waits for it, which follows at once.
     It is the engine's last but `[DONE]`: from there on everything waits for `flush`, so that a client reads what its
     answer costs only when the answer is whole and in the books.
     """
 
-    def __init__(self, notes: UsageNotes, *, shows_usage: bool) -> None:
+    def __init__(self, notes: UsageNotes, *, shows_usage: bool, usage_in_last: bool = False) -> None:
         """Args:
         notes: what is added and read.
         shows_usage: whether the client asked for the usage frame; otherwise it is read and dropped.
+        usage_in_last: whether the usage goes into the last chunk that has a `finish_reason`.
         """
         self._notes = notes
+        self._usage_in_last = usage_in_last
+        self._held = b""
+        """Whole frames from one with a `finish_reason` on, which may turn out to be the last such."""
         self._shows_usage = shows_usage
         self._partial = b""
         self._last = b""
@@ -138,6 +143,8 @@ class StreamAnnotator:
         if self._has_tail:
             self._tail += chunk
             return b""
+        if self._usage_in_last and (self._held or _FINISH in chunk):
+            return self._hold_last(chunk)
         return chunk
 
     def flush(self) -> bytes:
@@ -145,7 +152,8 @@ class StreamAnnotator:
         frame, passed as it is; nothing of a stream that failed."""
         left, self._partial = self._partial if self.error is None else b"", b""
         self._last = left or self._last
-        tail, self._tail = self._tail if self.error is None else b"", b""
+        tail, self._tail = self._held + self._tail if self.error is None else b"", b""
+        self._held = b""
         return tail + left
 
     def _take_usage(self, chunk: bytes) -> bytes:
@@ -157,11 +165,32 @@ class StreamAnnotator:
             if self._has_tail:
                 self._tail += annotated
             else:
-                out += annotated
+                out += self._hold_last(annotated) if self._usage_in_last else annotated
         if self._has_tail:
             self._tail += rest
             return out
         return out + rest
+
+    def _hold_last(self, frames: bytes) -> bytes:
+        """Keep what begins with the last chunk that has a `finish_reason`; gives what is before it. When another
+        choice goes on after it, it was not the last."""
+        held, self._held = self._held, b""
+        found = frames.rfind(_FINISH)
+        if found < 0:
+            return held + frames
+        before = frames.rfind(_FRAME_END, 0, found)
+        start = before + len(_FRAME_END) if before >= 0 else 0
+        self._held = frames[start:]
+        return held + frames[:start]
+
+    def _close_last(self, usage: dict[str, Any]) -> bytes:
+        """What was kept, with the usage in its first chunk; empty when there is none to put it in."""
+        held, self._held = self._held, b""
+        frame, _, after = held.partition(_FRAME_END)
+        event = _decode(frame[len(_DATA) :])
+        if not event:
+            return b""
+        return _DATA + orjson.dumps({**event, "usage": usage}) + _FRAME_END + after
 
     def _take_error(self, chunk: bytes) -> bytes:
         """Note the error; gives what came before it."""
@@ -181,7 +210,10 @@ class StreamAnnotator:
             return frame
         self._has_tail = True
         self._notes.take(event["usage"])
-        return _DATA + orjson.dumps(event) + _FRAME_END if self._shows_usage else b""
+        if self._usage_in_last and (last := self._close_last(event["usage"])):
+            return last
+        is_shown = self._shows_usage or self._usage_in_last
+        return _DATA + orjson.dumps(event) + _FRAME_END if is_shown else b""
 
 
 def _decode(text: bytes) -> dict[str, Any]:

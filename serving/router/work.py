@@ -64,7 +64,7 @@ def read_images(request: RoutedRequest, replica: ReplicaRecord | None) -> ImageR
     sizes = request.image_sizes
     if not sizes:
         return _NO_IMAGES
-    if replica is None or not replica.image_config or None in sizes:
+    if replica is None or replica.image_config is None or None in sizes:
         return _UNKNOWN_IMAGES
     asked, server = _freeze(request.image_options), _freeze_pairs(replica.image_options)
     if asked is None or server is None:

@@ -39,7 +39,7 @@ class Entry:
 
 
 def request(body: bytes, path: str = CHAT, headers: str = "", method: str = "POST") -> bytes:
-    head = f"{method} {path} HTTP/1.1\r\nHost: router\r\nContent-Type: application/json\r\n{headers}"
+    head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{headers}"
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
@@ -261,7 +261,6 @@ SERVED: dict[str, bytes] = {
     "nulls": chat(temperature=None, stop=None, n=None, tools=None, stream=None),
     "wrong MIME": picture(to_url(encode_image("PNG"), "application/x-msdownload")),
     "no MIME": picture(to_url(encode_image("PNG"), "")),
-    "content type that is none": chat().replace(b"application/json", b"text/html"),
     "60 levels": spliced(b'{"a":' + nested(60) + b"}", "metadata"),
     "escapes": request(
         b'{"\\u006dodel":"n\\u0061no","max_tokens":2,"messages":[{"role":"user","content":"\\ud83d\\ude80\\u0000"}]}'
@@ -271,8 +270,9 @@ SERVED: dict[str, bytes] = {
 
 
 def _chunked(body: bytes) -> bytes:
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: router\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
-    return head + b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += "Transfer-Encoding: chunked\r\n\r\n"
+    return head.encode() + b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
 
 
 BODY = chat().partition(b"\r\n\r\n")[2]
@@ -280,9 +280,9 @@ SERVED["body in one-byte chunks"] = _chunked(BODY)
 
 
 def framed(
-    *headers: str, body: bytes = BODY, first: str = f"POST {CHAT} HTTP/1.1", host: str = "Host: router"
+    *headers: str, body: bytes = BODY, first: str = f"POST {CHAT} HTTP/1.1", host: str = "Host: localhost"
 ) -> bytes:
-    lines = [first, *([host] if host else []), *headers]
+    lines = [first, *([host] if host else []), "Content-Type: application/json", *headers]
     return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
 
 
@@ -291,6 +291,9 @@ _CHUNKED = "Transfer-Encoding: chunked"
 _ONE_CHUNK = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
 
 WIRE: dict[str, bytes] = {
+    "content type that is none": chat().replace(b"application/json", b"text/html"),
+    "foreign host": chat().replace(b"Host: localhost", b"Host: evil.example"),
+    "foreign origin": chat().replace(b"Host: localhost", b"Host: localhost\r\nOrigin: https://evil.example"),
     "length and chunks": framed(_LENGTH, _CHUNKED, body=_ONE_CHUNK),
     "chunks and length": framed(_CHUNKED, _LENGTH, body=_ONE_CHUNK),
     "two lengths": framed(_LENGTH, "Content-Length: 5"),

@@ -18,7 +18,7 @@ from serving.ocr.routers import Routers
 from serving.ocr_settings import OcrSettings
 from serving.router_settings import LimitSettings
 from serving.settings import Settings
-from unit.router.stack import Engine, Exchange, RunningRouter, Script, build_settings, run_router
+from unit.router.stack import Engine, Exchange, RunningRouter, Script, build_settings, connect, run_router
 
 DONE = b"data: [DONE]\n\n"
 BODY_BYTES = 20_000_000
@@ -126,7 +126,7 @@ async def run_host(
     host._drain_s = drain_s
     await host.start()
     try:
-        async with httpx.AsyncClient(base_url=host.record.url, timeout=30, trust_env=False) as client:
+        async with connect(host._server.port, 30) as client:
             yield host, client
     finally:
         await host.stop()

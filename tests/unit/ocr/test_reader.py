@@ -90,7 +90,7 @@ async def test_a_page_is_read_with_its_usage_and_cost() -> None:
     assert page.usage.cost_nanodollars > 0
     asked = orjson.loads(engine.asked[0].body)
     assert asked["mm_processor_kwargs"] == {"mode": "tiny"}
-    assert "skip_special_tokens" not in asked
+    assert asked["skip_special_tokens"] is False, "cells of tables are special tokens in some tokenizers"
 
 
 async def test_what_a_page_was_charged_before_is_set_off_try_by_try() -> None:
@@ -114,10 +114,12 @@ async def test_what_a_page_was_charged_before_is_set_off_try_by_try() -> None:
     assert page.usage.cost_nanodollars == 2 * each, "what both tries cost, the part that was charged before included"
 
 
-async def test_grounding_keeps_the_special_tokens() -> None:
-    async with reading(READ) as (reader, engine):
-        await read(reader, Question("nano", "<|grounding|>Convert the document to markdown."))
-    assert orjson.loads(engine.asked[0].body)["skip_special_tokens"] is False
+async def test_what_frames_an_answer_is_no_part_of_the_page() -> None:
+    cell = frame("</td><｜end▁of▁sentence｜>", "stop")
+    script = streams(frame("<｜begin▁of▁sentence｜><td>1"), cell, usage(), DONE)
+    async with reading(script) as (reader, _):
+        _, page = await read(reader)
+    assert page.text == "<td>1</td>"
 
 
 async def test_a_page_that_looped_is_read_in_another_mode_and_both_are_paid() -> None:

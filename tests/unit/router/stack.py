@@ -23,6 +23,8 @@ ALIAS = "deepseek-ai/DeepSeek-OCR"
 MAX_BODY_BYTES = 300_000
 USAGE = {"prompt_tokens": 1000, "total_tokens": 1500, "completion_tokens": 500}
 COST = 0.00008
+HEAD = b"host: localhost\r\ncontent-type: application/json\r\n"
+"""Headers that every request with a body needs while no key does."""
 
 
 def build_settings(*, api_key: str | None = None, **router: Any) -> Settings:
@@ -250,13 +252,27 @@ async def run_router(
     await app.start()
     await server.start()
     try:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", timeout=10, trust_env=False) as client:
+        async with connect(server.port) as client:
             router = RunningRouter(app, client, server.port, known)
             yield router
             assert await router.is_idle()
     finally:
         await server.stop()
         await app.close()
+
+
+def connect(port: int, timeout_s: float = 10.0) -> httpx.AsyncClient:
+    """A client that says what its bodies are, unless a test says so itself."""
+    return httpx.AsyncClient(
+        base_url=f"http://127.0.0.1:{port}",
+        timeout=timeout_s,
+        trust_env=False,
+        event_hooks={"request": [_name_json]},
+    )
+
+
+async def _name_json(request: httpx.Request) -> None:
+    request.headers.setdefault("content-type", "application/json")
 
 
 def chat_body(**fields: Any) -> bytes:

@@ -23,6 +23,7 @@ from .pictures import encode_image, image_part, png_header, to_url
 from .stack import (
     ALIAS,
     COST,
+    HEAD,
     MAX_BODY_BYTES,
     MODEL,
     USAGE,
@@ -314,7 +315,7 @@ async def test_a_body_over_the_limit_is_refused(
 async def test_a_refusal_does_not_wait_for_what_will_not_come(router: RunningRouter, request_: bytes) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", router.port)
     try:
-        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n" + request_)
+        writer.write(b"POST /v1/completions HTTP/1.1\r\n" + HEAD + request_)
         async with asyncio.timeout(0.5):
             assert b" 413 " in await reader.readline()
     finally:
@@ -326,7 +327,7 @@ async def test_a_client_that_never_sends_its_body_is_refused_in_the_end(
 ) -> None:
     monkeypatch.setattr("serving.asgi.guards._DISCARD_S", 0.1)
     reader, writer = await asyncio.open_connection("127.0.0.1", router.port)
-    writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 300001\r\n\r\n")
+    writer.write(b"POST /v1/completions HTTP/1.1\r\n" + HEAD + b"content-length: 300001\r\n\r\n")
     async with asyncio.timeout(1):
         assert b" 413 " in await reader.readline()
     writer.close()
@@ -495,7 +496,9 @@ async def test_a_client_that_leaves_closes_the_connection_to_the_engine(
     async with Engine(streams_and_waits(left, *chunks)) as engine, router.fronting(engine.record):
         reader, writer = await asyncio.open_connection("127.0.0.1", router.port)
         body = chat_body(stream=True)
-        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        writer.write(
+            b"POST /v1/chat/completions HTTP/1.1\r\n" + HEAD + b"content-length: %d\r\n\r\n" % len(body) + body
+        )
         async with asyncio.timeout(2):
             while chunks and FRAMES[0] not in await reader.readuntil(b"\n\n"):
                 pass
@@ -509,7 +512,7 @@ async def test_a_client_that_leaves_closes_the_connection_to_the_engine(
 async def test_a_client_that_leaves_while_sending_is_forgotten(router: RunningRouter) -> None:
     async with Engine(answers(b"{}")) as engine, router.fronting(engine.record):
         _, writer = await asyncio.open_connection("127.0.0.1", router.port)
-        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+        writer.write(b"POST /v1/completions HTTP/1.1\r\n" + HEAD + b"content-length: 100\r\n\r\n{")
         await writer.drain()
         await asyncio.sleep(0.02)
         writer.close()

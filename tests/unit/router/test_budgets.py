@@ -52,7 +52,7 @@ def spent(records: list[RequestRecord]) -> Decimal:
 
 async def post(app: RouterApp, headers: dict[str, str], **fields: Any) -> httpx.Response:
     transport = httpx.ASGITransport(app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://router", headers=headers) as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost", headers=headers) as client:
         return await client.post("/v1/chat/completions", content=chat_body(**fields))
 
 

@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import httpx
 import orjson
 import pytest
 from starlette.types import Message
@@ -26,6 +25,7 @@ from serving.tenants import Priority, Tenant
 
 from .pictures import encode_image, image_part, to_url
 from .stack import (
+    HEAD,
     USAGE,
     Engine,
     Exchange,
@@ -34,6 +34,7 @@ from .stack import (
     answers,
     build_settings,
     chat_body,
+    connect,
     dead_replica,
     eventually,
     hang_up,
@@ -80,8 +81,7 @@ async def recording(*engines: Engine, settings: Settings | None = None) -> Async
         server = HttpServer(app, host="127.0.0.1", port=0, drain_s=1, limits=app.settings.router.limits)
         await app.start()
         await server.start()
-        url = f"http://127.0.0.1:{server.port}"
-        client = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=10, trust_env=False))
+        client = await stack.enter_async_context(connect(server.port))
         router = RunningRouter(app, client, server.port, list(snapshot.records))
         try:
             yield Recorded(router, records)
@@ -207,7 +207,9 @@ async def test_what_a_client_used_before_it_left_is_asked_of_the_engine_and_bill
     async with recording(engine) as recorded:
         _, writer = await asyncio.open_connection("127.0.0.1", recorded.router.port)
         body = chat_body(stream=True)
-        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        writer.write(
+            b"POST /v1/chat/completions HTTP/1.1\r\n" + HEAD + b"content-length: %d\r\n\r\n" % len(body) + body
+        )
         assert await eventually(lambda: bool(engine.asked))
         await asyncio.sleep(0.05)
         writer.close()
@@ -534,3 +536,34 @@ async def test_the_document_describes_every_route() -> None:
         document = (await recorded.router.client.get("/openapi.json")).json()
     assert document["openapi"].startswith("3.1")
     assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health"} <= set(document["paths"])
+
+
+# Usage for clients of DeepInfra
+
+
+@pytest.mark.parametrize(("path", "fields"), [("chat/completions", {}), ("completions", {"prompt": "a"})])
+@pytest.mark.parametrize(("prefix", "is_set"), [("/v1/openai/", False), ("/v1/", True)])
+async def test_a_client_of_deepinfra_finds_the_usage_where_it_looks(
+    prefix: str, is_set: bool, path: str, fields: dict[str, Any]
+) -> None:
+    """The loop of their documentation: https://deepinfra.com/docs, "Streaming"."""
+    body = orjson.dumps({"model": "nano", "stream": True, **fields}) if fields else chat_body(stream=True)
+    engine = Engine(streams(TEXT, LAST, USAGE_FRAME, DONE))
+    async with recording(engine, settings=build_settings(usage_in_last_chunk=is_set)) as recorded:
+        answer = await recorded.router.client.post(prefix + path, content=body)
+        chunks = [orjson.loads(line[6:]) for line in answer.text.split("\n\n")[:-2]]
+        assert (len(chunks), answer.text.endswith("data: [DONE]\n\n")) == (2, True)
+        usage = next(event["usage"] for event in chunks if event["choices"][0].get("finish_reason"))
+        assert (usage["prompt_tokens"], usage["estimated_cost"]) == (1000, 0.00008)
+
+
+@pytest.mark.parametrize("prefix", ["/v1/openai/", "/v1/"])
+async def test_who_asks_for_usage_gets_the_chunk_that_openai_defines(prefix: str) -> None:
+    async with recording(Engine(streams(TEXT, LAST, USAGE_FRAME, DONE))) as recorded:
+        body = chat_body(stream=True, stream_options={"include_usage": True})
+        answer = await recorded.router.client.post(prefix + "chat/completions", content=body)
+        last = orjson.loads(answer.text.split("\n\n")[-3][6:])
+        assert (last["choices"], last["usage"]["estimated_cost"]) == ([], 0.00008)
+        assert answer.text.count("estimated_cost") == 1
+        plain = await recorded.router.client.post("/v1/chat/completions", content=chat_body(stream=True))
+        assert "usage" not in plain.text

@@ -21,7 +21,7 @@ from serving.http_server import HttpServer
 from serving.router.app import RouterApp
 from serving.router.inline import Inline
 
-from .stack import COST, USAGE, build_record, build_settings, chat_body, eventually
+from .stack import COST, HEAD, USAGE, build_record, build_settings, chat_body, connect, eventually
 
 ANSWER = {"choices": [{"message": {"content": "a"}, "finish_reason": "stop"}], "usage": USAGE}
 TEXT = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n'
@@ -95,7 +95,7 @@ async def running(server: Server) -> AsyncIterator[Replica]:
     await app.start()
     await http.start()
     try:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{http.port}", timeout=5, trust_env=False) as client:
+        async with connect(http.port, 5) as client:
             replica = Replica(server, app, client, http.port)
             replica.records = records
             yield replica
@@ -167,7 +167,9 @@ async def test_a_client_that_leaves_ends_the_request_and_is_billed(is_stream: bo
     async with running(server) as replica:
         _, writer = await asyncio.open_connection("127.0.0.1", replica.port)
         body = chat_body(stream=is_stream)
-        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        writer.write(
+            b"POST /v1/chat/completions HTTP/1.1\r\n" + HEAD + b"content-length: %d\r\n\r\n" % len(body) + body
+        )
         assert await eventually(lambda: bool(server.requests))
         await asyncio.sleep(0.05)
         writer.close()

@@ -25,7 +25,7 @@ from serving.settings import Settings
 from serving.tenants import Tenant
 
 from .pictures import encode_image, image_part, to_url
-from .stack import USAGE, Engine, answers, build_settings, chat_body
+from .stack import USAGE, Engine, answers, build_settings, chat_body, connect
 
 ANSWER = orjson.dumps({"choices": [{"message": {"content": "a"}, "finish_reason": "stop"}], "usage": USAGE})
 COST = Decimal("0.00008")  # 1,000 tokens at $0.03 and 500 at $0.10 per million
@@ -74,8 +74,7 @@ async def run_office(folder: Path, **budgets: Decimal) -> AsyncIterator[Office]:
         await app.start()
         await server.start()
         try:
-            url = f"http://127.0.0.1:{server.port}"
-            async with httpx.AsyncClient(base_url=url, timeout=30, trust_env=False) as client:
+            async with connect(server.port, 30) as client:
                 yield Office(client, app, keys)
         finally:
             await server.stop()
@@ -186,7 +185,7 @@ async def test_scrape_targets_are_for_admins(office: Office) -> None:
 
 async def test_without_books_reports_say_so() -> None:
     app = RouterApp(build_settings())
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://router") as client:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
         for path in ("/v1/usage", "/admin/costs", "/v1/organization/usage/completions?start_time=1790000000"):
             answer = await client.get(path)
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "ledger_unavailable"), path

@@ -242,11 +242,13 @@ def test_openai_detail_becomes_a_mode_for_the_engine(details: tuple[str | None, 
     options = {"max_tiles": 4, "mode": modes}
     assert request.image_options == options
     expected = {"model": "nano", "messages": messages, "mm_processor_kwargs": options, "seed": 3}
+    expected["skip_special_tokens"] = False
     assert orjson.loads(request.body) == expected
 
 
 def test_a_mode_goes_before_details() -> None:
-    fields = {"messages": user(page(30, 20, detail="low")), "mm_processor_kwargs": {"mode": "base"}}
+    fields: dict[str, Any] = {"messages": user(page(30, 20, detail="low")), "mm_processor_kwargs": {"mode": "base"}}
+    fields["skip_special_tokens"] = True
     request = parse(**fields)
     assert request.image_options == {"mode": "base"}
     assert request.body == build_body(**fields)
@@ -412,3 +414,21 @@ def test_a_failure_under_a_grammar_is_the_grammars(fields: dict[str, Any], is_co
     assert isinstance(blame(request, failure), InvalidRequestError) is is_constrained
     for other in (InternalError("The model failed.", 501), NoReplicaError("gone")):
         assert blame(request, other) is other
+
+
+# Special tokens
+
+
+@pytest.mark.parametrize("detail", [{}, {"detail": "low"}])
+def test_a_page_keeps_its_special_tokens_unless_its_client_says_otherwise(detail: dict[str, str]) -> None:
+    messages = user(page(30, 20, **detail))
+
+    def skips(**fields: Any) -> Any:
+        return orjson.loads(parse(messages=messages, **fields).body).get("skip_special_tokens")
+
+    assert skips() is False
+    assert skips(skip_special_tokens=None) is False
+    assert skips(skip_special_tokens=True) is True
+    assert skips(skip_special_tokens=False) is False
+    assert skips(ignore_eos=True) is None, "its text would hold the ends of sentences"
+    assert b"skip_special_tokens" not in parse().body

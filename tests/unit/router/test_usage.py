@@ -258,3 +258,57 @@ def test_text_that_reads_like_an_error_event_is_text() -> None:
     spoken = frame(chunk('\n\ndata: {"error": {}}\n\n'))
     assert annotator.feed(spoken) == spoken
     assert annotator.error is None
+
+
+# Usage in the last chunk
+
+
+def finish(**choice: Any) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop", **choice}]}
+
+
+FINAL = {"choices": [], "usage": USAGE}
+PRICED = {**USAGE, "estimated_cost": COST}
+
+
+def last_annotator() -> StreamAnnotator:
+    return StreamAnnotator(UsageNotes(PRICE), shows_usage=False, usage_in_last=True)
+
+
+@given(st.data(), st.lists(st.text(max_size=4), max_size=4), st.booleans())
+def test_the_last_chunk_carries_the_usage_however_the_stream_is_cut(
+    data: st.DataObject, texts: list[str], counts_as_it_goes: bool
+) -> None:
+    more = {"usage": {**USAGE, "completion_tokens": 1}} if counts_as_it_goes else {}
+    chunks = b"".join(frame({**chunk(text), **more}) for text in texts)
+    stream = chunks + frame({**finish(), **more}) + frame(FINAL) + b"data: [DONE]\n\n"
+    annotator = last_annotator()
+    at_once = b"".join(annotator.feed(piece) for piece in data.draw(splits(stream)))
+    assert at_once == chunks, "what it cost is told when the answer is whole"
+    assert annotator.flush() == frame({**finish(), "usage": PRICED}) + b"data: [DONE]\n\n"
+    assert annotator.is_done
+
+
+@given(st.data())
+def test_of_several_choices_the_last_to_end_carries_it(data: st.DataObject) -> None:
+    first, other, second = frame(finish(index=1)), frame(chunk("b")), finish(index=0, finish_reason="length")
+    annotator = last_annotator()
+    stream = first + other + frame(second) + frame(FINAL)
+    assert b"".join(annotator.feed(piece) for piece in data.draw(splits(stream))) == first + other
+    assert annotator.flush() == frame({**second, "usage": PRICED})
+
+
+def test_a_choice_that_goes_on_is_not_held_back() -> None:
+    annotator = last_annotator()
+    first, other = frame(finish(index=1)), frame(chunk("b"))
+    assert annotator.feed(first) == b""
+    assert annotator.feed(other) == first + other
+
+
+def test_a_stream_without_a_last_chunk_or_without_usage_loses_nothing() -> None:
+    annotator = last_annotator()
+    assert annotator.feed(frame(chunk("a")) + frame(FINAL)) == frame(chunk("a"))
+    assert json.loads(annotator.flush()[6:])["usage"] == PRICED
+    annotator = last_annotator()
+    stream = frame(finish()) + b"data: [DONE]\n\n"
+    assert annotator.feed(stream) + annotator.flush() == stream

@@ -26,7 +26,9 @@ A4 = (1654, 2339)
 CONFIG = (("base_size", 1024), ("image_size", 640), ("crop_mode", True))
 
 
-def replica(config: tuple[tuple[str, Any], ...] = CONFIG, options: tuple[tuple[str, Any], ...] = ()) -> ReplicaRecord:
+def replica(
+    config: tuple[tuple[str, Any], ...] | None = CONFIG, options: tuple[tuple[str, Any], ...] = ()
+) -> ReplicaRecord:
     return ReplicaRecord(
         "a", "nano", "http://a", ReplicaState.READY, 4, 65_536, 8192, image_config=config, image_options=options
     )
@@ -47,7 +49,8 @@ def test_the_default_for_an_unknown_image_is_an_a4_page_in_gundam_mode() -> None
         (ask(), None, ImageReading((), 0, TEXT)),
         (ask(A4), None, ImageReading((), None, UNKNOWN)),
         (ask(A4, None), replica(), ImageReading((), None, UNKNOWN)),
-        (ask(A4), replica(config=()), ImageReading((), None, UNKNOWN)),
+        (ask(A4), replica(config=None), ImageReading((), None, UNKNOWN)),
+        (ask(A4), replica(config=()), ImageReading(("gundam",), UNKNOWN_IMAGE_TOKENS, "gundam")),
         (ask(A4, options={"mode": "base"}), replica(), ImageReading(("base",), 273, "base")),
         (ask(A4), replica(options=(("mode", "tiny"),)), ImageReading(("tiny",), 73, "tiny")),
         (ask(A4, A4, options={"mode": ["base", "tiny"]}), replica(), ImageReading(("base", "tiny"), 346, MIXED)),
@@ -139,7 +142,8 @@ def routed(*sizes: tuple[int, int] | None, **options: Any) -> RoutedRequest:
         (routed((30, 20), mode="huge"), REPLICA, ()),
         (routed((30, 20), colour="red"), REPLICA, ()),
         (routed((30, 20)), dataclasses.replace(REPLICA, image_options=()), ("tiny",)),
-        (routed((30, 20)), dataclasses.replace(REPLICA, image_config=()), ()),
+        (routed((30, 20)), dataclasses.replace(REPLICA, image_config=None), ()),
+        (routed((30, 20)), dataclasses.replace(REPLICA, image_config=(), image_options=()), ("gundam",)),
     ],
 )
 def test_the_mode_of_every_image_is_told_where_it_is_known(
