@@ -106,7 +106,8 @@ class OcrSettings(Frozen):
     playground: bool = True
     """A page for people at `/`."""
     max_document_bytes: Annotated[int, Field(ge=1024)] = 100 * 2**20
-    """Of an upload; inside JSON `router.limits.max_body_bytes` comes first."""
+    """Of an upload; inside JSON `router.limits.max_body_bytes` comes first. How slowly it may come is
+    `router.limits.min_body_bytes_per_s`'s to say."""
     max_documents: Annotated[int, Field(ge=1)] = 32
     """That one process takes in or reads at once, jobs apart; more are refused with 503."""
     max_submissions: Annotated[int, Field(ge=1)] = 32
@@ -121,8 +122,6 @@ class OcrSettings(Frozen):
     max_result_bytes: Annotated[int, Field(ge=1024)] = 8 * 2**30
     """Bytes of jobs' results in the database. Beyond it new jobs are refused with 503 `storage_full`; those that were
     taken in are read to their ends."""
-    upload_timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """For a whole upload; `router.limits.body_timeout_s` is the longest silence in it."""
     pages_in_parallel: Annotated[int, Field(ge=1, le=256)] = 8
     """Pages of one document that are with the router at once."""
     max_figures: Annotated[int, Field(ge=0, le=1000)] = 32

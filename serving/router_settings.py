@@ -29,7 +29,9 @@ class LimitSettings(Frozen):
     header_timeout_s: Annotated[float, Field(gt=0)] = 10.0
     """From a request's first byte (or a new connection's start) to the end of its headers."""
     body_timeout_s: Annotated[float, Field(gt=0)] = 60.0
-    """For the whole body."""
+    """The longest silence in a body, and how long one may be slower than `min_body_bytes_per_s`."""
+    min_body_bytes_per_s: Annotated[int, Field(ge=1)] = 8 * 2**10
+    """A body that comes steadily at this rate or faster may take as long as it takes."""
     write_timeout_s: Annotated[float, Field(gt=0)] = 60.0
     """A client that takes no byte of its answer for so long is dropped."""
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol, Self
 import orjson
 from starlette.types import Receive, Scope
 
+from serving.asgi.pace import BodyPace, receive_in_time
 from serving.errors import BodyTooLargeError, InvalidRequestError, OverloadedError, RequestTimeoutError, ServingError
 from serving.router_settings import LimitSettings
 
@@ -101,7 +102,7 @@ async def read_body(scope: Scope, receive: Receive, limits: LimitSettings, held:
 
     Raises:
         BodyTooLargeError: it announces or brings more than allowed.
-        RequestTimeoutError: it did not come in time.
+        RequestTimeoutError: it came too slowly.
         ServingError: what `held` refuses the body with.
         ClientGoneError: the client left while sending.
     """
@@ -117,17 +118,17 @@ async def read_body(scope: Scope, receive: Receive, limits: LimitSettings, held:
             await discard_body(receive, limits)
         raise _too_large(limits)
     try:
-        async with asyncio.timeout(limits.body_timeout_s):
-            return await _collect(receive, limits, held)
+        return await _collect(receive, limits, held)
     except TimeoutError as error:
-        raise RequestTimeoutError(f"The body did not come within {limits.body_timeout_s:g} seconds.") from error
+        raise too_slow(limits) from error
 
 
 async def _collect(receive: Receive, limits: LimitSettings, held: Held | None) -> bytes:
     parts: list[bytes] = []
     size = 0
+    pace = BodyPace.from_limits(limits)
     while True:
-        message = await receive()
+        message = await receive_in_time(receive, pace)
         if message["type"] == "http.disconnect":
             raise ClientGoneError
         part = message.get("body", b"")
@@ -149,6 +150,14 @@ async def _collect(receive: Receive, limits: LimitSettings, held: Held | None) -
         parts.append(part)
         if not has_more:
             return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def too_slow(limits: LimitSettings) -> RequestTimeoutError:
+    """What a client is told whose body did not keep its pace."""
+    return RequestTimeoutError(
+        f"The body stopped for {limits.body_timeout_s:g} seconds, or came more slowly than "
+        f"{limits.min_body_bytes_per_s} bytes a second for as long; send it faster, or less of it."
+    )
 
 
 def _too_large(limits: LimitSettings) -> BodyTooLargeError:

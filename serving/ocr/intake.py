@@ -22,8 +22,9 @@ from starlette.requests import Request
 
 from serving.asgi.addresses import is_public_address
 from serving.asgi.fetching import FETCH_ERRORS, Fetcher
-from serving.asgi.guards import ClientGoneError, decode_json, discard_body, read_body
-from serving.errors import BodyTooLargeError, InvalidRequestError, RequestTimeoutError, ServingError
+from serving.asgi.guards import ClientGoneError, decode_json, discard_body, read_body, too_slow
+from serving.asgi.pace import BodyPace, receive_in_time
+from serving.errors import BodyTooLargeError, InvalidRequestError, ServingError
 from serving.ocr.orders import Options, read_form_options, read_options
 from serving.ocr.routers import Caller
 from serving.ocr.shares import Refusals, Shares
@@ -117,13 +118,12 @@ class Intake:
         body = _Body(request, self._limits, self._settings.max_document_bytes)
         try:
             parser = MultipartParser(boundary, form.callbacks())  # type: ignore[arg-type]  # its stubs want protocols
-            async with asyncio.timeout(self._settings.upload_timeout_s):
-                async for part in body.pieces():
-                    parser.write(part)
-                    await form.write_out()
+            async for part in body.pieces():
+                parser.write(part)
+                await form.write_out()
             parser.finalize()
         except TimeoutError as error:
-            raise RequestTimeoutError("The document did not come in time.") from error
+            raise too_slow(self._limits) from error
         except MultipartParseError as error:
             if not body.is_whole:
                 await discard_body(request.receive, self._limits)
@@ -191,19 +191,18 @@ class Intake:
 
 
 class _Body:
-    """A request's body, bounded in silence and size."""
+    """A request's body, bounded in size and slowness."""
 
     def __init__(self, request: Request, limits: LimitSettings, max_document_bytes: int) -> None:
         self._receive = request.receive
-        self._silence_s = limits.body_timeout_s
+        self._pace = BodyPace.from_limits(limits)
         self._max_bytes = max_document_bytes
         self.is_whole = False
 
     async def pieces(self) -> AsyncGenerator[bytes]:
         num_left = self._max_bytes + _MAX_FORM_OVERHEAD
         while not self.is_whole:
-            async with asyncio.timeout(self._silence_s):
-                message = await self._receive()
+            message = await receive_in_time(self._receive, self._pace)
             if message["type"] == "http.disconnect":
                 raise ClientGoneError
             part = message.get("body", b"")

@@ -19,6 +19,7 @@ from serving.ocr.reader import Failure
 from serving.ocr.shown import show_failure
 from serving.ocr.storage import Storage
 from serving.ocr_settings import OcrSettings
+from serving.router_settings import LimitSettings
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +33,12 @@ _YOUNG_S = 600.0
 class JobSweeper:
     """One per process; several do no harm to each other."""
 
-    def __init__(self, jobs: JobDatabase, settings: OcrSettings, storage: Storage) -> None:
+    def __init__(self, jobs: JobDatabase, settings: OcrSettings, limits: LimitSettings, storage: Storage) -> None:
         self._jobs = jobs
         self._settings = settings.jobs
         self.storage = storage
-        self._max_upload_s = settings.upload_timeout_s
+        slowest_s = max(settings.max_document_bytes, limits.max_body_bytes) / limits.min_body_bytes_per_s
+        self._max_upload_s = slowest_s + limits.body_timeout_s
 
     async def sweep_forever(self) -> None:
         while True:

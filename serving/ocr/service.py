@@ -78,7 +78,7 @@ class OcrService:
         jobs = JobDatabase(self._database, ocr.jobs.keep_results_s, migrates=migrates)
         self.store = JobStore(jobs, ocr.jobs.max_open_per_tenant)
         leases = JobLeases(jobs, ocr.jobs.lease_s, self.service_id)
-        sweeper = JobSweeper(jobs, ocr, self.storage)
+        sweeper = JobSweeper(jobs, ocr, settings.router.limits, self.storage)
         self.runner = JobRunner(leases, sweeper, self.pipeline, self.renderer, self.vault, ocr)
         self._running = contextlib.AsyncExitStack()
 

@@ -6,7 +6,6 @@ is tried as long as nothing of the body has been read.
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 from collections.abc import AsyncIterator, Sequence
 from typing import NoReturn
@@ -14,7 +13,8 @@ from typing import NoReturn
 import aiohttp
 from starlette.types import Receive, Scope
 
-from serving.asgi.guards import ClientGoneError
+from serving.asgi.guards import ClientGoneError, too_slow
+from serving.asgi.pace import BodyPace, receive_in_time
 from serving.asgi.presence import ClientPresence
 from serving.asgi.reply import Reply
 from serving.billing.credits import CREDIT_HEADER
@@ -30,7 +30,7 @@ from serving.errors import (
 )
 from serving.ocr_settings import OcrSettings
 from serving.router.limits import DOCUMENT, LOOKUP, POLL, Charge
-from serving.router_settings import RouterSettings
+from serving.router_settings import LimitSettings, RouterSettings
 
 OCR = "/v1/ocr"
 QUOTE = OCR + "/quote"
@@ -131,7 +131,7 @@ class DocumentRelay:
         given = ((name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"])
         headers = [(name, value) for name, value in given if name not in _DROPPED and not name.startswith(_FETCH)]
         headers.append(("x-request-id", request_id))
-        body = _Body(receive, self._router.limits.body_timeout_s, self._find_limit())
+        body = _Body(receive, self._router.limits, self._find_limit())
         has_body = scope["method"] in _METHODS_WITH_BODY
         path = scope["path"] + (f"?{scope['query_string'].decode('latin-1')}" if scope["query_string"] else "")
         for service in self._in_turn():
@@ -196,9 +196,10 @@ async def _break_off(reply: Reply, failure: ServingError, cause: Exception) -> N
 class _Body:
     """A request's body on its way. What is wrong with it is kept, since aiohttp wraps what its body raises."""
 
-    def __init__(self, receive: Receive, silence_s: float, max_bytes: int) -> None:
+    def __init__(self, receive: Receive, limits: LimitSettings, max_bytes: int) -> None:
         self._receive = receive
-        self._silence_s = silence_s
+        self._limits = limits
+        self._pace = BodyPace.from_limits(limits)
         self._num_left = max_bytes
         self.is_whole = True
         self.failure: BodyTooLargeError | RequestTimeoutError | ClientGoneError | None = None
@@ -207,10 +208,9 @@ class _Body:
         self.is_whole = False
         while True:
             try:
-                async with asyncio.timeout(self._silence_s):
-                    message = await self._receive()
+                message = await receive_in_time(self._receive, self._pace)
             except TimeoutError:
-                raise self._fail(RequestTimeoutError("The body stopped coming.")) from None
+                raise self._fail(too_slow(self._limits)) from None
             if message["type"] == "http.disconnect":
                 raise self._fail(ClientGoneError())
             part = message.get("body", b"")

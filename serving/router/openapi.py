@@ -14,7 +14,7 @@ _STATUSES = {
     "403": "The key may not do this; or, without keys, a foreign web page may have asked",
     "404": "No such model",
     "405": "Another method answers here",
-    "408": "The body took too long to arrive",
+    "408": "The body stopped, or came too slowly",
     "413": "The body is too large",
     "429": "A limit of the tenant's is reached, or its budget spent; Retry-After says when to come back",
     "431": "The headers are too large",
