@@ -42,7 +42,7 @@ def ocr_version(settings: Settings) -> str:
     """Changes when an OCR service would do something else."""
     ocr = settings.ocr.model_dump(exclude={"num_replicas"})
     parts = (settings.router.limits, settings.billing, settings.log, settings.ray.namespace, settings.engine.drain_s)
-    where = (settings.router.mode, settings.router.host, settings.router.port)
+    where = (settings.router.mode, settings.router.host, settings.router.port, settings.router.allowed_hosts)
     return _digest([ocr, *(part.model_dump() if isinstance(part, Frozen) else part for part in parts), *where])
 
 

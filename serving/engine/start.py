@@ -116,7 +116,7 @@ async def _run_vllm(
             "max_num_seqs": config.scheduler_config.max_num_seqs,
             "capacity_tokens": private.kv_cache_tokens(config),
             "max_model_len": config.model_config.max_model_len,
-            "image_config": ModeRules.from_config(read_image_config(config.model_config)).as_config(),
+            "image_config": _describe_images(config.model_config),
             "image_options": _scalars(multimodal.mm_processor_kwargs or {}),
         }
         yield Engine(
@@ -140,6 +140,14 @@ class _Watcher:
 
     def end(self, sequence_id: str, finish_reason: str) -> None:
         self._usage.end(sequence_id, finish_reason)
+
+
+def _describe_images(model_config: Any) -> tuple[tuple[str, Any], ...] | None:
+    """How the engine reads images, what its checkpoint leaves out resolved; None for one that reads them otherwise."""
+    try:
+        return ModeRules.from_config(read_image_config(model_config)).as_config()
+    except (TypeError, ValueError):
+        return None
 
 
 def _scalars(config: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 _USED_HEADER = b"x-budget-used-percent"
 _NANO_DIGITS = 9
+_FIRST_READ_S = 2.0
+"""How long a router waits at its start for a database to be ready."""
 
 
 class Accounts:
@@ -50,7 +52,9 @@ class Accounts:
         """
         if self.ledger is not None:
             await self.ledger.start()
-            await self._refresh(self.ledger)  # before the first request: a budget may be spent already
+            # Before the first request, if the database is there: a budget may be spent already.
+            if await self.ledger.flush(_FIRST_READ_S):
+                await self._refresh(self.ledger)
             self._refreshing = asyncio.create_task(self._refresh_forever())
 
     async def close(self) -> None:

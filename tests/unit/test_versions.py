@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from serving.settings import Settings
-from serving.versions import engine_version, router_version, surge_percent, with_version
+from serving.versions import engine_version, ocr_version, router_version, surge_percent, with_version
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray Serve's import warns of itself
@@ -52,6 +52,20 @@ def test_a_version_changes_with_what_a_replica_does(
     assert (router_version(before) != router_version(after)) is changes_router
     assert engine_version("m", before, "/x") != engine_version("m", before, "/y")
     assert "sesame" not in engine_version("m", before, "/x")
+
+
+@pytest.mark.parametrize(
+    ("change", "changes"),
+    [
+        ({}, False),
+        ({"router": {"max_tries": 7}}, False),
+        ({"router": {"allowed_hosts": ["ocr.example"]}}, True),
+        ({"router": {"limits": {"min_body_bytes_per_s": 5}}}, True),
+        ({"ocr": {"pages_in_parallel": 3}}, True),
+    ],
+)
+def test_a_version_of_documents_changes_with_what_a_service_does(change: dict[str, Any], changes: bool) -> None:
+    assert (ocr_version(build()) != ocr_version(build(**change))) is changes
 
 
 @pytest.mark.parametrize(

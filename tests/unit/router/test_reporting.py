@@ -189,3 +189,12 @@ async def test_without_books_reports_say_so() -> None:
         for path in ("/v1/usage", "/admin/costs", "/v1/organization/usage/completions?start_time=1790000000"):
             answer = await client.get(path)
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "ledger_unavailable"), path
+
+
+async def test_a_new_router_knows_from_its_first_request_on_what_is_spent(tmp_path: Path) -> None:
+    async with run_office(tmp_path, acme=Decimal("0.0001")) as office:
+        assert (await office.post("acme", "/v1/chat/completions", chat_body(max_tokens=500))).status_code == 200
+        await office.settle()
+    async with run_office(tmp_path, acme=Decimal("0.0001")) as office:
+        answer = await office.post("acme", "/v1/chat/completions", chat_body(max_tokens=500))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (429, "insufficient_quota")
