@@ -53,6 +53,8 @@ class Snapshot:
     records: tuple[ReplicaRecord, ...] = ()
     failures: tuple[tuple[str, str], ...] = ()
     """By model: why its last replica that failed to start did, if no other start could mend it."""
+    is_stopping: bool = False
+    """Whether the whole stack goes down: routers finish what runs and take nothing new."""
 
     def ready(self, model: str) -> tuple[ReplicaRecord, ...]:
         """Replicas that may get new requests for a model."""
@@ -115,6 +117,7 @@ class Directory:
     """Tells one directory process from the next: versions of two lives never compare equal."""
     _change: int = 0
     _failures: dict[str, str] = field(default_factory=dict)
+    _is_stopping: bool = False
     _records: dict[str, ReplicaRecord] = field(default_factory=dict)
     _heard_s: dict[str, float] = field(default_factory=dict)
     _reports: dict[str, tuple[float, RouterReport]] = field(default_factory=dict)
@@ -134,11 +137,17 @@ class Directory:
         self._failures[model] = reason
         self._change += 1
 
-    def forget_failures(self) -> None:
-        """What failed is started anew, with other settings perhaps."""
-        if self._failures:
+    def begin_start(self) -> None:
+        """Applications are deployed, anew perhaps: what failed before, or was stopping, is another story."""
+        if self._failures or self._is_stopping:
             self._failures.clear()
+            self._is_stopping = False
             self._change += 1
+
+    def begin_stop(self) -> None:
+        """All applications are about to end."""
+        self._is_stopping = True
+        self._change += 1
 
     def remove(self, replica_id: str) -> bool:
         """A replica says goodbye; returns whether it was known."""
@@ -187,4 +196,6 @@ class Directory:
     def snapshot(self) -> Snapshot:
         records = sorted(self._records.values(), key=lambda record: record.replica_id)
         failures = tuple(sorted(self._failures.items()))
-        return Snapshot(version=(self.life, self._change), records=tuple(records), failures=failures)
+        return Snapshot(
+            version=(self.life, self._change), records=tuple(records), failures=failures, is_stopping=self._is_stopping
+        )

@@ -22,6 +22,7 @@ from serving.settings import Settings, fill_keys, keep_keys, load_settings
 from serving.supervisor import SignalRequests, supervise
 
 _POLL_S = 0.25
+_NOTICE_S = 2.0
 _ERROR_LINE = re.compile(r"^[\w.]+(?:Error|Exception|Exit): ", re.MULTILINE)  # how a traceback ends
 _FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 # What a running stack cannot change: who holds it together would have to be another.
@@ -158,8 +159,14 @@ class _Stack:
             yield _teller(self.console, status.update)
 
     def _stop_apps(self, is_urgent: bool) -> None:
+        import ray
         from ray import serve
 
+        from serving.engine.directory import reach_directory
+
+        directory = reach_directory(self.settings.ray.namespace, self.settings.engine.lease_s)
+        with contextlib.suppress(ray.exceptions.RayError):  # routers take nothing new; what runs is finished
+            ray.get(directory.begin_stop.remote(), timeout=_NOTICE_S)
         for name in app_names(self.settings):
             serve.delete(name, _blocking=not is_urgent)
 
@@ -287,7 +294,7 @@ def deploy(settings: Settings, say: Callable[[str], None]) -> None:
     from serving.engine.directory import reach_directory
 
     say("starting the replicas")
-    ray.get(reach_directory(settings.ray.namespace, settings.engine.lease_s).forget_failures.remote())
+    ray.get(reach_directory(settings.ray.namespace, settings.engine.lease_s).begin_start.remote())
     router = settings.router
     location = "EveryNode" if router.behind_serve else "NoServer"
     serve.start(http_options={"location": location, "host": router.host, "port": router.port})

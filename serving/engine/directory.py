@@ -39,9 +39,14 @@ class ReplicaDirectory:
         self._directory.fail(model, reason)
         self._note(True)
 
-    async def forget_failures(self) -> None:
-        """Before applications are deployed: what failed was another try's."""
-        self._directory.forget_failures()
+    async def begin_start(self) -> None:
+        """Before applications are deployed."""
+        self._directory.begin_start()
+        self._note(True)
+
+    async def begin_stop(self) -> None:
+        """Before they are all deleted."""
+        self._directory.begin_stop()
         self._note(True)
 
     async def watch(self, seen: tuple[int, int], timeout_s: float, reader: str = "") -> Snapshot:

@@ -11,10 +11,10 @@ from serving.errors import ServingError
 _TAIL_BYTES = 256 * 1024
 # vLLM 0.32 of an engine process (`vllm.v1.engine.utils`) and of its worker (`vllm.v1.executor.multiproc_executor`).
 _REFERS = re.compile(r"Engine core initialization failed|WorkerProc initialization failed|root cause")
-# How a traceback ends, in a log line of vLLM's or bare.
-_ERROR = re.compile(
-    r"^(?:\([^)]*\) )?(?:ERROR [\d-]+ [\d:.]+ \[[^\]]*\] )?((?:\w+\.)*\w*(?:Error|Exception|Exit): \S.*)$", re.MULTILINE
-)
+# What vLLM puts before each line: the process, and in its log the level, the time and the place.
+_PREFIX = re.compile(r"^(?:\([^)]*\) )?(?:[A-Z]+ [\d-]+ [\d:.]+ \[[^\]]*\] )?")
+_ERROR = re.compile(r"(?:\w+\.)*\w*(?:Error|Exception|Exit)(?:: .*)?")  # how a traceback ends
+_MARKS = re.compile(r"[\s^~]*")
 # Another start may find the memory, the port or the other machine that this one has missed.
 _TRANSIENT = re.compile(
     r"out of memory|OutOfMemory|MemoryError|Cannot allocate memory|Free memory on device|Address already in use|"
@@ -25,20 +25,22 @@ UNKNOWN = "The engine's process ended without saying why: it may have been kille
 
 
 class StartLog:
-    """What this process and its children write to stderr from now on, where Ray has that go to a file."""
+    """What this process and its children write from now on, where Ray has stdout and stderr go to files."""
 
     def __init__(self) -> None:
-        self._file = Path(os.readlink("/proc/self/fd/2"))
-        self._begin = self._file.stat().st_size if self._file.is_file() else 0
+        streams = (Path(os.readlink(f"/proc/self/fd/{number}")) for number in (1, 2))
+        self._begins = {file: file.stat().st_size for file in streams if file.is_file()}
 
     def read(self) -> str:
-        """Its last 256 KiB; empty where stderr is no file."""
-        if not self._file.is_file():
-            return ""
-        with self._file.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(self._begin, size - _TAIL_BYTES))
-            return file.read().decode(errors="replace")
+        """The last 256 KiB of each; empty where they go elsewhere."""
+        return "\n".join(_read_end(file, begin) for file, begin in self._begins.items())
+
+
+def _read_end(file: Path, begin: int) -> str:
+    with file.open("rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(begin, size - _TAIL_BYTES))
+        return stream.read().decode(errors="replace")
 
 
 def explain(error: BaseException, log: str) -> str:
@@ -46,14 +48,23 @@ def explain(error: BaseException, log: str) -> str:
 
     Args:
         error: what starting the engine raised.
-        log: what was written to stderr meanwhile.
+        log: what was written to stdout and stderr meanwhile.
     """
     if isinstance(error, ServingError):  # written for a person to read
         return str(error)
     if not _REFERS.search(str(error)):
         return f"{type(error).__name__}: {error}"
-    found = [line for line in _ERROR.findall(log) if not _REFERS.search(line)]
-    return str(found[-1]).strip() if found else UNKNOWN
+    lines = [_PREFIX.sub("", line) for line in log.splitlines()]
+    for number in range(len(lines) - 1, -1, -1):
+        if _ERROR.fullmatch(lines[number]) and not _REFERS.search(lines[number]):
+            return lines[number] if ": " in lines[number] else f"{lines[number]} at {_code_before(lines, number)}"
+    return UNKNOWN
+
+
+def _code_before(lines: list[str], number: int) -> str:
+    """The line of code that a traceback shows last, of an error that has no words of its own."""
+    shown = (line.strip() for line in reversed(lines[:number]) if not _MARKS.fullmatch(line))
+    return f"`{next(shown, '?')}`"
 
 
 def is_transient(reason: str) -> bool:

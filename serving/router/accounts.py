@@ -16,6 +16,7 @@ from serving.billing.periods import month_of
 from serving.billing.prices import Price, PriceBook
 from serving.billing.records import RequestRecord, TokenCounts
 from serving.directory import EMPTY, Snapshot
+from serving.errors import OverloadedError
 from serving.router.bounds import TokenBounds
 from serving.router.metering import Call, FetchUsage, ask_replica
 from serving.settings import Settings
@@ -44,6 +45,7 @@ class Accounts:
         self._budgets = Budgets(settings.billing.budget.warn_percent)
         self._known: dict[str, int] = {}
         """Monthly budgets of the tenants that were here, in nanodollars."""
+        self._is_spending_known = ledger is None
         self._refreshing: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -84,6 +86,7 @@ class Accounts:
         Raises:
             QuotaExceededError: the tenant's month is spent, or what is left of it does not pay for this request.
             RateLimitError: running requests have reserved what it would need.
+            OverloadedError: nobody knows yet what is left of it, since the ledger's database has not been read.
         """
         request, notes = call.understood()
         price, tenant_id = notes.price, call.identity.tenant_id
@@ -91,6 +94,12 @@ class Accounts:
         answer = bounds.longest_answer
         if limit is not None:
             self._known[tenant_id] = limit
+            if not self._is_spending_known:
+                raise OverloadedError(
+                    "What this key's tenant has spent this month cannot be read yet; try again shortly.",
+                    self._refresh_s,
+                    code="budget_unknown",
+                )
             payable = self._count_payable(call, limit, bounds)
             if request.max_tokens_field is None and payable is not None and (answer is None or payable < answer):
                 answer = max(1, payable)  # what does not pay for a single token is refused below
@@ -202,6 +211,7 @@ class Accounts:
         try:
             self._budgets.refresh(month, await ledger.read_month(month))
             self._budgets.forget_before(month)
+            self._is_spending_known = True
         except Exception as error:  # noqa: BLE001  # whatever a database driver raises: the last figures stand
             logger.warning("what tenants have spent elsewhere cannot be read: %s", error)
 

@@ -153,7 +153,8 @@ class RouterApp:
         return self._dispatcher.is_idle and self._accountant.num_open == 0 and self._documents.num_open == 0
 
     def refresh(self) -> None:
-        """The replica list has changed."""
+        """The replica list has changed, or the whole stack is going down."""
+        self._door.is_stopping = self._read_snapshot().is_stopping
         self._dispatcher.refresh()
 
     def tick(self) -> None:
@@ -226,6 +227,7 @@ class RouterApp:
             raise RouteNotFoundError(f"There is no {method} {incoming.scope['path'][:200]} here.")
         if method != allowed and not (allowed == "GET" and method == "HEAD"):
             raise MethodNotAllowedError(f"{path} answers {allowed} only.", allowed)
+        await self._door.check_open(incoming)
         if path in GENERATE:
             await self._generation.serve(incoming)
         elif path == "/health":
@@ -245,6 +247,7 @@ class RouterApp:
         scope = {**incoming.scope, "path": incoming.path or "/"}
         charge = find_charge(scope["method"], incoming.path)
         await self._door.check_source(incoming, is_page=charge is None, takes_forms=True)
+        await self._door.check_open(incoming)
         if charge is None:
             await self._documents.relay(incoming.request_id, scope, incoming.receive, incoming.reply)
             return
@@ -256,7 +259,7 @@ class RouterApp:
     async def _answer_ready(self, reply: Reply) -> None:
         snapshot = self._read_snapshot()
         counts = {name: len(snapshot.ready(name)) for name in self.settings.models}
-        is_ready = any(counts.values())
+        is_ready = any(counts.values()) and not snapshot.is_stopping
         await reply.send_body(200 if is_ready else 503, orjson.dumps({"ready": is_ready, "replicas": counts}))
 
     def _read_gauges(self) -> Iterator[Reading]:

@@ -16,13 +16,14 @@ from serving.asgi.guards import BodyBudget, discard_body
 from serving.asgi.origins import FORM, JSON, HostRules, build_rules, check_content_type, check_source
 from serving.asgi.reply import Reply
 from serving.billing.credits import CREDIT_HEADER, CreditReader
-from serving.errors import ServingError
+from serving.errors import OverloadedError, ServingError
 from serving.router.auth import Authenticator
 from serving.router.limits import Charge, TenantLimits
 from serving.settings import Settings
 from serving.tenants import Identity
 
 _CREDIT_HEADER = CREDIT_HEADER.encode()
+_STOPPING_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,8 @@ class Door:
     settings: Settings
     keys: Authenticator
     limits: TenantLimits
+    is_stopping: bool = False
+    """Whether the whole stack is going down."""
     bodies: BodyBudget = field(init=False)
     """Of all requests that this router holds, whatever they are for."""
     _credits: CreditReader = field(init=False)
@@ -73,6 +76,17 @@ class Door:
         except ServingError:
             await discard_body(incoming.receive, self.settings.router.limits)
             raise
+
+    async def check_open(self, incoming: Incoming) -> None:
+        """Refuse new work when the whole stack is going down, but for the pages of documents that are being read.
+
+        Raises:
+            OverloadedError: it is, and this would begin something.
+        """
+        if not self.is_stopping or incoming.scope["method"] != "POST" or self.read_credit(incoming) is not None:
+            return
+        await discard_body(incoming.receive, self.settings.router.limits)
+        raise OverloadedError("This service is shutting down; try again shortly.", _STOPPING_S, code="shutting_down")
 
     async def identify(self, incoming: Incoming) -> Identity:
         """Whose request this is; the body of a stranger's is read no further than politeness wants.

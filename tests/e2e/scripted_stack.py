@@ -139,7 +139,8 @@ def wait_until(is_so: Callable[[], bool], timeout_s: float, what: str) -> None:
 
 @dataclass
 class Clients:
-    """Clients that each ask, wait for the whole answer, and ask again: every other one for a stream."""
+    """Clients that each ask, wait for the whole answer, and ask again: every other one for a stream. One that is told
+    that the stack shuts down goes home."""
 
     url: str
     num_clients: int
@@ -171,6 +172,8 @@ class Clients:
             try:
                 async with session.post(f"{self.url}/v1/chat/completions", json=body) as answer:
                     text = await answer.text()
+                if answer.status == 503 and '"shutting_down"' in text:
+                    return
                 is_whole = answer.status == 200 and (text.endswith("data: [DONE]\n\n") or not is_stream)
                 if not is_whole:
                     self.failures.append(f"stream {is_stream}: {answer.status} {text[-300:]}")

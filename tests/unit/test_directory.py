@@ -159,9 +159,19 @@ def test_a_start_that_failed_is_told_until_the_next_one() -> None:
     assert directory.snapshot.failures == (("m", "a shape that does not fit"),)
     assert directory.snapshot.version > before
     known = directory.snapshot.version
-    directory.forget_failures()
+    directory.begin_start()
     assert directory.snapshot.failures == ()
     assert directory.snapshot.version > known
     known = directory.snapshot.version
-    directory.forget_failures()
+    directory.begin_start()
     assert directory.snapshot.version == known
+
+
+def test_a_stop_is_told_until_the_next_start() -> None:
+    directory = Directory(lease_s=1, start_lease_s=1, life=1)
+    before = directory.snapshot.version
+    directory.begin_stop()
+    assert directory.snapshot.is_stopping
+    assert directory.snapshot.version > before
+    directory.begin_start()
+    assert not directory.snapshot.is_stopping

@@ -12,13 +12,14 @@ import orjson
 import pytest
 
 from serving.billing.records import RequestRecord
+from serving.billing_settings import BillingSettings, BudgetSettings
 from serving.directory import Snapshot
 from serving.router.app import RouterApp
 from serving.router.keys import KeysFile, make_key, write_keys
 from serving.settings import Settings
 from serving.tenants import Tenant
 
-from .stack import Engine, Exchange, answers, build_settings, chat_body, eventually
+from .stack import Engine, Exchange, answers, build_settings, chat_body, eventually, run_router
 from .test_auth import NOW
 from .test_generation import recording
 
@@ -126,3 +127,29 @@ async def test_a_request_before_the_first_replica_reserves_when_it_has_one(tmp_p
         recorded.router.app.refresh()
         assert (await early).status_code == 200
         assert spent(recorded.records) <= Decimal("0.00005")
+
+
+async def test_a_budget_that_nobody_can_look_up_is_not_opened_anew(tmp_path: Path) -> None:
+    """The ledger is damaged, or its database away, when a router starts: the month may be spent already."""
+    settings, headers = settings_for(tmp_path, "5")
+    billing = BillingSettings(directory=tmp_path / "billing", flush_s=0.05, budget=BudgetSettings(refresh_s=0.1))
+    (tmp_path / "billing").mkdir()
+    ledger = tmp_path / "billing/ledger.db"
+    ledger.write_bytes(b"this is no database, and long enough to be seen as none" * 100)
+    settings = settings.model_copy(update={"billing": billing})
+    async with (
+        Engine(generate_all) as engine,
+        run_router(engine.record, settings=settings, keeps_books=True) as router,
+    ):
+        refused = await router.client.post("/v1/chat/completions", content=chat_body(max_tokens=4), headers=headers)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "budget_unknown")
+        assert "retry-after" in refused.headers
+        assert not engine.asked
+        ledger.unlink()  # the operator begins a new one
+
+        for _ in range(200):
+            answer = await router.client.post("/v1/chat/completions", content=chat_body(max_tokens=4), headers=headers)
+            if answer.status_code == 200:
+                break
+            await asyncio.sleep(0.05)
+        assert answer.status_code == 200
