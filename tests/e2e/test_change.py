@@ -21,7 +21,15 @@ import psutil
 import pytest
 
 from e2e.conftest import free_port
-from e2e.scripted_stack import SERVING, Clients, ScriptedStack, run_scripted_stack, wait_for_replicas, wait_until
+from e2e.scripted_stack import (
+    SERVING,
+    Clients,
+    ScriptedStack,
+    build_scripted_stack,
+    run_scripted_stack,
+    wait_for_replicas,
+    wait_until,
+)
 
 # Each starts a stack of its own; what most changes come to is seen in test_both_modes, test_scaling and test_faults.
 pytestmark = pytest.mark.slow
@@ -171,16 +179,27 @@ async def test_an_engine_that_has_died_gets_nothing_more_before_serve_replaces_i
 
 @pytest.fixture
 def head(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A Ray cluster that is nobody's: its address."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    """A Ray cluster that is nobody's: its address. The stack has its token, and is told nothing of a mode."""
     monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    with run_head(tmp_path_factory.mktemp("ray"), "token") as address:
+        yield address
+
+
+@contextlib.contextmanager
+def run_head(folder: Path, auth_mode: str) -> Iterator[str]:
+    """`ray start --head` while the context lasts; gives the cluster's address."""
     port = free_port()
-    folder = tmp_path_factory.mktemp("ray")
     command = [SERVING.parent / "ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=4"]
     command += ["--include-dashboard=false", "--disable-usage-stats", "--object-store-memory=100000000"]
     with (folder / "log").open("wb") as out:
         # Sockets have short names, pytest's folders long ones.
-        process = subprocess.Popen([*command, f"--temp-dir=/tmp/ray-{port}"], stdout=out, stderr=out)
+        process = subprocess.Popen(
+            [*command, f"--temp-dir=/tmp/ray-{port}"],
+            stdout=out,
+            stderr=out,
+            env={**os.environ, "RAY_AUTH_MODE": auth_mode},
+        )
     try:
         wait_until(lambda: "--block" in (folder / "log").read_text(), 60, "Ray has started")
         yield f"127.0.0.1:{port}"
@@ -226,6 +245,21 @@ async def test_in_a_joined_cluster_one_replica_ends_before_the_next_and_requests
             ask(stack)
         done = await run(stack, "down", "--config", str(stack.config))
         assert (done.returncode, done.stderr) == (1, "nothing runs\n")
+
+
+@pytest.mark.slow
+def test_a_cluster_that_takes_anyone_is_not_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `ray start --head` makes one where there is no token: whoever reaches it runs code."""
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    with run_head(tmp_path, "disabled") as address:
+        stack = build_scripted_stack(tmp_path, SCRIPT, ray={"address": address})
+        stack.write()
+        refused = stack.command("up", "--config", str(stack.config))
+    assert refused.returncode == 1
+    (line,) = refused.stdout.splitlines()
+    assert line.startswith(f"not started: the Ray cluster at {address} asks for no token")
+    assert "ray.let_anyone_on_the_network_run_code: true" in line
 
 
 def pids_anywhere(name: str) -> set[int]:
