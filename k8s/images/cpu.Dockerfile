@@ -15,7 +15,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 # What changes seldom first: a change of the code installs no package again.
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE ./
 COPY requirements requirements
 COPY serving/__init__.py serving/__init__.py
 RUN python3.11 requirements/install.py --accelerator cpu --venv /opt/serving --production
