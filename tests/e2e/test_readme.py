@@ -17,6 +17,7 @@ import pytest
 from e2e.conftest import ROOT, Stack, free_port
 
 README = (ROOT / "README.md").read_text()
+GUIDES = README + (ROOT / "CONTRIBUTING.md").read_text()
 
 
 def find_block(language: str, marker: str) -> str:
@@ -106,11 +107,11 @@ def test_the_settings_command_prints_what_is_in_effect() -> None:
     assert "output_per_million: '0.2'" in out
 
 
-@pytest.mark.parametrize("verb", sorted(set(re.findall(r"(?:`|^)make ([a-z0-9-]+)", README, re.MULTILINE))))
+@pytest.mark.parametrize("verb", sorted(set(re.findall(r"(?:`|^)make ([a-z0-9-]+)", GUIDES, re.MULTILINE))))
 def test_every_make_verb_exists(verb: str) -> None:
     assert re.search(rf"^{verb}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
-def test_the_map_names_rooms_that_exist() -> None:
-    for room in re.findall(r"`(serving/[\w/.]+)`", README):
+def test_the_guides_name_files_that_exist() -> None:
+    for room in re.findall(r"`((?:serving|tests|requirements|configs|k8s)/[\w/.-]*)`", GUIDES):
         assert (ROOT / room).exists(), room
