@@ -193,7 +193,7 @@ class SlowUpload:
 
     def __init__(self, host: OcrHost, path: str, headers: dict[str, str], kind: str, body: bytes) -> None:
         self._host = host
-        lines = [f"POST {path} HTTP/1.1", "host: x", f"content-type: {kind}", "content-length: 1000000"]
+        lines = [f"POST {path} HTTP/1.1", "host: localhost", f"content-type: {kind}", "content-length: 1000000"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
         self._text = "\r\n".join([*lines, "", ""]).encode() + body
 

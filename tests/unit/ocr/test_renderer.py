@@ -56,7 +56,7 @@ async def test_a_deep_scan_is_drawn_within_the_least_memory_that_a_worker_may_ha
     scan[500:600] = 2000
     Image.fromarray(scan).save(tmp_path / "x", "TIFF")
     async with rendering(worker_memory_bytes=256 * 2**20) as renderer:
-        page = pixels(await renderer.draw(await renderer.open(tmp_path / "x"), 0))
+        page = pixels(await renderer.draw(await renderer.open(tmp_path / "x", "acme"), 0))
     assert page.getpixel((10, 10)) == (233, 233, 233)
     assert page.getpixel((10, 550)) == (8, 8, 8)
 
