@@ -31,7 +31,6 @@ TOLERANCES = {
     "fastpath.reading: nano checkpoint, answers equal": 0.02,
     "fastpath.reading: nano checkpoint, a mix in mode auto: CER": 0.6,  # of a handful of wrong characters
     "router.first_token: added": 0.6,  # differences of tenths of milliseconds
-    "router.inline: ": 0.7,  # the small difference of two large figures
     "faults: ": 0.05,
     "scaling: ": 0.2,
     "ledger: ": 0.5,  # against fsync and transactions, whose time is the disk's

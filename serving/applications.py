@@ -26,12 +26,10 @@ from serving.engine.checkpoint import CHECKPOINTS_DIR, resolve_checkpoint
 from serving.engine.directory import reach_directory
 from serving.engine.replica import build_engine_app
 from serving.errors import SettingsError
-from serving.front.deployment import build_front_app
 from serving.frozen import Frozen, Name
 from serving.lifecycle import OCR_APP, ROUTER_APP, engine_app
 from serving.ocr.deployment import build_ocr_app
 from serving.router.deployment import build_router_app
-from serving.router.inline import build_inline_app
 from serving.settings import Settings, load_settings
 from serving.web.app import build_routes
 
@@ -111,10 +109,9 @@ def build_all(settings: Settings, checkpoints: Path = CHECKPOINTS_DIR) -> dict[s
 
 
 def build_entrance(settings: Settings) -> Application:
-    """Routers, or HAProxy alone where the engine replicas check for themselves. Ray must be running."""
+    """Routers. Ray must be running."""
     directory = reach_directory(settings.ray.namespace, settings.engine.lease_s)
-    build = build_front_app if settings.router.mode == "inline" else build_router_app
-    return build(settings, directory)
+    return build_router_app(settings, directory)
 
 
 def build_documents(settings: Settings) -> Application:
@@ -124,7 +121,7 @@ def build_documents(settings: Settings) -> Application:
 
 
 def build_engine(name: str, settings: Settings, checkpoints: Path = CHECKPOINTS_DIR) -> Application:
-    """The replicas of one model, with the router's checks inside where the settings want them there.
+    """The replicas of one model.
 
     Raises:
         SettingsError: its checkpoint's folder is not there, or its engines would be open to the network.
@@ -135,5 +132,4 @@ def build_engine(name: str, settings: Settings, checkpoints: Path = CHECKPOINTS_
             "engine.api_key (environment SERVING__ENGINE__API_KEY on every node), or engine.allow_unauthenticated: "
             "true if the network keeps them out"
         )
-    checked = build_inline_app if settings.router.mode == "inline" else None
-    return build_engine_app(name, settings, resolve_checkpoint(settings.models[name].checkpoint, checkpoints), checked)
+    return build_engine_app(name, settings, resolve_checkpoint(settings.models[name].checkpoint, checkpoints))

@@ -40,8 +40,6 @@ class ReplicaRecord:
     """The server's own `mm_processor_kwargs`."""
     stage: str = ""
     """What it is doing while it starts, in words for a person."""
-    front_url: str = ""
-    """Where clients' requests come in `inline` mode: the same behind the router's checks. Empty otherwise."""
     pid: int = 0
 
 

@@ -26,7 +26,7 @@ _NOTICE_S = 2.0
 _ERROR_LINE = re.compile(r"^[\w.]+(?:Error|Exception|Exit): ", re.MULTILINE)  # how a traceback ends
 _FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 # What a running stack cannot change: who holds it together would have to be another.
-_FIXED = ("ray", "router.host", "router.port", "router.mode", "router.behind_serve", "engine.api_key", "engine.lease_s")
+_FIXED = ("ray", "router.host", "router.port", "router.behind_serve", "engine.api_key", "engine.lease_s")
 
 
 class _Console(Console):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
@@ -84,9 +84,6 @@ class BreakerSettings(Frozen):
 
 
 class RouterSettings(Frozen):
-    mode: Literal["gateway", "inline"] = "gateway"
-    """`gateway`: routers of their own relay to the engines. `inline`: the same checks run inside the engine replica,
-    behind HAProxy; one model only, one hop less."""
     behind_serve: bool = False
     """Routers listen where Ray Serve tells them to, and its HAProxy on every node (`RAY_SERVE_ENABLE_HA_PROXY=1`
     there) spreads clients over all of them; `host` and `port` are then HAProxy's. For clusters of several nodes."""
@@ -117,12 +114,6 @@ class RouterSettings(Frozen):
     admission: AdmissionSettings = AdmissionSettings()
     breaker: BreakerSettings = BreakerSettings()
     remote_images: RemoteImageSettings = RemoteImageSettings()
-
-    @model_validator(mode="after")
-    def _check_mode(self) -> RouterSettings:
-        if self.behind_serve and self.mode == "inline":
-            raise ValueError("behind_serve is for mode: gateway; inline brings an HAProxy of its own")
-        return self
 
     @field_validator("keys_file", mode="after")
     @classmethod

@@ -187,12 +187,6 @@ class Settings(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _check_mode(self) -> Settings:
-        if self.router.mode == "inline" and len(self.models) > 1:
-            raise ValueError("router.mode: inline serves one model only; use gateway for several")
-        return self
-
-    @model_validator(mode="after")
     def _check_ocr(self) -> Settings:
         is_open = self.router.keys_file is None and not self.ocr.allow_unauthenticated
         if self.ocr.enabled and not is_loopback(self.ocr.host) and is_open:

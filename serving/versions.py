@@ -22,8 +22,6 @@ def engine_version(name: str, settings: Settings, checkpoint: str) -> str:
     pixels = settings.router.limits.max_image_pixels
     parts = [name, checkpoint, model, settings.engine.model_dump(), settings.ray.namespace, pixels]
     parts.append(settings.telemetry.otlp_endpoint)
-    if settings.router.mode == "inline":
-        parts.append(router_version(settings))
     return _digest(parts)
 
 
@@ -42,7 +40,7 @@ def ocr_version(settings: Settings) -> str:
     """Changes when an OCR service would do something else."""
     ocr = settings.ocr.model_dump(exclude={"num_replicas"})
     parts = (settings.router.limits, settings.billing, settings.log, settings.ray.namespace, settings.engine.drain_s)
-    where = (settings.router.mode, settings.router.host, settings.router.port, settings.router.allowed_hosts)
+    where = (settings.router.host, settings.router.port, settings.router.allowed_hosts)
     return _digest([ocr, *(part.model_dump() if isinstance(part, Frozen) else part for part in parts), *where])
 
 

@@ -11,7 +11,6 @@ MEASURES = {
     "first_token": "benchmarks.router.first_token",
     "throughput": "benchmarks.router.throughput",
     "memory": "benchmarks.router.memory",
-    "inline": "benchmarks.router.inline",
     "stack": "benchmarks.router.stack",
     "ray_llm": "benchmarks.router.ray_llm",
 }

@@ -21,7 +21,6 @@ from ray.serve import Application
 from serving.directory import ReplicaRecord, ReplicaState
 from serving.engine.autoscaling import build_autoscaling
 from serving.engine.directory import reach_directory
-from serving.engine.entrance import BuildCheckedApp, Entrance
 from serving.engine.failures import StartLog, explain, is_transient
 from serving.engine.start import Engine, run_engine
 from serving.http_server import HttpServer
@@ -58,11 +57,9 @@ class EngineReplica:
     """The class behind the deployment; `build_engine_app` wraps it."""
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
-        self, name: str, settings: Settings, checkpoint: str, build_checked: BuildCheckedApp | None = None
+        self, name: str, settings: Settings, checkpoint: str
     ) -> None:
         self._settings = settings
-        self._build_checked = build_checked
-        self._entrance: Entrance | None = None
         self._record = ReplicaRecord(
             replica_id=serve.get_replica_context().replica_id.unique_id,
             model=name,
@@ -104,18 +101,8 @@ class EngineReplica:
         self._server = HttpServer(self._engine.app, host=host, port=0, drain_s=1, has_lifespan=True)
         await self._server.start()
         self._update(**self._engine.facts)
-        front_url = await self._open_entrance(host) if self._build_checked is not None else ""
-        base_url = _url(host, self._server.port)
-        self._update(stage="", state=ReplicaState.READY, base_url=base_url, front_url=front_url)
+        self._update(stage="", state=ReplicaState.READY, base_url=_url(host, self._server.port))
         self._watching = asyncio.create_task(self._watch_engine())
-
-    async def _open_entrance(self, host: str) -> str:
-        assert self._build_checked is not None
-        engine = self._engine
-        checked = self._build_checked(self._settings, engine.app, engine.app.find, lambda: self._record)
-        self._entrance = Entrance(checked, self._settings, self._directory, host)
-        await self._entrance.start()
-        return _url(host, self._entrance.port)
 
     async def check_health(self) -> None:
         """Called by Ray Serve, which replaces a replica that raises.
@@ -128,8 +115,6 @@ class EngineReplica:
             raise RuntimeError(f"the engine of {self._record.replica_id} has died: {client.dead_error!r}")
         if not self._server.is_serving:
             raise RuntimeError(f"the HTTP server of {self._record.replica_id} has ended")
-        if self._entrance is not None and not self._entrance.is_well:
-            raise RuntimeError(f"the entrance of {self._record.replica_id} has ended")
 
     async def __del__(self) -> None:
         """Called by Ray Serve before it ends the replica: take no more, finish what runs, stop the engine."""
@@ -152,9 +137,6 @@ class EngineReplica:
                 logger.warning("not every router has heard that %s drains", self._record.replica_id)
         await asyncio.sleep(_IN_FLIGHT_S)
         app = self._engine.app
-        if self._entrance is not None:
-            await self._entrance.drain()
-            await self._entrance.close()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(app.wait_idle(), self._settings.engine.drain_s)
         await asyncio.sleep(max(0.0, app.last_end_s + _USAGE_S - time.monotonic()))
@@ -213,9 +195,7 @@ def _environment(settings: Settings, model: ModelSettings) -> dict[str, str]:
     return {**_ENVIRONMENT, **limit, **(traces if is_traced else {}), **model.images.environment(), **model.env}
 
 
-def build_engine_app(
-    name: str, settings: Settings, checkpoint: str, build_checked: BuildCheckedApp | None = None
-) -> Application:
+def build_engine_app(name: str, settings: Settings, checkpoint: str) -> Application:
     """The Serve application that runs one model's replicas.
 
     Deploying it again changes what has changed, and replaces replicas only when they would run something else.
@@ -225,7 +205,6 @@ def build_engine_app(
         settings: the whole of them.
         checkpoint: an absolute directory (where the nano checkpoint is written to, if that is the model's) or a
             Hugging Face repository.
-        build_checked: puts the router's checks in front of the engine's app, in `inline` mode.
     """
     model = settings.models[name]
     scaling: dict[str, Any] = {"num_replicas": model.num_replicas}
@@ -249,6 +228,4 @@ def build_engine_app(
             "runtime_env": {"env_vars": _environment(settings, model)},
         },
     )
-    return with_version(deployment, engine_version(name, settings, checkpoint)).bind(
-        name, settings, checkpoint, build_checked
-    )
+    return with_version(deployment, engine_version(name, settings, checkpoint)).bind(name, settings, checkpoint)

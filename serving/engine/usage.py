@@ -266,10 +266,6 @@ class UsageApp:
         """Until no HTTP request is being answered."""
         await self._idle.wait()
 
-    def find(self, request_id: str) -> dict[str, Any] | None:
-        """What was counted for a request, None when it is not known: for who is in the same process."""
-        return self._usage.find(request_id)
-
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)

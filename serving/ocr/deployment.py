@@ -84,7 +84,7 @@ def _resolve(host: str) -> str:
 
 
 def _own_router(settings: Settings) -> str:
-    """Where this node's routers are, should the directory not know any yet; HAProxy's address in `inline` mode."""
+    """Where this node's routers are, should the directory not know any yet."""
     host = "127.0.0.1" if settings.router.host in ("0.0.0.0", "::") else settings.router.host
     return f"http://{f'[{host}]' if ':' in host else host}:{settings.router.port}"
 

@@ -30,7 +30,7 @@ from serving.router.auth import Authenticator
 from serving.router.dispatch import Dispatcher
 from serving.router.documents import DocumentRelay, find_charge, is_for_ocr
 from serving.router.door import Door, Incoming
-from serving.router.gateway import Backend, Gateway
+from serving.router.gateway import Gateway
 from serving.router.generation import Generation
 from serving.router.limits import TenantLimits
 from serving.router.lookups import GET_ROUTES, MODEL, QUOTE, Lookups
@@ -67,7 +67,6 @@ class RouterApp:
         settings: Settings,
         read_snapshot: Callable[[], Snapshot] = lambda: EMPTY,
         *,
-        backend: Backend | None = None,
         on_record: Callable[[RequestRecord], None] = lambda record: None,
         keeps_books: bool = False,
     ) -> None:
@@ -76,7 +75,6 @@ class RouterApp:
         Args:
             settings: the whole of them.
             read_snapshot: gives the replica list as it is now; whoever follows the directory keeps it.
-            backend: answers what was let in; None relays to replicas over the network.
             on_record: gets the record of every request that ended.
             keeps_books: whether the records go into the ledger that the settings name.
 
@@ -93,7 +91,7 @@ class RouterApp:
         self._read_snapshot = read_snapshot
         self._on_record = on_record
         key = settings.engine.api_key
-        self._backend = backend or Gateway(Relay(settings.router, key.get_secret_value() if key is not None else None))
+        self._backend = Gateway(Relay(settings.router, key.get_secret_value() if key is not None else None))
         self._keys = Authenticator(settings.router.keys_file, is_local=is_loopback(settings.router.host))
         self._limits = TenantLimits(time.monotonic)
         self._door = Door(settings, self._keys, self._limits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Protocol
+from typing import Any
 
 from starlette.types import Receive
 
@@ -18,43 +18,30 @@ from serving.router.relay import Relay
 logger = logging.getLogger(__name__)
 
 
-class Backend(Protocol):
-    """Answers a request that has been let in: over the network, or in this very process."""
-
-    async def start(self) -> None:
-        """Must run inside the event loop that answers."""
-
-    async def close(self) -> None: ...
-
-    async def answer(self, call: Call, slot: Slot, reply: Reply, receive: Receive) -> None:
-        """Answer it.
-
-        Raises:
-            ServingError: it failed. When the reply has begun it is a broken stream without its end.
-            ClientGoneError: the client has left, and the engine has been told.
-        """
-
-    async def fetch_usage(self, replica: ReplicaRecord, request_id: str) -> dict[str, Any] | None:
-        """What the replica's engine counted for a request; None when it cannot tell."""
-
-
 class Gateway:
-    """The backend of `router.mode: gateway`."""
+    """Sends requests that have been let in to engine replicas, over the network."""
 
     def __init__(self, relay: Relay) -> None:
         self._relay = relay
 
     async def start(self) -> None:
+        """Must run inside the event loop that answers."""
         await self._relay.start()
 
     async def close(self) -> None:
         await self._relay.close()
 
     async def fetch_usage(self, replica: ReplicaRecord, request_id: str) -> dict[str, Any] | None:
+        """What the replica's engine counted for a request; None when it cannot tell."""
         return await self._relay.fetch_usage(replica, request_id)
 
     async def answer(self, call: Call, slot: Slot, reply: Reply, receive: Receive) -> None:
-        """Try replicas until one has begun to answer; nothing reaches the client before that."""
+        """Try replicas until one has begun to answer; nothing reaches the client before that.
+
+        Raises:
+            ServingError: it failed. When the reply has begun it is a broken stream without its end.
+            ClientGoneError: the client has left, and the engine has been told.
+        """
         async with ClientPresence(receive):
             while True:
                 try:

@@ -23,7 +23,7 @@ from serving.router.auth import check_model_allowed
 from serving.router.bounds import bound_tokens
 from serving.router.dispatch import Dispatcher
 from serving.router.door import Door, Incoming
-from serving.router.gateway import Backend
+from serving.router.gateway import Gateway
 from serving.router.limits import GENERATION
 from serving.router.metering import CLIENT_CLOSED, Accountant, Call, Ending
 from serving.router.remote import RemoteImages
@@ -45,7 +45,7 @@ class Generation:
     settings: Settings
     door: Door
     dispatcher: Dispatcher
-    backend: Backend
+    backend: Gateway
     accountant: Accountant
     remote: RemoteImages
     accounts: Accounts

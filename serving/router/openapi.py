@@ -31,8 +31,7 @@ def build_document(settings: Settings) -> dict[str, Any]:
     names = [name for key, model in settings.models.items() for name in (key, *model.aliases)]
     limits = settings.router.limits
     chat = _chat_schema(names, limits.max_messages)
-    relays = settings.ocr.enabled and settings.router.mode == "gateway"
-    quoted = {"oneOf": [chat, describe_document_body(names)]} if relays else chat
+    quoted = {"oneOf": [chat, describe_document_body(names)]} if settings.ocr.enabled else chat
     return {
         "openapi": "3.1.0",
         "info": {"title": "serving", "version": importlib.metadata.version("serving")},
@@ -44,7 +43,7 @@ def build_document(settings: Settings) -> dict[str, Any]:
                 "get": _looking_up("One of them"),
                 "parameters": [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}],
             },
-            **(describe_documents(names) if relays else {}),
+            **(describe_documents(names) if settings.ocr.enabled else {}),
             "/v1/tenant": {"get": _looking_up("Whose key it is")},
             "/v1/quote": {"post": _quoting(quoted)},
             "/v1/usage": {"get": _reporting("Your requests, tokens, pages and costs; an admin's: everybody's", _USAGE)},

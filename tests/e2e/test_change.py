@@ -31,7 +31,7 @@ from e2e.scripted_stack import (
     wait_until,
 )
 
-# Each starts a stack of its own; what most changes come to is seen in test_both_modes, test_scaling and test_faults.
+# Each starts a stack of its own; what most changes come to is seen in test_keys_and_doors, test_scaling, test_faults.
 pytestmark = pytest.mark.slow
 
 SCRIPT = {"tokens_per_s": 100, "output_tokens": 50}

@@ -47,8 +47,8 @@ def test_an_engine_is_built_from_the_mounted_file(write_settings: Callable[..., 
         applications.engine, {"settings": str(file), "model": "nano", "checkpoints": str(tmp_path), "revision": "7"}
     )
     assert (deployment.name, deployment.num_replicas) == ("engine-nano", 3)
-    name, settings, checkpoint, checked = deployment.init_args
-    assert (name, checkpoint, checked) == ("nano", str(tmp_path / "nano"), None)
+    name, settings, checkpoint = deployment.init_args
+    assert (name, checkpoint) == ("nano", str(tmp_path / "nano"))
     assert settings.models["nano"].num_replicas == 3
 
 
@@ -64,16 +64,11 @@ def test_the_environment_says_where_the_file_is_and_what_differs(
     assert EntranceArgs().settings == Path("/etc/serving/settings.yaml")
 
 
-def test_the_entrance_is_the_routers_or_haproxy_alone(
-    write_settings: Callable[..., Path], reached: list[tuple[str, float]]
-) -> None:
+def test_the_entrance_is_the_routers(write_settings: Callable[..., Path], reached: list[tuple[str, float]]) -> None:
     file = write_settings("router: {num_replicas: 2}\nray: {namespace: other}\nengine: {lease_s: 7}")
     deployment = build(applications.entrance, {"settings": str(file)})
     assert (deployment.name, deployment.num_replicas) == ("router", 2)
     assert reached == [("other", 7.0)]
-    file = write_settings("router: {mode: inline}")
-    assert build(applications.entrance, {"settings": str(file)}).name == "front"
-    assert build(applications.engine, {"settings": str(file), "model": "nano"}).init_args[3] is not None
 
 
 def test_routers_behind_serve_need_its_haproxy(

@@ -199,7 +199,6 @@ def test_a_joined_cluster_is_lost_when_it_cannot_be_reached_three_times() -> Non
     [
         ("router: {port: 9}", "router.port cannot change while the stack runs"),
         ("router: {host: '::1'}", "router.host cannot change"),
-        ("router: {mode: inline}", "router.mode cannot change"),
         ("engine: {api_key: other}", "engine.api_key cannot change"),
         ("engine: {lease_s: 20}", "engine.lease_s cannot change"),
         ("ray: {namespace: other}", "ray cannot change"),
@@ -260,10 +259,8 @@ def test_the_greeting_shows_a_command_that_works(host: str, url: str) -> None:
     assert '{"model": "nano", ' in greeting
 
 
-@pytest.mark.parametrize("mode", ["gateway", "inline"])
-def test_the_greeting_tells_where_documents_go(mode: str) -> None:
-    models = {"nano": ModelSettings(checkpoint="nano")}
-    settings = Settings.model_validate({"models": models, "router": {"mode": mode, "port": 8123}})
+def test_the_greeting_tells_where_documents_go() -> None:
+    settings = build_settings(port=8123)
     assert "/v1/ocr" not in launch._greeting(settings, EMPTY)
 
     def greet(**ocr: object) -> str:

@@ -1,4 +1,4 @@
-"""Documents behind the gateway and inline, with two OCR services of the stack's: the same, seen from outside."""
+"""Documents with two OCR services of the stack's, seen from outside."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from unit.ocr.test_hostile_documents import raw_pdf, stream
 
 from e2e.scripted_stack import ScriptedStack, run_scripted_stack, wait_until
 
-# Each mode is a stack of its own; that documents are read in both is seen in test_both_modes.
+# That documents are read at all is seen in test_keys_and_doors.
 pytestmark = pytest.mark.slow
 
 SCRIPT = {"tokens_per_s": 40, "output_tokens": 20}
@@ -29,9 +29,9 @@ LARGE_BYTES = 55 * 2**20
 """More than `router.limits.max_body_bytes`."""
 
 
-@pytest.fixture(scope="module", params=["gateway", "inline"])
-def stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedStack]:
-    folder = tmp_path_factory.mktemp(request.param)
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedStack]:
+    folder = tmp_path_factory.mktemp("stack")
     ocr = {
         "enabled": True,
         "num_replicas": 2,
@@ -41,7 +41,7 @@ def stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         "jobs": {"lease_s": 3, "poll_s": 0.5, "settle_s": 2},
     }
     billing = {"directory": str(folder / "billing"), "flush_s": 0.2}
-    with run_scripted_stack(folder, SCRIPT, router={"mode": request.param}, ocr=ocr, billing=billing) as stack:
+    with run_scripted_stack(folder, SCRIPT, ocr=ocr, billing=billing) as stack:
         yield stack
 
 

@@ -1,1 +1,0 @@
-"""HAProxy in front of engine replicas that check requests themselves."""
