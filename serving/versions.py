@@ -21,7 +21,8 @@ def engine_version(name: str, settings: Settings, checkpoint: str) -> str:
     model = settings.models[name].model_dump(exclude=_FOREIGN)
     pixels = settings.router.limits.max_image_pixels
     parts = [name, checkpoint, model, settings.engine.model_dump(), settings.ray.namespace, pixels]
-    parts.append(settings.telemetry.otlp_endpoint)
+    telemetry = settings.telemetry
+    parts += [telemetry.otlp_endpoint, telemetry.metrics_key, telemetry.opens_metrics]
     return _digest(parts)
 
 
@@ -40,8 +41,11 @@ def ocr_version(settings: Settings) -> str:
     """Changes when an OCR service would do something else."""
     ocr = settings.ocr.model_dump(exclude={"num_replicas"})
     parts = (settings.router.limits, settings.billing, settings.log, settings.ray.namespace, settings.engine.drain_s)
+    metrics = (settings.telemetry.metrics_host, settings.telemetry.metrics_key)
     where = (settings.router.host, settings.router.port, settings.router.allowed_hosts)
-    return _digest([ocr, *(part.model_dump() if isinstance(part, Frozen) else part for part in parts), *where])
+    return _digest(
+        [ocr, *(part.model_dump() if isinstance(part, Frozen) else part for part in parts), *where, *metrics]
+    )
 
 
 def surge_percent(settings: Settings, num_replicas: int, gpus_per_replica: float = 0) -> int:

@@ -41,6 +41,8 @@ def build(**sections: Any) -> Settings:
         ({"model": {"env": {"A": "b"}}}, True, False),
         ({"model": {"aliases": ["n"]}}, True, True),
         ({"engine": {"api_key": "sesam"}}, True, True),
+        ({"telemetry": {"metrics_key": "scrape"}}, True, True),
+        ({"telemetry": {"metrics_host": "auto"}}, True, True),
         ({"models": {"other": {"checkpoint": "z"}}}, False, True),
     ],
 )
@@ -62,6 +64,8 @@ def test_a_version_changes_with_what_a_replica_does(
         ({"router": {"allowed_hosts": ["ocr.example"]}}, True),
         ({"router": {"limits": {"min_body_bytes_per_s": 5}}}, True),
         ({"ocr": {"pages_in_parallel": 3}}, True),
+        ({"telemetry": {"metrics_key": "scrape"}}, True),
+        ({"telemetry": {"metrics_host": "auto"}}, True),
     ],
 )
 def test_a_version_of_documents_changes_with_what_a_service_does(change: dict[str, Any], changes: bool) -> None:
