@@ -48,10 +48,11 @@ async def test_a_killed_service_goes_on_where_it_stopped(tmp_path: Path) -> None
     assert sorted(after) == list(range(1, NUM_PAGES + 1))
     assert all(page["text"] == "Hello page" for page in after.values())
     assert {number: after[number] for number in before} == before
-    # What was stored was asked for once; only what was in flight, four pages at most, was asked for again.
+    # What was stored was asked for once. Asked for again was only what was in flight, four pages at most, and what had
+    # been read and not been stored yet: as much again, since on a busy machine a row takes as long as a page.
     assert all(asked[number] == 1 for number in before)
     again = [number for number, times in asked.items() if times > 1]
-    assert len(again) <= 4
+    assert len(again) <= 8
     assert all(asked[number] == 2 and asked_before[number] == 1 for number in again)
     # Each page is counted once in what the job has cost.
     assert job["usage"]["completion_tokens"] == 10 * NUM_PAGES
