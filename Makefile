@@ -17,13 +17,13 @@ install: ## make .venv ready (pinned dependencies; a second run takes a moment)
 	@$(PYTHON) requirements/install.py
 
 checkpoint: install ## write the nano checkpoint to checkpoints/nano
-	@$(BIN)/python -m serving.demo.build
+	@$(BIN)/python -m serving.nano.build
 
 serve: install ## start the stack in the foreground, on PORT if given (Ctrl-C stops everything)
 	@$(if $(PORT),SERVING__ROUTER__PORT=$(PORT)) exec $(BIN)/serving up --config $(CONFIG)
 
 demo-metrics: install ## the stack with a Prometheus beside it, whose address is printed (Ctrl-C stops both)
-	@$(if $(PORT),SERVING__ROUTER__PORT=$(PORT)) exec $(BIN)/python -m serving.telemetry.demo --config $(CONFIG)
+	@$(if $(PORT),SERVING__ROUTER__PORT=$(PORT)) exec $(BIN)/python -m serving.cli.demo_metrics --config $(CONFIG)
 
 lint: install ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .

@@ -28,10 +28,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.fastpath.rows import Row
-from serving.directory import ReplicaRecord, ReplicaState
-from serving.router.admission import AdmissionQueue, Waiter
-from serving.router.balance import Load, Need, choose
-from serving.tenants import Priority
+from serving.cluster.directory import ReplicaRecord, ReplicaState
+from serving.router.scheduling.balance import Load, Need, choose
+from serving.router.scheduling.queue import AdmissionQueue, Waiter
+from serving.settings.tenants import Priority
 
 SIZES = (2, 8, 64)
 PAGES_PER_REPLICA = {2: 20_000, 8: 6000, 64: 1500}

@@ -9,9 +9,9 @@ from pathlib import Path
 from safetensors.numpy import save_file
 
 from benchmarks.stock import SIZES_FILE
-from serving.demo.build import build_random_weights
-from serving.demo.config import NANO, NanoConfig, build_model_config, build_processor_config
-from serving.demo.tokenizer import build_special_tokens_map, build_tokenizer_config, build_tokenizer_json
+from serving.nano.build import build_random_weights
+from serving.nano.config import NANO, NanoConfig, build_model_config, build_processor_config
+from serving.nano.tokenizer import build_special_tokens_map, build_tokenizer_config, build_tokenizer_json
 
 NEARLY_FREE = NanoConfig(
     sam_width=64,

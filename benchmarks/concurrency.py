@@ -24,9 +24,9 @@ from benchmarks.fastpath.running import GUARD_REQUEST, STOCK_GUARD, STOCK_SERVER
 from benchmarks.pages_client import run_client
 from benchmarks.router.stack import BARE, CONFIG, STACK, run_bare, run_stack
 from benchmarks.stock import SIZES_FILE
-from serving.demo.build import build_checkpoint
-from serving.demo.config import NANO
-from serving.settings import load_settings
+from serving.nano.build import build_checkpoint
+from serving.nano.config import NANO
+from serving.settings.stack import load_settings
 
 app = typer.Typer(add_completion=False)
 

@@ -34,7 +34,7 @@ from benchmarks.router.stack import BARE, STACK
 from benchmarks.vllm_bench import parse
 from serving.engine.arguments import build_arguments, check_engine_args
 from serving.errors import SettingsError
-from serving.settings import NANO, ModelSettings, Settings, load_settings
+from serving.settings.stack import NANO, ModelSettings, Settings, load_settings
 
 app = typer.Typer(add_completion=False)
 
@@ -64,7 +64,7 @@ def build_plan(settings: Settings, config: Path, bare_port: int) -> Plan:
     checkpoint = "checkpoints/nano" if model.checkpoint == NANO else model.checkpoint
     arguments = build_arguments(name, model, settings.engine, checkpoint)
     bare = [sys.executable, "-m", _SERVER, *arguments, "--host", "127.0.0.1", "--port", str(bare_port)]
-    stack = [sys.executable, "-m", "serving.cli", "up", "--config", str(config)]
+    stack = [sys.executable, "-m", "serving.cli.main", "up", "--config", str(config)]
     return Plan(name, checkpoint, stack, bare, build_environment(model))
 
 

@@ -24,11 +24,11 @@ from rich.console import Console
 from benchmarks.fastpath.__main__ import build_table
 from benchmarks.fastpath.rows import Row
 from serving.billing.database import Database
-from serving.billing.frames import encode_frame
+from serving.billing.journal_frames import encode_frame
 from serving.billing.ledger import Ledger
 from serving.billing.open_requests import OpenRequest
 from serving.billing.records import Outcome, RequestRecord, TokenCounts
-from serving.billing_settings import BillingSettings
+from serving.settings.billing import BillingSettings
 
 _PEER = "a transaction per request"
 _PAUSE_S = 0.01

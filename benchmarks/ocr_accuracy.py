@@ -1,6 +1,6 @@
 """`python -m benchmarks.ocr_accuracy`: what a stack reads, mode by mode.
 
-Documents of `serving.demo.documents` go through the OCR service as a client's would. For each mode: character error
+Documents of `serving.nano.documents` go through the OCR service as a client's would. For each mode: character error
 rate, pages per second, dollars per 1,000 pages, and as in the paper's table the precision by length of text with the
 compression: tokens of the true text for each vision token.
 """
@@ -22,10 +22,10 @@ from rich.table import Table
 
 from benchmarks.fastpath.rows import Row
 from benchmarks.load.__main__ import find_stack
-from serving.demo.documents import Kind, Sheet, sample_sheet, write_document
-from serving.demo.metrics import character_error_rate
-from serving.ocr.client import DEFAULT_URL, Mode, OcrClient, Options
-from serving.ocr.results import Page
+from serving.nano.documents import Kind, Sheet, sample_sheet, write_document
+from serving.nano.training.metrics import character_error_rate
+from serving.ocr_client.client import DEFAULT_URL, Mode, OcrClient, Options
+from serving.ocr_client.results import Page
 
 _MODES = ("tiny", "small", "base", "large", "gundam")
 _VISION_TOKENS = {"tiny": 64, "small": 100, "base": 256, "large": 400, "gundam": 256}

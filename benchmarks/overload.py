@@ -25,14 +25,14 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.fastpath.rows import Row
-from serving.directory import ReplicaRecord, ReplicaState, Snapshot
-from serving.engine.scripted import ScriptedEngine
-from serving.http_server import HttpServer
+from serving.cluster.directory import ReplicaRecord, ReplicaState, Snapshot
+from serving.engine.scripted.app import ScriptedEngine
+from serving.http.server import HttpServer
+from serving.router.access.keys_file import KeysFile, make_key, write_keys
 from serving.router.app import RouterApp
-from serving.router.keys import KeysFile, make_key, write_keys
-from serving.router_settings import AdmissionSettings, RouterSettings
-from serving.settings import ModelSettings, ScriptSettings, Settings
-from serving.tenants import Priority, Tenant
+from serving.settings.router import AdmissionSettings, RouterSettings
+from serving.settings.stack import ModelSettings, ScriptSettings, Settings
+from serving.settings.tenants import Priority, Tenant
 
 app = typer.Typer(add_completion=False)
 

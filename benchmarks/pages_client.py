@@ -23,7 +23,7 @@ import typer
 import uvloop
 
 from benchmarks.quantiles import quantile, thin
-from serving.demo.pages import CORE, sample_page, with_chars
+from serving.nano.pages import CORE, sample_page, with_chars
 
 _SEED = 100
 _DATA, _DONE = b"data: ", b"data: [DONE]"

@@ -27,9 +27,9 @@ from benchmarks.fastpath.rows import Row
 from benchmarks.router.load import run_load
 from benchmarks.router.servers import Server, free_port, run_server
 from benchmarks.router.ways import CHAT
-from serving.engine.scripted import ScriptedEngine
-from serving.http_server import HttpServer
-from serving.settings import ScriptSettings
+from serving.engine.scripted.app import ScriptedEngine
+from serving.http.server import HttpServer
+from serving.settings.stack import ScriptSettings
 
 app = typer.Typer(add_completion=False)
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from serving.demo.config import NanoConfig
+from serving.nano.config import NanoConfig
 
 SIZES_FILE = "benchmark_sizes.json"
 """Beside a checkpoint's other files: the `NanoConfig` that it was made with."""

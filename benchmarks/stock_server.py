@@ -16,7 +16,7 @@ os.environ["VLLM_PLUGINS"] = "none"  # this project's plugin would take the arch
 from vllm import ModelRegistry
 
 from benchmarks.stock import SIZES_FILE, import_stock, patch_mode, patch_sizes
-from serving.demo.config import NanoConfig
+from serving.nano.config import NanoConfig
 
 
 def install(checkpoint: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from benchmarks.checkpoints import write_checkpoint
 from benchmarks.fastpath.rows import Row, cpu_seconds
 from benchmarks.stock import NAME, import_stock, patch_sizes
-from serving.demo.config import NANO
+from serving.nano.config import NANO
 
 NUM_PAGES, REPEATS = 8, 5
 SIDES = {"tiny": 512, "small": 640, "base": 1024}

@@ -24,13 +24,13 @@ from PIL import Image, ImageDraw
 from benchmarks.effort import rounds as rounds_of
 from benchmarks.fastpath.rows import Row, cpu_seconds
 from benchmarks.stock import NAME, import_stock
-from serving.plugin.decoding import decode
-from serving.plugin.image_settings import ImageSettings
-from serving.plugin.images import WHITE, PageViews, build_views
-from serving.plugin.jobs import Job
-from serving.plugin.modes import ResolutionMode
-from serving.plugin.pool import ImagePool, Ticket
-from serving.plugin.vision import normalise
+from serving.plugin.images.decoding import decode
+from serving.plugin.images.page_views import WHITE, PageViews, build_views
+from serving.plugin.images.pool import ImagePool, Ticket
+from serving.plugin.images.settings import ImageSettings
+from serving.plugin.images.worker_messages import Job
+from serving.plugin.model.vision import normalise
+from serving.plugin.modes.resolution import ResolutionMode
 
 SIZE = (1654, 2339)
 MODE = ResolutionMode()

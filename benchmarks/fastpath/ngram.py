@@ -19,7 +19,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate
 
 from benchmarks.fastpath.rows import Row, cpu_seconds
 from benchmarks.stock import NAME, import_stock
-from serving.plugin.guard import NGramGuard
+from serving.plugin.repetition.ngram_guard import NGramGuard
 
 VOCABULARY, MAX_LENGTH, WHITELIST = 129_280, 8192, (128_821, 128_822)
 ARGUMENTS = {"ngram_size": 30, "window_size": 90, "whitelist_token_ids": list(WHITELIST)}

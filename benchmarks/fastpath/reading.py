@@ -31,10 +31,10 @@ from benchmarks.fastpath.running import (
     run_server,
 )
 from benchmarks.stock import SIZES_FILE
-from serving.demo.build import build_checkpoint
-from serving.demo.config import NANO
-from serving.demo.metrics import mean_error_rate
-from serving.demo.pages import CORE, Page, sample_page, with_chars
+from serving.nano.build import build_checkpoint
+from serving.nano.config import NANO
+from serving.nano.pages import CORE, Page, sample_page, with_chars
+from serving.nano.training.metrics import mean_error_rate
 
 SEED, NUM_PAGES, NUM_MIXED, ROUNDS = 100, 100, 32, 2
 NUM_TOKENS = 208

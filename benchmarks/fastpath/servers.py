@@ -31,7 +31,7 @@ from benchmarks.fastpath.running import (
     apply_load,
     run_server,
 )
-from serving.demo.config import NANO, NanoConfig
+from serving.nano.config import NANO, NanoConfig
 
 A4_200_DPI = (1654, 2339)
 NUM_TOKENS, NUM_PAGES = 256, 32

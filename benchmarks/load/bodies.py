@@ -9,7 +9,7 @@ import orjson
 
 from benchmarks.fastpath.reading import encode
 from benchmarks.load.people import Manner, Step
-from serving.demo.pages import CORE, WIDE, sample_page, with_chars
+from serving.nano.pages import CORE, WIDE, sample_page, with_chars
 
 NUM_PAGES = 32
 """Rendered once each: pages differ enough that nothing could be kept from one to the next, and cost no CPU while

@@ -17,7 +17,7 @@ from PIL import Image
 
 from benchmarks.fastpath.images import draw_page
 from benchmarks.planning.comparison import Reading
-from serving.demo.pages import CORE, sample_page
+from serving.nano.pages import CORE, sample_page
 
 _CHAT = "/v1/chat/completions"
 _TIMEOUT_S = 300.0

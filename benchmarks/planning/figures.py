@@ -24,11 +24,11 @@ from benchmarks.fastpath.rows import cpu_seconds
 from benchmarks.ledger import make_record
 from benchmarks.router.servers import Server, run_engine, run_gateway
 from serving.billing.database import Database
-from serving.billing.frames import encode_frame
-from serving.billing_settings import BillingSettings
-from serving.plugin.decoding import decode
-from serving.plugin.images import WHITE, build_views
-from serving.plugin.selection import MODES
+from serving.billing.journal_frames import encode_frame
+from serving.plugin.images.decoding import decode
+from serving.plugin.images.page_views import WHITE, build_views
+from serving.plugin.modes.selection import MODES
+from serving.settings.billing import BillingSettings
 
 REPEATS = 9
 NUM_REQUESTS, CONCURRENCY, ROUNDS = 200, 8, 4

@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 import uvloop
 
-from serving.directory import ReplicaRecord, ReplicaState, Snapshot
-from serving.http_server import HttpServer
+from serving.cluster.directory import ReplicaRecord, ReplicaState, Snapshot
+from serving.http.server import HttpServer
 from serving.router.app import RouterApp
-from serving.settings import ModelSettings, Settings
+from serving.settings.stack import ModelSettings, Settings
 
 _PLENTY = 2**40
 

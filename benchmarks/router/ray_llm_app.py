@@ -37,8 +37,8 @@ class ScriptedVLLM:
     """Ray's `LLMEngine` over the scripted one: as much of it as serving chat takes."""
 
     def __init__(self, llm_config: Any) -> None:
-        from serving.engine.scripted import ScriptedEngine
-        from serving.settings import ScriptSettings
+        from serving.engine.scripted.app import ScriptedEngine
+        from serving.settings.stack import ScriptSettings
 
         script = ScriptSettings.model_validate_json(os.environ["BENCHMARK_SCRIPT"])
         self._engine = ScriptedEngine(script, ["nano"])

@@ -41,8 +41,8 @@ class Way(StrEnum):
 
 def build_engine() -> Any:
     """The ASGI app of a replica, by the script in the environment."""
-    from serving.engine.scripted import ScriptedEngine
-    from serving.settings import ScriptSettings
+    from serving.engine.scripted.app import ScriptedEngine
+    from serving.settings.stack import ScriptSettings
 
     return ScriptedEngine(ScriptSettings.model_validate_json(os.environ["BENCHMARK_SCRIPT"]), ["nano"])
 

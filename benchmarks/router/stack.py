@@ -21,9 +21,9 @@ from benchmarks.fastpath.rows import Row
 from benchmarks.router.load import run_load
 from benchmarks.router.servers import Server, free_port, run_plain_proxy, run_server
 from benchmarks.router.ways import CHAT, PLAIN_AIOHTTP, Way
-from serving.demo.build import build_checkpoint
 from serving.engine.arguments import build_arguments
-from serving.settings import Settings, load_settings
+from serving.nano.build import build_checkpoint
+from serving.settings.stack import Settings, load_settings
 
 CONCURRENCY, MAX_TOKENS, NUM_REQUESTS, ROUNDS = 16, 128, 64, 8
 CONFIG = Path("configs/local.yaml")
@@ -102,5 +102,5 @@ def run_bare(
 def run_stack(config: Path = CONFIG) -> contextlib.AbstractContextManager[Server]:
     """`serving up`: Ray, the engine replica, the router."""
     port = free_port()
-    command = [sys.executable, "-m", "serving.cli", "up", "--config", str(config)]
+    command = [sys.executable, "-m", "serving.cli.main", "up", "--config", str(config)]
     return run_server(command, port, environment={"SERVING__ROUTER__PORT": str(port)}, ready_path="/ready")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from benchmarks.router.load import LoadResult, run_load
 from benchmarks.router.servers import Server, free_port, run_engine, run_gateway, run_plain_proxy, run_server
-from serving.settings import ScriptSettings
+from serving.settings.stack import ScriptSettings
 
 CHAT = "/v1/chat/completions"
 BARE, OURS, HAPROXY, HANDLE = "bare uvicorn", "router", "Serve's HAProxy", "DeploymentHandle chain"

@@ -23,7 +23,7 @@ from pydantic import SecretStr
 
 CREDIT_HEADER = "x-serving-credit"
 SERVICE_MARK = "~"
-"""Stands in no `x-request-id` that is taken from a client (`serving.asgi.guards.read_request_id`)."""
+"""Stands in no `x-request-id` that is taken from a client (`serving.http.bodies.read_request_id`)."""
 _CONTEXT = b"serving.billing.credits"
 _VALUE = re.compile(r"([0-9]{1,18})\.([0-9a-f]{64})")
 

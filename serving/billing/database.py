@@ -28,7 +28,7 @@ from serving.billing.periods import month_of
 from serving.billing.prices import PriceRow
 from serving.billing.records import RequestRecord
 from serving.billing.schema import LOST_TRIES, MONTHS, PRICES, REPLICAS, REQUESTS, row_of
-from serving.billing_settings import BillingSettings
+from serving.settings.billing import BillingSettings
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from serving.billing.records import RequestRecord
-from serving.billing_settings import BillingSettings
 from serving.errors import OverloadedError, RateLimitError
+from serving.settings.billing import BillingSettings
 
 FULL = "ledger_full"
 OWN_FULL = "tenant_ledger_full"

@@ -18,14 +18,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from serving.billing.database import Database, ReplicaLife, is_data_fault
-from serving.billing.frames import clean_record, encode_frame
+from serving.billing.journal_frames import clean_record, encode_frame
 from serving.billing.journal_room import JournalRoom
 from serving.billing.open_requests import AskReplica, OpenRequest, close_request
 from serving.billing.prices import PriceBook
 from serving.billing.queries import sum_month_by_tenant
 from serving.billing.records import RequestRecord
 from serving.billing.spool import Spool, adopt_spool, open_spool, sync_and_close
-from serving.billing_settings import BillingSettings
+from serving.settings.billing import BillingSettings
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from serving.billing.periods import start_of_day_ns
 from serving.billing.records import Outcome, TokenCounts
-from serving.billing_settings import PriceListSettings, PriceSettings, RateSettings
+from serving.settings.billing import PriceListSettings, PriceSettings, RateSettings
 
 NANO_PER_DOLLAR = 10**9
 _PICO_PER_NANO = 1000

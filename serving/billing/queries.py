@@ -12,7 +12,7 @@ from serving.billing.periods import NS_PER_DAY, Window
 from serving.billing.reconcile import LedgerTotals, Totals
 from serving.billing.reports import GroupBy, UsageRow
 from serving.billing.schema import LOST_TRIES, MONTHS, REPLICAS, REQUESTS
-from serving.billing.spend import Uptime, Work, clip_lives
+from serving.billing.stack_costs import Uptime, Work, clip_lives
 
 _GROUPS: dict[GroupBy, ColumnElement[Any]] = {
     GroupBy.DAY: REQUESTS.c.arrived_ns.op("/")(literal_column(str(NS_PER_DAY))),

@@ -15,7 +15,7 @@ from typing import Any
 
 from serving.billing.periods import NS_PER_DAY, NS_PER_S, Window, day_of, start_of_day_ns
 from serving.billing.prices import format_dollars, to_dollars
-from serving.billing.spend import CostLine
+from serving.billing.stack_costs import CostLine
 
 
 class GroupBy(StrEnum):

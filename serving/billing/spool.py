@@ -25,10 +25,10 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from serving.billing.frames import MAX_PAYLOAD_BYTES, decode_frames, encode_frame
+from serving.billing.journal_frames import MAX_PAYLOAD_BYTES, decode_frames, encode_frame
 from serving.billing.open_requests import OpenRequests, read_open_requests
 from serving.billing.records import RequestRecord
-from serving.billing_settings import SpoolSettings
+from serving.settings.billing import SpoolSettings
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from serving.errors import SettingsError
-from serving.settings import EngineSettings, ModelSettings, Settings
+from serving.settings.stack import EngineSettings, ModelSettings, Settings
 
 _DEFAULTS: dict[str, Any] = {
     # Answers start greedy unless the request asks for something else: a page has one text.
@@ -63,7 +63,7 @@ def check_engine_args(settings: Settings) -> None:
     Raises:
         SettingsError: a name that vLLM does not know, with the closest that it does.
     """
-    from serving.plugin.private import known_server_args
+    from serving.plugin.vllm_internals import known_server_args
 
     known = known_server_args()
     for name, model in settings.models.items():

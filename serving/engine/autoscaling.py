@@ -14,9 +14,9 @@ from typing import Any
 import ray
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
-from serving.directory import RouterReport, Snapshot
-from serving.engine.directory import DIRECTORY_NAME
-from serving.settings import AutoscalingSettings, Settings
+from serving.cluster.directory import RouterReport, Snapshot
+from serving.cluster.directory_actor import DIRECTORY_NAME
+from serving.settings.stack import AutoscalingSettings, Settings
 
 _SURVEY_S = 0.5
 _MIN_WINDOW_S = 1.0

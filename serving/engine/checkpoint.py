@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from serving.errors import SettingsError
-from serving.settings import NANO
+from serving.settings.stack import NANO
 
 CHECKPOINTS_DIR = Path("checkpoints")
 _INDEX = "model.safetensors.index.json"

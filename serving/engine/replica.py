@@ -18,14 +18,14 @@ import ray
 from ray import serve
 from ray.serve import Application
 
-from serving.directory import ReplicaRecord, ReplicaState
+from serving.cluster.deployment_versions import engine_version, max_replicas, surge_percent, with_version
+from serving.cluster.directory import ReplicaRecord, ReplicaState
+from serving.cluster.directory_actor import reach_directory
 from serving.engine.autoscaling import build_autoscaling
-from serving.engine.directory import reach_directory
+from serving.engine.backends import Engine, run_engine
 from serving.engine.failures import StartLog, explain, is_transient
-from serving.engine.start import Engine, run_engine
-from serving.http_server import HttpServer
-from serving.settings import ModelSettings, Settings
-from serving.versions import engine_version, max_replicas, surge_percent, with_version
+from serving.http.server import HttpServer
+from serving.settings.stack import ModelSettings, Settings
 
 logger = logging.getLogger(__name__)
 

@@ -13,11 +13,11 @@ from ray.actor import ActorHandle
 from ray.serve import Application
 from starlette.routing import BaseRoute
 
+from serving.cluster.deployment_versions import ocr_version, with_version
 from serving.ocr.host import OcrHost
-from serving.ocr.routers import Routers
-from serving.settings import Settings
+from serving.ocr.reading.router_client import Routers
+from serving.settings.stack import Settings
 from serving.telemetry.logs import configure_logs
-from serving.versions import ocr_version, with_version
 
 logger = logging.getLogger(__name__)
 

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 from starlette.routing import BaseRoute
 
-from serving.asgi.draining import Drainable
-from serving.directory import ServiceRecord
-from serving.http_server import HttpServer
-from serving.ocr.app import OcrApp
-from serving.ocr.fonts import warn_of_missing_fonts
-from serving.ocr.routers import Routers
-from serving.ocr.service import OcrService
-from serving.settings import Settings
+from serving.cluster.directory import ServiceRecord
+from serving.http.draining import Drainable
+from serving.http.server import HttpServer
+from serving.ocr.api.app import OcrApp
+from serving.ocr.api.service import OcrService
+from serving.ocr.reading.router_client import Routers
+from serving.ocr.rendering.fonts import warn_of_missing_fonts
+from serving.settings.stack import Settings
 from serving.telemetry.exporter import MetricsServer
 
 

@@ -10,8 +10,8 @@ from starlette.routing import BaseRoute
 
 from serving.errors import SettingsError
 from serving.ocr.host import OcrHost
-from serving.ocr.routers import Routers
-from serving.settings import Settings
+from serving.ocr.reading.router_client import Routers
+from serving.settings.stack import Settings
 from serving.telemetry.logs import configure_logs
 
 

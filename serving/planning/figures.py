@@ -17,7 +17,7 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter, ValidationError
 
 from serving.errors import SettingsError
-from serving.frozen import Frozen
+from serving.settings.base import Frozen
 
 
 class Basis(StrEnum):

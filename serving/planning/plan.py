@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from serving.billing.prices import Price
-from serving.billing_settings import RateSettings
 from serving.planning.curve import ServiceCurve
 from serving.planning.figures import Basis, Figure, Figures
 from serving.planning.sheet import Sheet
 from serving.planning.simulation import Pages
 from serving.planning.sizing import CELL, PlanError, Sizing
-from serving.plugin.selection import MODES
+from serving.plugin.modes.selection import MODES
+from serving.settings.billing import RateSettings
 
 DAY_S, DAY_H = 86_400, 24
 _A4_AT_200_DPI = (1654, 2339)
@@ -93,7 +93,7 @@ def _add_load(sheet: Sheet, question: Question) -> Sequence[float]:
         sheet.add("peak_rate", "load, peak", mean * ratio, "pages/s", how, "mean_rate", "peak_to_mean")
     image_tokens = MODES[question.mode].num_tokens(*_A4_AT_200_DPI)
     prompt = image_tokens + sheet["prompt_text_tokens"]
-    how = f"{image_tokens} of an A4 page in {question.mode} mode (serving/plugin/modes.py), the rest is text"
+    how = f"{image_tokens} of an A4 page in {question.mode} mode (serving/plugin/modes/resolution.py), the rest is text"
     sheet.add("prompt_tokens", "prompt", prompt, "tokens/page", how, "prompt_text_tokens")
     tokens = sheet["peak_rate"] * sheet["output_tokens"]
     how = f"peak load x {sheet['output_tokens']:,.0f} tokens/page"

@@ -18,9 +18,9 @@ from typing import Any
 
 import simpy
 
-from serving.directory import ReplicaRecord, ReplicaState
+from serving.cluster.directory import ReplicaRecord, ReplicaState
 from serving.planning.curve import ServiceCurve
-from serving.router.balance import Load, Need, choose
+from serving.router.scheduling.balance import Load, Need, choose
 
 _WARM_UP, _COOL_DOWN = 0.1, 0.9
 """Pages that come before and after these parts of a run are not counted: it is not in full swing then."""

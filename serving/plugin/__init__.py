@@ -16,16 +16,17 @@ def register() -> None:
     """Put this project's model in the place of vLLM's own for the published architecture's name. May run many times."""
     from vllm import ModelRegistry
 
-    from serving.plugin.private import adapt_engine_config, replace_renderer
+    from serving.plugin.vllm_internals import adapt_engine_config, replace_renderer
 
-    ModelRegistry.register_model(ARCHITECTURE, "serving.plugin.model:DeepseekOCRForCausalLM")
+    ModelRegistry.register_model(ARCHITECTURE, "serving.plugin.model.deepseek_ocr:DeepseekOCRForCausalLM")
     adapt_engine_config(ARCHITECTURE, _configure)
-    replace_renderer("serving.plugin.renderer", "PageRenderer")
+    replace_renderer("serving.plugin.model.renderer", "PageRenderer")
 
 
 def _configure(vllm_config: Any) -> None:
     """Switch the n-gram guard and the loop stop on in an engine for this architecture."""
-    from serving.plugin import guard, repetition
+    from serving.plugin.repetition import loop_stop as repetition
+    from serving.plugin.repetition import ngram_guard as guard
 
     guard.configure(vllm_config)
     repetition.configure(vllm_config)

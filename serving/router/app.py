@@ -13,10 +13,8 @@ from typing import TYPE_CHECKING
 import orjson
 from starlette.types import Receive, Scope, Send
 
-from serving.asgi.guards import ClientGoneError, discard_body, read_headers, read_request_id
-from serving.asgi.reply import Reply
 from serving.billing.records import RequestRecord
-from serving.directory import EMPTY, RouterReport, ServiceRecord, Snapshot
+from serving.cluster.directory import EMPTY, RouterReport, ServiceRecord, Snapshot
 from serving.errors import (
     InternalError,
     InvalidRequestError,
@@ -24,24 +22,26 @@ from serving.errors import (
     RouteNotFoundError,
     ServingError,
 )
-from serving.frozen import is_loopback
-from serving.router.accounts import Accounts, build_ledger
-from serving.router.auth import Authenticator
-from serving.router.dispatch import Dispatcher
-from serving.router.documents import DocumentRelay, find_charge, is_for_ocr
-from serving.router.door import Door, Incoming
-from serving.router.gateway import Gateway
+from serving.http.bodies import ClientGoneError, discard_body, read_headers, read_request_id
+from serving.http.reply import Reply
+from serving.router.access.auth import Authenticator
+from serving.router.access.door import Door, Incoming
+from serving.router.access.limits import TenantLimits
+from serving.router.accounting.accounts import Accounts, build_ledger
+from serving.router.accounting.metering import Accountant, Call
 from serving.router.generation import Generation
-from serving.router.limits import TenantLimits
-from serving.router.lookups import GET_ROUTES, MODEL, QUOTE, Lookups
-from serving.router.metering import Accountant, Call
-from serving.router.openapi import build_document
-from serving.router.relay import Relay
-from serving.router.remote import RemoteImages
-from serving.router.state import RouterState
-from serving.settings import Settings
+from serving.router.lookups.openapi import build_document
+from serving.router.lookups.routes import GET_ROUTES, MODEL, QUOTE, Lookups
+from serving.router.lookups.state import RouterState
+from serving.router.relay.backend import Gateway
+from serving.router.relay.ocr_relay import DocumentRelay, find_charge, is_for_ocr
+from serving.router.relay.replica_relay import Relay
+from serving.router.request.remote_images import RemoteImages
+from serving.router.scheduling.dispatcher import Dispatcher
+from serving.settings.base import is_loopback
+from serving.settings.stack import Settings
+from serving.telemetry.gauges import read_settings
 from serving.telemetry.logs import log_request
-from serving.telemetry.readings import read_settings
 from serving.telemetry.router_metrics import Reading, RouterMetrics
 from serving.telemetry.targets import Group, list_targets
 

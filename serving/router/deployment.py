@@ -15,17 +15,17 @@ from ray.actor import ActorHandle
 from ray.serve import Application
 from starlette.types import ASGIApp
 
-from serving.asgi.draining import Drainable
-from serving.directory import EMPTY, Snapshot
+from serving.cluster.deployment_versions import router_version, with_version
+from serving.cluster.directory import EMPTY, Snapshot
 from serving.errors import SettingsError
-from serving.http_server import HttpServer
+from serving.http.draining import Drainable
+from serving.http.server import HttpServer
 from serving.router.app import RouterApp
-from serving.router_settings import RouterSettings
-from serving.settings import Settings
+from serving.settings.router import RouterSettings
+from serving.settings.stack import Settings
 from serving.telemetry.exporter import MetricsServer
 from serving.telemetry.logs import configure_logs
 from serving.telemetry.targets import TargetsFile
-from serving.versions import router_version, with_version
 
 logger = logging.getLogger(__name__)
 

@@ -11,25 +11,25 @@ from typing import TYPE_CHECKING
 
 from starlette.types import Receive
 
-from serving.asgi.guards import ClientGoneError, HeldBody, discard_body, read_body
-from serving.asgi.presence import ClientPresence
-from serving.asgi.reply import Reply
 from serving.billing.credits import SERVICE_MARK
 from serving.billing.records import Outcome
-from serving.directory import ReplicaRecord
+from serving.cluster.directory import ReplicaRecord
 from serving.errors import InvalidRequestError, ReplicaTimeoutError, ServingError
-from serving.router.accounts import Accounts
-from serving.router.auth import check_model_allowed
-from serving.router.bounds import bound_tokens
-from serving.router.dispatch import Dispatcher
-from serving.router.door import Door, Incoming
-from serving.router.gateway import Gateway
-from serving.router.limits import GENERATION
-from serving.router.metering import CLIENT_CLOSED, Accountant, Call, Ending
-from serving.router.remote import RemoteImages
-from serving.router.requests import RoutedRequest, parse_request
-from serving.router.work import read_images
-from serving.settings import Settings
+from serving.http.bodies import ClientGoneError, HeldBody, discard_body, read_body
+from serving.http.disconnects import ClientPresence
+from serving.http.reply import Reply
+from serving.router.access.auth import check_model_allowed
+from serving.router.access.door import Door, Incoming
+from serving.router.access.limits import GENERATION
+from serving.router.accounting.accounts import Accounts
+from serving.router.accounting.metering import CLIENT_CLOSED, Accountant, Call, Ending
+from serving.router.accounting.token_bounds import bound_tokens
+from serving.router.relay.backend import Gateway
+from serving.router.request.parsing import RoutedRequest, parse_request
+from serving.router.request.remote_images import RemoteImages
+from serving.router.scheduling.dispatcher import Dispatcher
+from serving.router.scheduling.work_estimate import read_images
+from serving.settings.stack import Settings
 
 if TYPE_CHECKING:
     from serving.telemetry.traces import Traces

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pydantic import SecretStr
 from starlette.types import Receive, Scope, Send
 
-from serving.asgi.bearer import BearerKey
-from serving.http_server import HttpServer
+from serving.http.bearer import BearerKey
+from serving.http.server import HttpServer
 from serving.telemetry.targets import Group, render_targets
 
 _TEXT = b"text/plain; version=0.0.4; charset=utf-8"

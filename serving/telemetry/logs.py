@@ -13,7 +13,7 @@ from typing import Any
 import structlog
 
 from serving.billing.records import RequestRecord
-from serving.telemetry_settings import LogSettings
+from serving.settings.telemetry import LogSettings
 
 _ROOT = "serving"
 _NS_PER_MS = 1_000_000

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from serving.directory import RouterReport, ServiceRecord, Snapshot
+from serving.cluster.directory import RouterReport, ServiceRecord, Snapshot
 
 Group = dict[str, list[str] | dict[str, str]]
 """`{"targets": ["host:port"], "labels": {...}}`"""

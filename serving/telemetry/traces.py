@@ -23,7 +23,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from serving.billing.records import Outcome, RequestRecord
 from serving.errors import ServingError
-from serving.telemetry_settings import TelemetrySettings
+from serving.settings.telemetry import TelemetrySettings
 
 _PROPAGATOR = TraceContextTextMapPropagator()
 _CONTEXT_HEADERS = (b"traceparent", b"tracestate")

@@ -54,7 +54,7 @@ async def _show_page(request: Request) -> Response:
 
 async def _show_sample(request: Request) -> Response:
     """A page that the bundled checkpoint reads."""
-    file = Path(str(importlib.resources.files("serving.demo") / "sample.png"))
+    file = Path(str(importlib.resources.files("serving.nano") / "sample.png"))
     return FileResponse(file, headers=HEADERS)
 
 

@@ -11,8 +11,8 @@ from monitoring.prometheus import Prometheus, needs_prometheus
 
 from e2e.conftest import Stack
 from e2e.pages import build_page, encode
+from serving.cli.demo_metrics import build_config, free_port, run_prometheus
 from serving.telemetry.dashboards import DASHBOARDS, RATE
-from serving.telemetry.demo import build_config, free_port, run_prometheus
 
 pytestmark = pytest.mark.timeout(600)
 NAMES = [expression for panels in DASHBOARDS.values() for panel in panels for expression, _ in panel.queries]

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from e2e.conftest import ROOT, Stack
-from serving.demo.pages import CORE, sample_page
+from serving.nano.pages import CORE, sample_page
 
 NUM_PAGES = 2
 

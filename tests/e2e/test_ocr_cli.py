@@ -11,9 +11,9 @@ from unit.ocr.papers import office_file
 
 from e2e.conftest import ROOT, Stack, free_port
 from e2e.scripted_stack import SERVING, wait_until
-from serving.demo.documents import sample_sheet, write_document
-from serving.demo.metrics import character_error_rate
-from serving.ocr.client import OcrClient
+from serving.nano.documents import sample_sheet, write_document
+from serving.nano.training.metrics import character_error_rate
+from serving.ocr_client.client import OcrClient
 
 SHEETS = [sample_sheet(7, index) for index in range(20)]
 HALL_POINTS = 20 / 0.0254 * 72

@@ -15,10 +15,10 @@ from unit.ocr.service import BODY_BYTES, frame, reads, tail
 from unit.router.stack import Engine, Exchange, answers, build_settings, eventually, run_router
 
 from e2e.ocr_processes import WITHIN_S, count_asked, read_pages, service_process, wait_for_job
-from serving.billing_settings import BillingSettings
-from serving.ocr_settings import OcrSettings
-from serving.router_settings import LimitSettings
-from serving.settings import Settings
+from serving.settings.billing import BillingSettings
+from serving.settings.ocr import OcrSettings
+from serving.settings.router import LimitSettings
+from serving.settings.stack import Settings
 
 NUM_PAGES = 50
 

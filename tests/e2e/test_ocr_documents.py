@@ -18,9 +18,9 @@ from unit.web.browser import run_chromium, visit
 
 from e2e.conftest import ROOT, Stack, free_port
 from e2e.scripted_stack import SERVING, wait_until
-from serving.demo.documents import sample_sheet, write_document
-from serving.demo.metrics import character_error_rate
-from serving.ocr.client import OcrClient, Options
+from serving.nano.documents import sample_sheet, write_document
+from serving.nano.training.metrics import character_error_rate
+from serving.ocr_client.client import OcrClient, Options
 
 NUM_PAGES = 50
 SHEETS = [sample_sheet(100, index) for index in range(NUM_PAGES)]

@@ -17,7 +17,7 @@ from unit.ocr.service import BODY_BYTES, reads
 from unit.router.stack import Engine, Exchange, build_settings, run_router
 
 from e2e.ocr_processes import service_process
-from serving.router_settings import LimitSettings
+from serving.settings.router import LimitSettings
 
 NUM_PAGES = 1000
 MAX_GROWTH_BYTES = 300 * 2**20

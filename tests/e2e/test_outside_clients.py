@@ -20,7 +20,7 @@ from e2e.conftest import ROOT, Stack
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-PAGE = ROOT / "serving/demo/sample.png"
+PAGE = ROOT / "serving/nano/sample.png"
 REQUIREMENTS = Path(__file__).with_name("outside_requirements.txt")
 SCRIPT = Path(__file__).with_name("outside_clients.py")
 UV = [sys.executable, "-m", "uv"]
@@ -57,7 +57,7 @@ def truth(stack: Stack) -> str:
         text = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
         assert text == whole.choices[0].message.content
         assert next(model.id for model in client.models.list()) == "nano"
-    assert text == (ROOT / "serving/demo/sample.txt").read_text().rstrip("\n")
+    assert text == (ROOT / "serving/nano/sample.txt").read_text().rstrip("\n")
     return text
 
 

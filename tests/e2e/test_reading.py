@@ -12,9 +12,9 @@ from PIL import Image
 
 from e2e.conftest import ROOT
 from e2e.pages import encode, page_message
-from serving.demo.measure import SPECS, held_out_pages
-from serving.demo.metrics import character_error_rate
-from serving.demo.pages import Page
+from serving.nano.pages import Page
+from serving.nano.training.measure import SPECS, held_out_pages
+from serving.nano.training.metrics import character_error_rate
 
 # Seeds and words of the split "test" are never trained on. These are the pages of the model card's tables.
 SEED, NUM_PAGES = 100, 100
@@ -59,8 +59,8 @@ def test_a_page_reads_the_same_alone_and_among_others(client: openai.OpenAI, pag
 
 
 def test_the_sample_page_is_read_to_the_letter(client: openai.OpenAI) -> None:
-    with Image.open(ROOT / "serving/demo/sample.png") as image:
-        assert read(client, image, "tiny") + "\n" == (ROOT / "serving/demo/sample.txt").read_text()
+    with Image.open(ROOT / "serving/nano/sample.png") as image:
+        assert read(client, image, "tiny") + "\n" == (ROOT / "serving/nano/sample.txt").read_text()
 
 
 @pytest.mark.slow

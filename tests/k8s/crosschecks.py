@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from serving.router_settings import LimitSettings
+from serving.settings.router import LimitSettings
 
 from .kuberay import check_kuberay, check_open_files, check_probes, check_weights, read_resources
 from .manifests import K8S, Manifests, PodTemplate, flags, named_secrets

@@ -84,15 +84,15 @@ def test_the_cpu_image_answers(buildah: Buildah, tmp_path: Path) -> None:
     # As KubeRay starts Ray, and as probes and hooks are run.
     assert "2.60.0" in buildah.run(*run, "/bin/bash", "-lc", "ray --version")
     assert "GNU Wget" in buildah.run(*run, "/bin/sh", "-c", "wget --version")
-    assert "--within" in buildah.run(*run, "/opt/serving/bin/python", "-m", "serving.drain", "--help")
-    fonts = "from serving.ocr.fonts import FOLDERS, find_scripts; print(len(find_scripts(FOLDERS)))"
+    assert "--within" in buildah.run(*run, "/opt/serving/bin/python", "-m", "serving.cli.drain_node", "--help")
+    fonts = "from serving.ocr.rendering.fonts import FOLDERS, find_scripts; print(len(find_scripts(FOLDERS)))"
     assert buildah.run(*run, "/opt/serving/bin/python", "-c", fonts) == "4", "PDFs without fonts would be blank"
     # No weights but nano's; compressed-tensors brings some matrices of its own.
     find = "find / -xdev -name '*.safetensors' -size +100k 2>/dev/null || true"
     found = {Path(file).name for file in buildah.run(*run, "/bin/sh", "-c", find).splitlines()}
     assert found == {"nano.safetensors", "hadamards.safetensors"}
     # What the Jobs that warm the models' volume run.
-    made = buildah.run(*run, "/bin/sh", "-ec", "python -m serving.demo.build --out /tmp/nano; ls /tmp/nano")
+    made = buildah.run(*run, "/bin/sh", "-ec", "python -m serving.nano.build --out /tmp/nano; ls /tmp/nano")
     assert "config.json" in made
     assert "download" in buildah.run(*run, "/opt/serving/bin/hf", "download", "--help")
     size = buildah.run(*run, "/bin/sh", "-c", "du -sxm / 2>/dev/null | cut -f1 || true")

@@ -14,7 +14,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from serving.settings import load_settings
+from serving.settings.stack import load_settings
 
 from .crosschecks import CHECKS
 from .manifests import BIN, K8S, OVERLAYS, ROOT, Manifests, named_secrets, read_manifests, render
@@ -25,7 +25,7 @@ with warnings.catch_warnings():
     from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
     from ray.serve.schema import ServeDeploySchema
 
-    from serving import applications
+    from serving.stack import applications
 
 CUSTOM = {"RayService", "PodMonitor", "ScrapeConfig", "PrometheusRule"}
 SECRETS = {
@@ -205,7 +205,7 @@ def test_the_mounted_settings_pass_the_check(texts: dict[str, str], tmp_path: Pa
         file.write_text(read_manifests(file.stem, texts[file.stem]).settings_text)
     # `serving check-config` for each, in one process: vLLM, which is asked about its arguments, takes long to import.
     script = (
-        "import sys; from serving.cli import app\n"
+        "import sys; from serving.cli.main import app\n"
         "for file in sys.argv[1:]: app(['check-config', file], standalone_mode=False)"
     )
     checked = subprocess.run(

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from e2e.scripted_stack import ScriptedStack, run_scripted_stack, wait_until
 
-from serving.telemetry.demo import build_config, free_port, run_prometheus
+from serving.cli.demo_metrics import build_config, free_port, run_prometheus
 
 from .prometheus import Prometheus, needs_prometheus
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from serving.settings import ENV_PREFIX
+from serving.settings.stack import ENV_PREFIX
 
 # A busy machine must not fail a property, and a run must not depend on the one before.
 hypothesis.settings.register_profile("unit", deadline=None, derandomize=True, database=None)

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from serving.errors import SettingsError
-from serving.settings import Settings
+from serving.settings.stack import Settings
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's own
     from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 
-    from serving import applications
-    from serving.applications import EngineArgs, EntranceArgs, resolve_checkpoint
+    from serving.stack import applications
+    from serving.stack.applications import EngineArgs, EntranceArgs, resolve_checkpoint
 
 
 class Directory:

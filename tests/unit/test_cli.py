@@ -10,11 +10,11 @@ import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
-from serving import lifecycle
-from serving.cli import app
+from serving.cli.main import app
 from serving.errors import SettingsError
-from serving.lifecycle import Run
-from serving.settings import Settings
+from serving.settings.stack import Settings
+from serving.stack import run_file as lifecycle
+from serving.stack.run_file import Run
 
 WriteSettings = Callable[..., Path]
 KNOWN = frozenset({"max_model_len", "max_num_seqs", "dtype"})
@@ -27,7 +27,7 @@ def run(*arguments: str | Path) -> Result:
 @pytest.fixture
 def _known_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Asking vLLM itself means importing it, which takes seconds."""
-    monkeypatch.setattr("serving.plugin.private.known_server_args", lambda: KNOWN)
+    monkeypatch.setattr("serving.plugin.vllm_internals.known_server_args", lambda: KNOWN)
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def stack_runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Settings, bool]]:
         runs.append((settings, is_verbose))
         return 7
 
-    monkeypatch.setattr("serving.launch.run_stack", run_stack)
+    monkeypatch.setattr("serving.stack.up.run_stack", run_stack)
     return runs
 
 
@@ -149,7 +149,7 @@ def build_run(address: str = "127.0.0.1:8000", config: str = "/a.yaml") -> Run:
 
 
 class Running:
-    """What `serving.lifecycle` finds and does, in the place of processes."""
+    """What `serving.stack.run_file` finds and does, in the place of processes."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.runs: list[Run] = []

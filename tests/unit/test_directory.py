@@ -6,7 +6,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from serving.directory import EMPTY, Directory, ReplicaRecord, ReplicaState, Snapshot
+from serving.cluster.directory import EMPTY, Directory, ReplicaRecord, ReplicaState, Snapshot
 
 LEASE_S = 10.0
 START_LEASE_S = 900.0

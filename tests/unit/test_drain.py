@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from serving import drain
-from serving.drain import Node
+from serving.cli import drain_node as drain
+from serving.cli.drain_node import Node
 
 COMMAND = ["/x/raylet", "--node_id=abc", "--gcs-address=10.0.0.1:6379", "--head", "--labels=", "--a=b=c"]
 

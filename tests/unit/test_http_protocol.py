@@ -16,9 +16,9 @@ from hostile.wire import send
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from serving.http_protocol import GuardedProtocol
-from serving.http_server import HttpServer
-from serving.router_settings import LimitSettings
+from serving.http.protocol import GuardedProtocol
+from serving.http.server import HttpServer
+from serving.settings.router import LimitSettings
 
 QUICK = LimitSettings(max_header_bytes=2048, header_timeout_s=0.2, body_timeout_s=0.3, write_timeout_s=0.3)
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"

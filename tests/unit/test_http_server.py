@@ -11,7 +11,7 @@ import httpx
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from serving.http_server import HttpServer
+from serving.http.server import HttpServer
 
 
 class App:

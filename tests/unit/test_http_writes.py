@@ -8,8 +8,8 @@ from typing import Any
 import httpx
 from starlette.types import Receive, Scope, Send
 
-from serving.http_server import HttpServer
-from serving.http_writes import JoiningTransport, WriteRound
+from serving.http.joined_writes import JoiningTransport, WriteRound
+from serving.http.server import HttpServer
 
 
 @dataclass

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from serving.cli import app
-from serving.router.auth import Authenticator
-from serving.router.keys import read_keys
-from serving.tenants import Priority, Tenant
+from serving.cli.main import app
+from serving.router.access.auth import Authenticator
+from serving.router.access.keys_file import read_keys
+from serving.settings.tenants import Priority, Tenant
 
 
 @pytest.fixture

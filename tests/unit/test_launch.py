@@ -19,14 +19,15 @@ import psutil
 import pytest
 from rich.console import Console
 
-from serving import cluster, launch
-from serving.cluster import Cluster, LostError, StartError
-from serving.directory import EMPTY, ReplicaRecord, ReplicaState, Snapshot
+from serving.cluster.directory import EMPTY, ReplicaRecord, ReplicaState, Snapshot
 from serving.errors import ServingError, SettingsError
-from serving.ocr_settings import OcrSettings
-from serving.router_settings import RouterSettings
-from serving.settings import AutoscalingSettings, ModelSettings, RaySettings, Settings
-from serving.supervisor import SignalRequests
+from serving.settings.ocr import OcrSettings
+from serving.settings.router import RouterSettings
+from serving.settings.stack import AutoscalingSettings, ModelSettings, RaySettings, Settings
+from serving.stack import ray_start as cluster
+from serving.stack import up as launch
+from serving.stack.ray_start import Cluster, LostError, StartError
+from serving.stack.supervisor import SignalRequests
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's own; `launch` imports it late

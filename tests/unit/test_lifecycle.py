@@ -13,11 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from serving import lifecycle
 from serving.errors import ServingError
-from serving.lifecycle import Run, RunFile, find_run_at, find_runs, reload_run, run_file, run_folder, stop_run
-from serving.router_settings import RouterSettings
-from serving.settings import ModelSettings, Settings
+from serving.settings.router import RouterSettings
+from serving.settings.stack import ModelSettings, Settings
+from serving.stack import run_file as lifecycle
+from serving.stack.run_file import Run, RunFile, find_run_at, find_runs, reload_run, run_file, run_folder, stop_run
 
 Say = Callable[[str], None]
 
@@ -85,9 +85,9 @@ def test_a_run_file_lasts_as_long_as_what_runs_and_is_nobody_elses(folder: Path)
 HOLD = """
 import os, sys
 from pathlib import Path
-from serving.lifecycle import RunFile
-from serving.router_settings import RouterSettings
-from serving.settings import ModelSettings, Settings
+from serving.stack.run_file import RunFile
+from serving.settings.router import RouterSettings
+from serving.settings.stack import ModelSettings, Settings
 
 router = RouterSettings(port=int(sys.argv[1]), host=sys.argv[2], allow_unauthenticated=True)
 with RunFile(Settings(models={"m": ModelSettings(checkpoint="x")}, router=router), Path("first.yaml")).kept():

@@ -15,12 +15,12 @@ from pathlib import Path, PurePath
 import pytest
 from typer.testing import CliRunner, Result
 
-from serving.cli import app
-from serving.ocr.bulk import OutputFormat, plan_tasks
+from serving.cli.main import app
+from serving.ocr_client.bulk import OutputFormat, plan_tasks
 from unit.ocr.papers import write_image, write_pdf
 from unit.ocr.service_double import OcrDouble, run_double
 
-SERVING = [sys.executable, "-m", "serving.cli"]
+SERVING = [sys.executable, "-m", "serving.cli.main"]
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from serving.cli import app
+from serving.cli.main import app
 
 RUNNER = CliRunner()
 CURVE = {

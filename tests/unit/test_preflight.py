@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from serving.billing.database import Database
-from serving.billing_settings import BillingSettings
 from serving.errors import SettingsError
-from serving.preflight import check_before_start
-from serving.settings import Settings
+from serving.settings.billing import BillingSettings
+from serving.settings.stack import Settings
+from serving.stack.preflight import check_before_start
 
 
 def build(folder: Path, **sections: Any) -> Settings:

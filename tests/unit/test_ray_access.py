@@ -12,8 +12,8 @@ import grpc
 import pytest
 
 from serving.errors import SettingsError
-from serving.ray_access import UnreachableError, check_closed, prepare_token, token_file
-from serving.settings import RaySettings
+from serving.settings.stack import RaySettings
+from serving.stack.ray_access import UnreachableError, check_closed, prepare_token, token_file
 
 OWN = RaySettings()
 JOINED = RaySettings(address="10.0.0.1:6379")
@@ -129,7 +129,7 @@ def test_what_is_no_cluster_is_said_in_a_line(run_gcs: Callable[[Any], str], mon
 
 
 def test_what_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.ray_access._PROBE_S", 0.3)
+    monkeypatch.setattr("serving.stack.ray_access._PROBE_S", 0.3)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()

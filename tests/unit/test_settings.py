@@ -13,10 +13,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving import settings as settings_module
 from serving.errors import SettingsError
-from serving.frozen import is_loopback
-from serving.settings import NANO, Settings, dump_settings, fill_keys, keep_keys, load_settings
+from serving.settings import stack as settings_module
+from serving.settings.base import is_loopback
+from serving.settings.stack import NANO, Settings, dump_settings, fill_keys, keep_keys, load_settings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 WriteSettings = Callable[..., Path]

@@ -20,7 +20,7 @@ WITHIN_S = 15
 # The stack process starts a child, which starts a grandchild in a session of its own: both ignore polite signals.
 SCRIPT = """
 import signal, subprocess, sys, time
-from serving.supervisor import end_descendants, reap_adopted, supervise
+from serving.stack.supervisor import end_descendants, reap_adopted, supervise
 
 STUBBORN = '''
 import signal, subprocess, sys, time

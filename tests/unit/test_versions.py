@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from serving.settings import Settings
-from serving.versions import engine_version, ocr_version, router_version, surge_percent, with_version
+from serving.cluster.deployment_versions import engine_version, ocr_version, router_version, surge_percent, with_version
+from serving.settings.stack import Settings
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray Serve's import warns of itself

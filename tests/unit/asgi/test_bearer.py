@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from pydantic import SecretStr
 
-from serving.asgi.bearer import BearerKey
+from serving.http.bearer import BearerKey
 
 
 def scope(*values: bytes) -> dict[str, object]:

@@ -6,8 +6,8 @@ import time
 import httpx
 from starlette.types import Receive, Scope, Send
 
-from serving.asgi.draining import Drainable
-from serving.http_server import HttpServer
+from serving.http.draining import Drainable
+from serving.http.server import HttpServer
 
 
 class App:

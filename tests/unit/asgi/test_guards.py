@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive
 
-from serving.asgi.guards import (
+from serving.errors import BodyTooLargeError, InvalidRequestError, OverloadedError, RequestTimeoutError
+from serving.http.bodies import (
     BodyBudget,
     ClientGoneError,
     check_json,
@@ -16,8 +17,7 @@ from serving.asgi.guards import (
     read_body,
     read_request_id,
 )
-from serving.errors import BodyTooLargeError, InvalidRequestError, OverloadedError, RequestTimeoutError
-from serving.router_settings import LimitSettings
+from serving.settings.router import LimitSettings
 
 LIMITS = LimitSettings(max_body_bytes=2000, max_json_depth=4, max_json_values=1000, body_timeout_s=0.05)
 

@@ -4,8 +4,8 @@ import socket
 
 import pytest
 
-from serving.asgi.origins import FORM, JSON, build_rules, check_content_type, check_source
 from serving.errors import InvalidRequestError, PermissionDeniedError
+from serving.http.origins import FORM, JSON, build_rules, check_content_type, check_source
 
 LOCAL = build_rules("127.0.0.1", ())
 OPEN = build_rules("0.0.0.0", ("OCR.example",))

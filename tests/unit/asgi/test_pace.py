@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from starlette.requests import Request
 from starlette.types import Message, Receive, Scope
 
-from serving.asgi.guards import read_body
-from serving.asgi.pace import BodyPace
 from serving.errors import RequestTimeoutError
-from serving.ocr.intake import _Body as Upload
-from serving.router.documents import _Body as Relayed
-from serving.router_settings import LimitSettings
+from serving.http.bodies import read_body
+from serving.http.body_pace import BodyPace
+from serving.ocr.api.uploads import _Body as Upload
+from serving.router.relay.ocr_relay import _Body as Relayed
+from serving.settings.router import LimitSettings
 
 SILENCE_S, RATE = 60.0, 100.0
 LIMITS = LimitSettings(body_timeout_s=SILENCE_S, min_body_bytes_per_s=int(RATE))

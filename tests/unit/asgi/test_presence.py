@@ -5,8 +5,8 @@ import asyncio
 import pytest
 from starlette.types import Message
 
-from serving.asgi.guards import ClientGoneError
-from serving.asgi.presence import ClientPresence
+from serving.http.bodies import ClientGoneError
+from serving.http.disconnects import ClientPresence
 
 
 class Connection:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu
-from serving.settings import load_settings
+from serving.settings.stack import load_settings
 
 CONFIG = Path("configs/h100.yaml")
 

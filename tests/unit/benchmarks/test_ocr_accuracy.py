@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 
 from benchmarks.ocr_accuracy import Measured, build_rows, build_tables, measure
-from serving.demo.documents import Sheet
-from serving.ocr.client import Options
-from serving.ocr.results import OcrResult
+from serving.nano.documents import Sheet
+from serving.ocr_client.client import Options
+from serving.ocr_client.results import OcrResult
 
 TINY = Measured("tiny", rates=[0.0, 0.02, 0.1], chars=[128, 192, 320], seconds=6.0, dollars=0.00003, num_failed=0)
 BASE = Measured("base", rates=[0.0, 0.0, 0.04], chars=[128, 192, 320], seconds=12.0, dollars=0.00006, num_failed=1)

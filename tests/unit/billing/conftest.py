@@ -18,7 +18,7 @@ import pytest
 from pydantic import SecretStr
 
 from serving.billing.database import Database
-from serving.billing_settings import BillingSettings, SpoolSettings
+from serving.settings.billing import BillingSettings, SpoolSettings
 
 START_S = 60.0
 MakeSettings = Callable[..., BillingSettings]

@@ -19,7 +19,7 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from serving.billing.ledger import Ledger
-from serving.billing_settings import BillingSettings, SpoolSettings
+from serving.settings.billing import BillingSettings, SpoolSettings
 from unit.billing.samples import make_record
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from serving.billing.counters import CountersError, fetch_readings, load_readings
 from serving.billing.database import Database, ReplicaLife
+from serving.billing.engine_counters import CountersError, fetch_readings, load_readings
 from serving.billing.periods import NS_PER_HOUR
 from serving.billing.spool import open_spool
-from serving.billing_cli import app
-from serving.settings import Settings, load_settings
+from serving.cli.billing import app
+from serving.settings.stack import Settings, load_settings
 from unit.billing.samples import NOON_NS, make_record
 
 COUNTS = {"started_ns": 1, "prompt_tokens": 3000, "completion_tokens": 1500, "requests": 3}

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from serving.asgi.guards import read_headers, read_request_id
 from serving.billing.credits import CREDIT_HEADER, SERVICE_MARK, CreditReader, CreditSigner, find_signer
 from serving.errors import InvalidRequestError
+from serving.http.bodies import read_headers, read_request_id
 
 SIGNER = CreditSigner(b"secret")
 

@@ -19,7 +19,7 @@ from serving.billing.periods import month_of
 from serving.billing.prices import PriceBook
 from serving.billing.records import LostTry, RequestRecord
 from serving.billing.schema import LOST_TRIES, METADATA, MIXED, MONTHS, PRICES, REPLICAS, REQUESTS, row_of
-from serving.billing_settings import BillingSettings, PriceSettings
+from serving.settings.billing import BillingSettings, PriceSettings
 from unit.billing.conftest import MakeSettings
 from unit.billing.samples import NOON_NS, RECORDS, SAMPLE, make_record
 

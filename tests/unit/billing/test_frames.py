@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.billing.frames import MAGIC, MAX_PAYLOAD_BYTES, clean_record, decode_frames, encode_frame
+from serving.billing.journal_frames import MAGIC, MAX_PAYLOAD_BYTES, clean_record, decode_frames, encode_frame
 from serving.billing.records import RequestRecord
 from unit.billing.samples import RECORDS, SAMPLE, make_record
 

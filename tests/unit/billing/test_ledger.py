@@ -15,14 +15,14 @@ from pydantic import SecretStr
 from sqlalchemy import func, select
 
 from serving.billing.database import Database, ReplicaLife
-from serving.billing.frames import decode_frames
+from serving.billing.journal_frames import decode_frames
 from serving.billing.ledger import Ledger
 from serving.billing.periods import month_of
 from serving.billing.prices import PriceBook
 from serving.billing.schema import MONTHS, PRICES, REPLICAS, REQUESTS
 from serving.billing.spool import Spool, open_spool, read_spools
-from serving.billing_settings import BillingSettings, PriceSettings, SpoolSettings
 from serving.errors import ServingError
+from serving.settings.billing import BillingSettings, PriceSettings, SpoolSettings
 from unit.billing.conftest import MakeSettings
 from unit.billing.samples import make_record
 from unit.billing.test_spool import die

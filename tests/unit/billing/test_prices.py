@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from serving.billing.periods import parse_time_ns
 from serving.billing.prices import Price, PriceBook, format_dollars, to_dollars
 from serving.billing.records import Outcome, TokenCounts
-from serving.settings import PriceSettings
+from serving.settings.stack import PriceSettings
 
 DOLLARS_PER_MILLION = st.integers(0, 10**10).map(lambda micro: Decimal(micro).scaleb(-6))
 TOKENS = st.integers(0, 10**9)

@@ -35,8 +35,8 @@ from serving.billing.reports import (
     whole_days,
 )
 from serving.billing.schema import REQUESTS, row_of
-from serving.billing.spend import CostLine
-from serving.billing_settings import BillingSettings
+from serving.billing.stack_costs import CostLine
+from serving.settings.billing import BillingSettings
 from unit.billing.samples import NOON_NS, RECORDS, make_record
 
 NOVEMBER = month_window("2026-11")

@@ -12,8 +12,8 @@ from serving.billing.database import Database, ReplicaLife
 from serving.billing.periods import NS_PER_HOUR, Window
 from serving.billing.queries import read_uptimes, sum_work
 from serving.billing.records import TokenCounts
-from serving.billing.spend import Uptime, Work, cost_of_time, report_costs, split
-from serving.billing_settings import BillingSettings
+from serving.billing.stack_costs import Uptime, Work, cost_of_time, report_costs, split
+from serving.settings.billing import BillingSettings
 from unit.billing.samples import NOON_NS, make_record
 
 DOLLAR = 10**9

@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serving.billing import spool as spools
-from serving.billing.frames import encode_frame
+from serving.billing.journal_frames import encode_frame
 from serving.billing.records import RequestRecord
 from serving.billing.spool import Spool, adopt_spool, open_spool, read_spools, sync_and_close
-from serving.billing_settings import SpoolSettings
+from serving.settings.billing import SpoolSettings
 from unit.billing.samples import make_record
 
 SIZE = len(encode_frame(make_record(0)))

@@ -12,7 +12,7 @@ import torch
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     importlib.import_module("vllm.model_executor.models.deepencoder")
-    importlib.import_module("serving.plugin.vision")
+    importlib.import_module("serving.plugin.model.vision")
 
 
 @pytest.fixture(scope="package", autouse=True)

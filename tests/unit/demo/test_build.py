@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from serving.demo.build import build_checkpoint, build_random_weights, read_trained_weights, weight_shapes
-from serving.demo.config import NANO, NanoConfig
+from serving.nano.build import build_checkpoint, build_random_weights, read_trained_weights, weight_shapes
+from serving.nano.config import NANO, NanoConfig
 
 
 def read_all(directory: Path) -> dict[str, bytes]:
@@ -77,7 +77,7 @@ def test_impossible_sizes_are_refused() -> None:
 
 def test_the_command_imports_no_heavy_library(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from serving.demo.build import build_checkpoint;"
+        "import sys; from pathlib import Path; from serving.nano.build import build_checkpoint;"
         "build_checkpoint(Path(sys.argv[1])); print({'torch', 'vllm', 'ray', 'transformers'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)

@@ -9,10 +9,10 @@ import pypdfium2
 import pytest
 from typer.testing import CliRunner
 
-from serving.demo.documents import DPI, PAGE_PX, Kind, main, sample_sheet
-from serving.demo.metrics import character_error_rate
-from serving.demo.pages import LINE_PX, PITCH_PX
-from serving.demo.texts import word_list
+from serving.nano.documents import DPI, PAGE_PX, Kind, main, sample_sheet
+from serving.nano.pages import LINE_PX, PITCH_PX
+from serving.nano.texts import word_list
+from serving.nano.training.metrics import character_error_rate
 
 
 @pytest.fixture(scope="module")

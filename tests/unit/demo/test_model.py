@@ -1,13 +1,13 @@
 import pytest
 import torch
 
-from serving.demo.batches import OCR_PROMPT, Batch
-from serving.demo.build import build_checkpoint, weight_shapes
-from serving.demo.config import NANO, NanoConfig
-from serving.demo.decoder import KVCache, MixtureOfExperts, run_cached
-from serving.demo.encoder import SamAttention
-from serving.demo.model import NanoOcr, load_model
-from serving.demo.pages import CORE, sample_page
+from serving.nano.build import build_checkpoint, weight_shapes
+from serving.nano.config import NANO, NanoConfig
+from serving.nano.pages import CORE, sample_page
+from serving.nano.training.batches import OCR_PROMPT, Batch
+from serving.nano.training.decoder import KVCache, MixtureOfExperts, run_cached
+from serving.nano.training.encoder import SamAttention
+from serving.nano.training.model import NanoOcr, load_model
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from serving.demo.pages import CORE, FONT_FILES, LINE_PX, PITCH_PX, WIDE, PageSpec, find_font, sample_page, with_chars
-from serving.demo.texts import sample_lines, word_list
+from serving.nano.pages import CORE, FONT_FILES, LINE_PX, PITCH_PX, WIDE, PageSpec, find_font, sample_page, with_chars
+from serving.nano.texts import sample_lines, word_list
 
 SPECS = {"core": CORE, "wide": WIDE}
 

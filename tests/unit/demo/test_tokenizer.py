@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from serving.demo.config import NANO
-from serving.demo.tokenizer import (
+from serving.nano.config import NANO
+from serving.nano.tokenizer import (
     BOS_ID,
     FIRST_COLUMN_ID,
     FIRST_LINE_ID,
@@ -60,7 +60,7 @@ def test_ids_fill_the_models_vocabulary(tokenizer: Tokenizer) -> None:
 def test_transformers_loads_it_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import PreTrainedTokenizerFast
 
-    from serving.demo.build import build_checkpoint
+    from serving.nano.build import build_checkpoint
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     loaded = PreTrainedTokenizerFast.from_pretrained(str(build_checkpoint(tmp_path, random=True)))

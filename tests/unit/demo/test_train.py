@@ -9,15 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import serving.demo.train as train_module
-from serving.demo.batches import IGNORED, Batch
-from serving.demo.config import NanoConfig
-from serving.demo.export import export_weights
-from serving.demo.metrics import character_error_rate, edit_distance, mean_error_rate
-from serving.demo.pages import CORE, WIDE, sample_page
-from serving.demo.plan import CONTINUED, Clock, Plan, View, learning_rate, training_spec, view_of
-from serving.demo.tokenizer import EOS_ID, FIRST_BYTE_ID, decode_ids
-from serving.demo.train import Rhythm, Trainer, run_training
+import serving.nano.training.train as train_module
+from serving.nano.config import NanoConfig
+from serving.nano.pages import CORE, WIDE, sample_page
+from serving.nano.tokenizer import EOS_ID, FIRST_BYTE_ID, decode_ids
+from serving.nano.training.batches import IGNORED, Batch
+from serving.nano.training.export import export_weights
+from serving.nano.training.metrics import character_error_rate, edit_distance, mean_error_rate
+from serving.nano.training.plan import CONTINUED, Clock, Plan, View, learning_rate, training_spec, view_of
+from serving.nano.training.train import Rhythm, Trainer, run_training
 
 SMALL = NanoConfig(
     image_size=128,

@@ -13,13 +13,13 @@ from transformers import CLIPVisionConfig
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.models.deepencoder import DeepCLIPVisionEmbeddings
 
-from serving.demo.batches import IGNORED, PAGE_END, Batch, resize_view
-from serving.demo.config import NANO, build_model_config
-from serving.demo.model import NanoOcr
-from serving.demo.pages import CORE, Page, sample_page
-from serving.plugin.images import build_views
-from serving.plugin.selection import MODES
-from serving.plugin.vision import SamEncoder, VisionSizes, normalise
+from serving.nano.config import NANO, build_model_config
+from serving.nano.pages import CORE, Page, sample_page
+from serving.nano.training.batches import IGNORED, PAGE_END, Batch, resize_view
+from serving.nano.training.model import NanoOcr
+from serving.plugin.images.page_views import build_views
+from serving.plugin.model.vision import SamEncoder, VisionSizes, normalise
+from serving.plugin.modes.selection import MODES
 
 SIZES = (512, 640, 1024, 1280)
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from serving.demo.build import build_checkpoint, read_trained_weights
-from serving.demo.export import sample
-from serving.demo.measure import measure_pages, read_pages
-from serving.demo.model import load_model
-from serving.demo.pages import CORE, with_chars
+from serving.nano.build import build_checkpoint, read_trained_weights
+from serving.nano.pages import CORE, with_chars
+from serving.nano.training.export import sample
+from serving.nano.training.measure import measure_pages, read_pages
+from serving.nano.training.model import load_model
 
-FILES = resources.files("serving.demo")
+FILES = resources.files("serving.nano")
 
 
 def test_the_card_names_the_shipped_weights() -> None:

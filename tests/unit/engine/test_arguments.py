@@ -8,7 +8,7 @@ from pydantic import SecretStr
 
 from serving.engine.arguments import _DEFAULTS, build_arguments, check_engine_args
 from serving.errors import SettingsError
-from serving.settings import EngineSettings, ModelSettings, Settings
+from serving.settings.stack import EngineSettings, ModelSettings, Settings
 
 OWN = ["--model", "/weights", "--served-model-name", "nano"]
 
@@ -96,7 +96,9 @@ def test_a_key_that_looks_like_an_option_is_still_a_key() -> None:
 def test_a_name_that_vllm_does_not_know_is_refused(
     monkeypatch: pytest.MonkeyPatch, name: str, hint: str | None
 ) -> None:
-    monkeypatch.setattr("serving.plugin.private.known_server_args", lambda: frozenset({"max_model_len", "dtype"}))
+    monkeypatch.setattr(
+        "serving.plugin.vllm_internals.known_server_args", lambda: frozenset({"max_model_len", "dtype"})
+    )
     good = ModelSettings(checkpoint="x", engine_args={"dtype": "auto"})
     settings = Settings(models={"good": good, "m": ModelSettings(checkpoint="x", engine_args={name: 1})})
     if hint is None:

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import ray
 
-from serving.directory import EMPTY, ReplicaRecord, ReplicaState, RouterReport, Snapshot
+from serving.cluster.directory import EMPTY, ReplicaRecord, ReplicaState, RouterReport, Snapshot
 from serving.engine import autoscaling
 from serving.engine.autoscaling import Load, WorkPolicy, build_autoscaling, measure_load
-from serving.settings import AutoscalingSettings, ModelSettings, Settings
+from serving.settings.stack import AutoscalingSettings, ModelSettings, Settings
 
 READY = ReplicaRecord("a", "m", "http://127.0.0.1:1", ReplicaState.READY, capacity_tokens=1000)
 SNAPSHOT = Snapshot(

@@ -4,8 +4,8 @@ import asyncio
 import dataclasses
 import time
 
-from serving.directory import EMPTY, ReplicaRecord, ReplicaState, RouterReport
-from serving.engine.directory import ReplicaDirectory
+from serving.cluster.directory import EMPTY, ReplicaRecord, ReplicaState, RouterReport
+from serving.cluster.directory_actor import ReplicaDirectory
 
 READY = ReplicaRecord("a", "nano", "http://127.0.0.1:1", ReplicaState.READY)
 OTHER = dataclasses.replace(READY, replica_id="b")

@@ -12,11 +12,11 @@ from typing import Any
 import httpx
 import pytest
 
-from serving.directory import EMPTY, ReplicaRecord, ReplicaState
+from serving.cluster.directory import EMPTY, ReplicaRecord, ReplicaState
+from serving.cluster.directory_actor import ReplicaDirectory
 from serving.engine import replica as replica_module
-from serving.engine.directory import ReplicaDirectory
 from serving.engine.replica import EngineReplica, EngineStartError, build_engine_app
-from serving.settings import AutoscalingSettings, EngineSettings, ModelSettings, ScriptSettings, Settings
+from serving.settings.stack import AutoscalingSettings, EngineSettings, ModelSettings, ScriptSettings, Settings
 
 QUESTION = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
 

@@ -15,10 +15,10 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving.engine.scripted import ScriptedEngine, UsageFrames, run_scripted
+from serving.engine.scripted.app import ScriptedEngine, UsageFrames, run_scripted
 from serving.errors import SettingsError
-from serving.http_server import HttpServer
-from serving.settings import ScriptSettings
+from serving.http.server import HttpServer
+from serving.settings.stack import ScriptSettings
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
@@ -234,7 +234,7 @@ async def test_usage_grows_while_a_request_runs() -> None:
 
 
 async def test_the_last_requests_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.engine.scripted_batch._KEPT", 1)
+    monkeypatch.setattr("serving.engine.scripted.batching._KEPT", 1)
     async with serve() as served:
         await served.ask(request_id="r1")
         await served.ask(request_id="r2")

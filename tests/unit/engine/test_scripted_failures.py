@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from serving.engine.scripted_failures import Failure, Kind, parse_failures
+from serving.engine.scripted.failures import Failure, Kind, parse_failures
 from serving.errors import SettingsError
 
 

@@ -8,8 +8,8 @@ import orjson
 import pytest
 from PIL import Image
 
-from serving.engine.scripted_requests import RefusedError, ScriptedRequest, read_request
-from serving.settings import ScriptSettings
+from serving.engine.scripted.requests import RefusedError, ScriptedRequest, read_request
+from serving.settings.stack import ScriptSettings
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 SCRIPT = ScriptSettings(output_tokens=64, max_model_len=1000)

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from serving.engine.start import _Watcher
-from serving.engine.usage import EngineUsage
-from serving.plugin import private
+from serving.engine.backends import _Watcher
+from serving.engine.token_counts import EngineUsage
+from serving.plugin import vllm_internals as private
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's and torch's imports warn of themselves; ours are not meant here

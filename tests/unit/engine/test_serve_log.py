@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from serving.demo.build import build_checkpoint
 from serving.engine.serve_log import keep_serve_log
+from serving.nano.build import build_checkpoint
 
 # What a replica's process goes through: Serve's handlers, vLLM's start, a record, the question of a new controller.
 REPLICA = """
 import logging, sys
 from logging.handlers import MemoryHandler
 from serving.engine.serve_log import keep_serve_log
-from serving.plugin import private
+from serving.plugin import vllm_internals as private
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 handler = MemoryHandler(1, target=logging.FileHandler(sys.argv[1]))

@@ -9,8 +9,8 @@ import pytest
 from pydantic import SecretStr
 from starlette.types import Receive, Scope, Send
 
-from serving.engine.usage import EngineUsage, SequenceCounts, UsageApp
-from serving.telemetry_settings import TelemetrySettings
+from serving.engine.token_counts import EngineUsage, SequenceCounts, UsageApp
+from serving.settings.telemetry import TelemetrySettings
 
 
 class Clock:

@@ -12,12 +12,12 @@ from typing import Any
 import httpx
 import orjson
 
-from serving.billing_settings import BillingSettings
 from serving.ocr.host import OcrHost
-from serving.ocr.routers import Routers
-from serving.ocr_settings import OcrSettings
-from serving.router_settings import LimitSettings
-from serving.settings import Settings
+from serving.ocr.reading.router_client import Routers
+from serving.settings.billing import BillingSettings
+from serving.settings.ocr import OcrSettings
+from serving.settings.router import LimitSettings
+from serving.settings.stack import Settings
 from unit.router.stack import Engine, Exchange, RunningRouter, Script, build_settings, connect, run_router
 
 DONE = b"data: [DONE]\n\n"

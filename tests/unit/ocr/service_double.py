@@ -25,7 +25,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from serving.http_server import HttpServer
+from serving.http.server import HttpServer
 from serving.web.app import build_routes
 
 USAGE = {"prompt_tokens": 83, "completion_tokens": 30, "image_tokens": 73, "estimated_cost": 0.00001}

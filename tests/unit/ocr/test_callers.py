@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from serving.ocr.routers import Caller, Callers, Routers
+from serving.ocr.reading.router_client import Caller, Callers, Routers
 from unit.router.stack import Engine, Exchange, Script, answers, eventually
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from serving.ocr import calls
-from serving.ocr.calls import Follower
-from serving.ocr.exchange import Document, Options
-from serving.ocr.failures import ConnectionLostError
-from serving.ocr.results import JobPages
+from serving.ocr_client import calls
+from serving.ocr_client.calls import Follower
+from serving.ocr_client.errors import ConnectionLostError
+from serving.ocr_client.results import JobPages
+from serving.ocr_client.wire import Document, Options
 
 PAPER = Document(b"x", "x.pdf")
 

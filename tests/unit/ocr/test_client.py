@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
-from serving.ocr.client import AsyncOcrClient, Document, OcrClient, Options, RetryPolicy
-from serving.ocr.failures import (
+from serving.ocr_client.client import AsyncOcrClient, Document, OcrClient, Options, RetryPolicy
+from serving.ocr_client.errors import (
     BadAnswerError,
     BusyError,
     ConnectionLostError,
@@ -27,7 +27,7 @@ from serving.ocr.failures import (
     from_answer,
     from_httpx,
 )
-from serving.ocr.results import DocumentStarted, JobStatus, PageDelta, PageFinished, ResultFinished, read_event
+from serving.ocr_client.results import DocumentStarted, JobStatus, PageDelta, PageFinished, ResultFinished, read_event
 from unit.ocr.papers import write_pdf
 from unit.ocr.service_double import OcrDouble, run_double
 

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.errors import InvalidRequestError
-from serving.ocr.documents import Format, find_format, select_pages
+from serving.ocr.rendering.formats import Format, find_format
+from serving.ocr_client.page_ranges import select_pages
 from unit.ocr.papers import office_file
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from serving.billing_settings import BillingSettings
-from serving.ocr import renderer as renderer_module
 from serving.ocr.host import OcrHost
+from serving.ocr.rendering import pool as renderer_module
+from serving.settings.billing import BillingSettings
 from unit.billing.conftest import database_url, make_settings, postgres_url  # noqa: F401  # its fixtures
 from unit.ocr.papers import slow_pdf, write_pdf
 from unit.ocr.service import RunningService, reads, run_host, run_service

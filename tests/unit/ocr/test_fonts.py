@@ -9,7 +9,7 @@ from pathlib import Path
 import pypdfium2
 import pytest
 
-from serving.ocr.fonts import FOLDERS, find_scripts, read_scripts, warn_of_missing_fonts
+from serving.ocr.rendering.fonts import FOLDERS, find_scripts, read_scripts, warn_of_missing_fonts
 
 SCRIPTS = {
     # script: encoding of the PDF, its collection of characters, text in that encoding

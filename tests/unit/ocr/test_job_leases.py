@@ -14,15 +14,15 @@ from sqlalchemy import text
 
 from serving.billing.credits import CREDIT_HEADER, CreditSigner
 from serving.billing.database import Database
-from serving.billing_settings import BillingSettings
-from serving.ocr.job_database import JobDatabase
-from serving.ocr.job_leases import JobLeases, LeaseLostError
-from serving.ocr.job_store import JobStore
-from serving.ocr.job_turns import JobTurns, OwnerJobs
-from serving.ocr.jobs import Job, NewJob, find_page
-from serving.ocr.reader import Usage
-from serving.ocr.shown import PageResult
-from serving.ocr_settings import OcrSettings
+from serving.ocr.jobs.database import JobDatabase
+from serving.ocr.jobs.leases import JobLeases, LeaseLostError
+from serving.ocr.jobs.model import Job, NewJob, find_page
+from serving.ocr.jobs.store import JobStore
+from serving.ocr.jobs.turns import JobTurns, OwnerJobs
+from serving.ocr.reading.page_json import PageResult
+from serving.ocr.reading.pages import Usage
+from serving.settings.billing import BillingSettings
+from serving.settings.ocr import OcrSettings
 from unit.billing.conftest import database, database_url, make_settings, postgres_url  # noqa: F401  # its fixtures
 from unit.billing.samples import make_record
 from unit.router.stack import USAGE, Engine, answers, build_settings, chat_body, run_router

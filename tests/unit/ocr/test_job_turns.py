@@ -8,7 +8,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.ocr.job_turns import HeldJob, JobTurns, OwnerJobs
+from serving.ocr.jobs.turns import HeldJob, JobTurns, OwnerJobs
 
 
 class Places:

@@ -12,10 +12,10 @@ from sqlalchemy import select, update
 
 from serving.billing.database import Database
 from serving.billing.schema import JOB_PAGES, JOBS
-from serving.billing_settings import BillingSettings
-from serving.ocr.vault import Vault
-from serving.router.keys import KeysFile, make_key, write_keys
-from serving.tenants import Tenant
+from serving.ocr.jobs.key_sealing import Vault
+from serving.router.access.keys_file import KeysFile, make_key, write_keys
+from serving.settings.billing import BillingSettings
+from serving.settings.tenants import Tenant
 from unit.billing.conftest import database_url, make_settings, postgres_url  # noqa: F401  # its fixtures
 from unit.ocr.papers import write_pdf
 from unit.ocr.service import build_service_settings, reads, run_host, run_service

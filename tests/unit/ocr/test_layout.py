@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.ocr.layout import Block, Box, LayoutParser, parse_layout
+from serving.ocr.text.layout import Block, Box, LayoutParser, parse_layout
 
 MARKS = ("<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>")
 PIECES = st.sampled_from(

@@ -5,9 +5,9 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.ocr.layout import Block, Box
-from serving.ocr.markdown import format_tables, render_markdown, render_text
-from serving.ocr.tables import Table, split_tables
+from serving.ocr.text.layout import Block, Box
+from serving.ocr.text.markdown import format_tables, render_markdown, render_text
+from serving.ocr.text.tables import Table, split_tables
 
 TAGS = st.sampled_from(
     [

@@ -16,8 +16,8 @@ import pypdfium2
 import pytest
 
 from serving.billing.records import RequestRecord
-from serving.router.keys import KeysFile, make_key, write_keys
-from serving.tenants import Tenant
+from serving.router.access.keys_file import KeysFile, make_key, write_keys
+from serving.settings.tenants import Tenant
 from unit.ocr.papers import A4, encrypted_pdf, write_pdf
 from unit.ocr.service import build_service_settings, frame, run_host, run_service, tail
 from unit.router.stack import Engine, Exchange, RunningRouter, answers, build_settings, run_router

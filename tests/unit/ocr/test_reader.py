@@ -13,7 +13,8 @@ import pytest
 from pydantic import SecretStr
 
 from serving.billing.credits import CreditSigner
-from serving.ocr.reader import (
+from serving.http.retry_after import read_retry_after
+from serving.ocr.reading.pages import (
     Delta,
     Event,
     PageReader,
@@ -21,10 +22,9 @@ from serving.ocr.reader import (
     Reading,
     TryStarted,
     find_other_mode,
-    read_retry_after,
 )
-from serving.ocr.renderer import PageImage
-from serving.ocr_settings import OcrSettings, ReadSettings
+from serving.ocr.rendering.pool import PageImage
+from serving.settings.ocr import OcrSettings, ReadSettings
 from unit.router.pictures import encode_image
 from unit.router.stack import (
     Engine,

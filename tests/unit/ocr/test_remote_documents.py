@@ -12,9 +12,9 @@ import httpx
 import pytest
 from aiohttp import web
 
-from serving.asgi.addresses import is_public_address
-from serving.asgi.fetching import Fetcher
-from serving.router_settings import RemoteImageSettings
+from serving.http.addresses import is_public_address
+from serving.http.fetching import Fetcher
+from serving.settings.router import RemoteImageSettings
 from unit.ocr.papers import office_file, write_pdf
 from unit.ocr.service import RunningService, run_service
 from unit.router.test_remote import (

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from serving.errors import RenderError
-from serving.ocr.renderer import Document, PageImage, Renderer
-from serving.ocr_settings import RenderSettings
+from serving.ocr.rendering.pool import Document, PageImage, Renderer
+from serving.settings.ocr import RenderSettings
 from unit.ocr.papers import encrypted_pdf, huge_png, slow_pdf, write_image, write_pdf
 
 
@@ -31,7 +31,7 @@ async def rendering(**settings: object) -> AsyncIterator[Renderer]:
 
 def worker_pids() -> list[int]:
     found = psutil.Process().children()
-    return [child.pid for child in found if "serving.ocr.render_process" in child.cmdline()]
+    return [child.pid for child in found if "serving.ocr.rendering.worker" in child.cmdline()]
 
 
 def pixels(page: PageImage) -> Image.Image:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.errors import OverloadedError, RateLimitError
-from serving.ocr.shares import Holding, Refusals, Shares
+from serving.ocr.limits.shares import Holding, Refusals, Shares
 
 WORDS = Refusals("own", "Yours.", "full", "All.", 2.0)
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from serving.errors import OverloadedError, RateLimitError, ServingError
-from serving.ocr import storage as storage_module
-from serving.ocr.storage import Storage, refusing_full_disk
-from serving.ocr_settings import OcrSettings
+from serving.ocr.limits import storage as storage_module
+from serving.ocr.limits.storage import Storage, refusing_full_disk
+from serving.settings.ocr import OcrSettings
 from unit.ocr.papers import write_pdf
 from unit.ocr.service import RunningService, build_service_settings, reads, run_host, run_service
 from unit.ocr.test_jobs import make_keys

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.ocr.turns import TurnQueue, Turns
+from serving.ocr.limits.turns import TurnQueue, Turns
 
 TENANTS = st.sampled_from(["a", "b", "c", "d"])
 

@@ -6,7 +6,7 @@ import types
 
 from benchmarks.stock import import_stock
 from benchmarks.stock import patch_sizes as _patch_sizes
-from serving.demo.config import NANO
+from serving.nano.config import NANO
 
 __all__ = ["import_stock", "patch_sizes"]
 

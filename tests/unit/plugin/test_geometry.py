@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from serving.ocr.render_process import PageError, draw
-from serving.plugin.decoding import decode, read_header, size_of
-from serving.plugin.images import WHITE
-from serving.plugin.selection import ModeRules
-from serving.router.images import read_size
+from serving.ocr.rendering.worker import PageError, draw
+from serving.plugin.images.decoding import decode, read_header, size_of
+from serving.plugin.images.page_views import WHITE
+from serving.plugin.modes.selection import ModeRules
+from serving.router.request.image_headers import read_size
 from unit.plugin.image_files import encode, scene, with_orientation
 
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP")

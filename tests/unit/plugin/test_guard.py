@@ -17,8 +17,8 @@ from vllm.v1.sample.logits_processor import LogitsProcessor as HostProcessor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as DeviceProcessor
 
-from serving.plugin import guard
-from serving.plugin.guard import DeviceGuard, HostGuard, NGramGuard, configure
+from serving.plugin.repetition import ngram_guard as guard
+from serving.plugin.repetition.ngram_guard import DeviceGuard, HostGuard, NGramGuard, configure
 
 IMAGE, CELL, VOCABULARY, MAX_LENGTH = 7, 5, 10, 96
 LETTERS = st.integers(0, 5)

@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm.transformers_utils.config import get_hf_image_processor_config
 
-from serving.demo.build import build_checkpoint
-from serving.directory import ReplicaRecord, ReplicaState
-from serving.plugin.image_config import read_image_config
-from serving.plugin.modes import ResolutionMode
-from serving.plugin.selection import ModeRules
-from serving.router.requests import RoutedRequest
-from serving.router.work import read_images
+from serving.cluster.directory import ReplicaRecord, ReplicaState
+from serving.nano.build import build_checkpoint
+from serving.plugin.modes.image_config import read_image_config
+from serving.plugin.modes.resolution import ResolutionMode
+from serving.plugin.modes.selection import ModeRules
+from serving.router.request.parsing import RoutedRequest
+from serving.router.scheduling.work_estimate import read_images
 
 PRE, PRO = "preprocessor_config.json", "processor_config.json"
 NANO = ResolutionMode(512, 512, False)

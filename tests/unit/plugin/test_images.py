@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from serving.plugin.images import build_views
-from serving.plugin.modes import ResolutionMode
-from serving.plugin.vision import normalise
+from serving.plugin.images.page_views import build_views
+from serving.plugin.model.vision import normalise
+from serving.plugin.modes.resolution import ResolutionMode
 
 GREY = (127, 127, 127)
 ODD_SIZES = [(1, 1), (1, 5000), (5000, 1), (639, 640), (640, 640), (641, 640), (1654, 2339), (2339, 1654), (1300, 1290)]
@@ -66,7 +66,8 @@ def test_dynamic_mode_makes_vllms_views(reference: types.SimpleNamespace, size: 
 
 def test_numba_is_not_imported_before_a_page_is_resampled() -> None:
     """An engine that starts in the same process on a CPU would fail (vLLM 0.32, `_rebind_kernels`)."""
-    code = "import sys, serving.plugin.renderer, serving.plugin.guard; print('numba' in sys.modules)"
+    modules = "serving.plugin.model.renderer, serving.plugin.repetition.ngram_guard"
+    code = f"import sys, {modules}; print('numba' in sys.modules)"
     command = [sys.executable, "-W", "ignore", "-c", code]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "False"
 

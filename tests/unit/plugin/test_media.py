@@ -27,13 +27,15 @@ from vllm.renderers.base import BaseRenderer
 from vllm.renderers.hf import HfRenderer
 from vllm.renderers.registry import RENDERER_REGISTRY
 
-from serving.plugin import media, pipeline, private, renderer
-from serving.plugin.decoding import DecodeError, read_header
-from serving.plugin.image_settings import ImageSettings
-from serving.plugin.images import WHITE, PageViews, build_views
-from serving.plugin.pages import EncodedPage
-from serving.plugin.pool import PoolUnavailableError, Ticket
-from serving.plugin.selection import MODES, ChosenMode
+from serving.plugin import vllm_internals as private
+from serving.plugin.images import media, pipeline
+from serving.plugin.images.decoding import DecodeError, read_header
+from serving.plugin.images.encoded_page import EncodedPage
+from serving.plugin.images.page_views import WHITE, PageViews, build_views
+from serving.plugin.images.pool import PoolUnavailableError, Ticket
+from serving.plugin.images.settings import ImageSettings
+from serving.plugin.model import renderer
+from serving.plugin.modes.selection import MODES, ChosenMode
 from unit.plugin.image_files import FILES, GREY, SHOWN_OTHERWISE, encode, scene
 
 LAZY = [name for name, build in FILES.items() if read_header(build(), ALLOWED_IMAGE_FORMATS).is_lazy]

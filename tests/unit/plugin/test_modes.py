@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.plugin.modes import ResolutionMode, TileGrid, closest_grid
+from serving.plugin.modes.resolution import ResolutionMode, TileGrid, closest_grid
 
 sides = st.integers(1, 6000)
 GUNDAM = ResolutionMode()

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.plugin import ngram
-from serving.plugin.ngram import NGramBans
+from serving.plugin.repetition import ngram_bans as ngram
+from serving.plugin.repetition.ngram_bans import NGramBans
 
 VOCABULARY = 6
 BANS = NGramBans(max_length=64)

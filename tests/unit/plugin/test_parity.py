@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from serving.demo.build import build_checkpoint
+from serving.nano.build import build_checkpoint
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -50,7 +50,7 @@ def _run(implementation: str, checkpoint: Path, folder: Path) -> dict[str, Any]:
 
 def test_each_run_used_its_own_implementation(results: dict[str, dict[str, Any]]) -> None:
     assert results["stock"]["class"] == "vllm.model_executor.models.deepseek_ocr"
-    assert results["ours"]["class"] == "serving.plugin.model"
+    assert results["ours"]["class"] == "serving.plugin.model.deepseek_ocr"
 
 
 @pytest.mark.parametrize("page", PAGES)

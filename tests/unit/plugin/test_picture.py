@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from serving.ocr.render_process import draw
-from serving.plugin.decoding import decode, read_header
-from serving.plugin.images import WHITE
-from serving.plugin.picture import to_rgb
+from serving.ocr.rendering.worker import draw
+from serving.plugin.images.decoding import decode, read_header
+from serving.plugin.images.page_views import WHITE
+from serving.plugin.images.picture import to_rgb
 from unit.plugin.image_files import encode, scene, tiff, with_alpha
 
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "GIF", "BMP")

@@ -10,11 +10,11 @@ from PIL import Image, ImageOps
 from vllm.multimodal.image import ALLOWED_IMAGE_FORMATS
 from vllm.multimodal.media.image import ImageMediaIO
 
-from serving.plugin.decoding import DecodeError, decode, read_header
-from serving.plugin.images import WHITE, build_views
-from serving.plugin.modes import ResolutionMode
-from serving.plugin.resampling import resample
-from serving.plugin.selection import MODES
+from serving.plugin.images.decoding import DecodeError, decode, read_header
+from serving.plugin.images.page_views import WHITE, build_views
+from serving.plugin.images.resampling import resample
+from serving.plugin.modes.resolution import ResolutionMode
+from serving.plugin.modes.selection import MODES
 from unit.plugin.image_files import FILES, GREY, SHOWN_OTHERWISE, Array, encode, scene
 
 SIZES = [

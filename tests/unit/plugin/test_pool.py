@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 
 from serving.plugin import metrics
-from serving.plugin.decoding import DecodeError
-from serving.plugin.image_settings import ImageSettings
-from serving.plugin.images import WHITE, PageViews, build_views
-from serving.plugin.jobs import Job
-from serving.plugin.modes import ResolutionMode
-from serving.plugin.pool import ImagePool, PageLostError, PoolUnavailableError, Ticket
-from serving.plugin.worker_process import WorkerLostError, WorkerProcess
+from serving.plugin.images.decoding import DecodeError
+from serving.plugin.images.page_views import WHITE, PageViews, build_views
+from serving.plugin.images.pool import ImagePool, PageLostError, PoolUnavailableError, Ticket
+from serving.plugin.images.settings import ImageSettings
+from serving.plugin.images.worker_messages import Job
+from serving.plugin.images.worker_process import WorkerLostError, WorkerProcess
+from serving.plugin.modes.resolution import ResolutionMode
 
 GREY = (127, 127, 127)
 WAIT_S = 60.0  # for a machine that is busy
@@ -271,8 +271,8 @@ def test_closing_ends_the_workers_and_refuses_what_waits(build_pool: Callable[..
 
 PARENT = """
 import sys, time
-from serving.plugin.image_settings import ImageSettings
-from serving.plugin.pool import ImagePool
+from serving.plugin.images.settings import ImageSettings
+from serving.plugin.images.pool import ImagePool
 pool = ImagePool(ImageSettings(workers=2))
 pool.start()
 while len(pool.pids) < 2:
@@ -298,7 +298,8 @@ def test_no_worker_and_no_shared_memory_outlives_the_parent(end: str) -> None:
 
 
 def test_workers_import_neither_vllm_nor_torch() -> None:
-    code = "import sys, serving.plugin.worker; print(*({'vllm', 'torch', 'transformers', 'ray'} & set(sys.modules)))"
+    heavy = {"vllm", "torch", "transformers", "ray"}
+    code = f"import sys, serving.plugin.images.worker; print(*({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 

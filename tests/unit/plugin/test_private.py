@@ -1,4 +1,4 @@
-"""Fails loudly when vLLM moves something that it never promised. See `serving/plugin/private.py`."""
+"""Fails loudly when vLLM moves something that it never promised. See `serving/plugin/vllm_internals.py`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vllm.model_executor.models.interfaces import SupportsMultiModal
 
-from serving.plugin import private
+from serving.plugin import vllm_internals as private
 
 
 def test_this_is_the_version_that_the_private_interfaces_were_read_in() -> None:
@@ -69,7 +69,7 @@ def test_the_plugin_takes_the_published_architectures_place() -> None:
 
     register()
     register()
-    assert ModelRegistry.models[ARCHITECTURE].module_name == "serving.plugin.model"
+    assert ModelRegistry.models[ARCHITECTURE].module_name == "serving.plugin.model.deepseek_ocr"
 
 
 def test_the_hooks_of_an_architectures_engine_config_and_of_the_scheduler_exist() -> None:

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from serving.errors import InvalidImageError
-from serving.ocr.render_process import count_pages, draw
-from serving.plugin.decoding import DecodeError, decode, read_header
-from serving.plugin.images import WHITE
-from serving.plugin.repairs import repair
-from serving.router.images import read_size
+from serving.ocr.rendering.worker import count_pages, draw
+from serving.plugin.images.decoding import DecodeError, decode, read_header
+from serving.plugin.images.page_views import WHITE
+from serving.plugin.images.repairs import repair
+from serving.router.request.image_headers import read_size
 from unit.plugin.image_files import encode, scene
 
 FORMATS = ("JPEG", "PNG")

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.plugin import metrics, private, repetition
-from serving.plugin.repetition import (
+from serving.plugin import metrics
+from serving.plugin import vllm_internals as private
+from serving.plugin.repetition import loop_stop as repetition
+from serving.plugin.repetition.loop_stop import (
     DEFAULT_REPEATED_TOKENS,
     QUALIFIED_NAME,
     LoopStop,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from serving.plugin.row_sums import LANES, WEIGHT_BITS, sum_rows
+from serving.plugin.images.row_sums import LANES, WEIGHT_BITS, sum_rows
 
 
 @pytest.mark.parametrize("length", [1, LANES - 1, LANES, LANES + 1, 3 * LANES, 3 * LANES + 5])

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.plugin.modes import ResolutionMode
-from serving.plugin.selection import AUTO, DEFAULT, MODE_FOR_DETAIL, MODES, NAMES, ModeRules, SelectionError
+from serving.plugin.modes.resolution import ResolutionMode
+from serving.plugin.modes.selection import AUTO, DEFAULT, MODE_FOR_DETAIL, MODES, NAMES, ModeRules, SelectionError
 
 PUBLISHED = ModeRules.from_config({})
 NANO = ModeRules.from_config({"base_size": 512, "image_size": 512, "crop_mode": False, "auto_min_scale": 1.0})

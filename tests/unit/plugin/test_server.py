@@ -70,7 +70,7 @@ def metric(server: Server, name: str, labels: str = "") -> float:
 
 def image_worker(server: Server) -> psutil.Process:
     (worker,) = (
-        child for child in server.process.children(recursive=True) if "serving.plugin.worker" in child.cmdline()
+        child for child in server.process.children(recursive=True) if "serving.plugin.images.worker" in child.cmdline()
     )
     return worker
 

@@ -8,8 +8,8 @@ from vllm import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
 
-from serving.demo.build import build_checkpoint
-from serving.demo.tokenizer import EOS_ID, SPECIAL_IDS, encode_text
+from serving.nano.build import build_checkpoint
+from serving.nano.tokenizer import EOS_ID, SPECIAL_IDS, encode_text
 
 CELLS = [SPECIAL_IDS["<td>"], *encode_text("12"), SPECIAL_IDS["</td>"], SPECIAL_IDS["<td>"], *encode_text("345")]
 CELLS.append(SPECIAL_IDS["</td>"])

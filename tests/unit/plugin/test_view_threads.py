@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from serving.plugin.view_threads import ViewThreads
+from serving.plugin.model.view_threads import ViewThreads
 
 
 def numbers(count: int) -> list[torch.Tensor]:

@@ -14,10 +14,10 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.models.deepencoder import build_sam_vit_b
 
 from benchmarks.stock import patch_sizes
-from serving.demo.config import NANO, build_model_config
-from serving.plugin import sam_cpu
-from serving.plugin.sam_cpu import embed_patches, turn_weights
-from serving.plugin.vision import SamEncoder, VisionSizes, normalise, views_per_batch
+from serving.nano.config import NANO, build_model_config
+from serving.plugin.model import sam_cpu
+from serving.plugin.model.sam_cpu import embed_patches, turn_weights
+from serving.plugin.model.vision import SamEncoder, VisionSizes, normalise, views_per_batch
 
 # `vision_config` of deepseek-ai/DeepSeek-OCR
 PUBLISHED = {

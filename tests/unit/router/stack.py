@@ -12,11 +12,11 @@ from typing import Any, Self
 import httpx
 import orjson
 
-from serving.directory import ReplicaRecord, ReplicaState, Snapshot
-from serving.http_server import HttpServer
+from serving.cluster.directory import ReplicaRecord, ReplicaState, Snapshot
+from serving.http.server import HttpServer
 from serving.router.app import RouterApp
-from serving.router_settings import AdmissionSettings, LimitSettings, RouterSettings
-from serving.settings import EngineSettings, ModelSettings, Settings
+from serving.settings.router import AdmissionSettings, LimitSettings, RouterSettings
+from serving.settings.stack import EngineSettings, ModelSettings, Settings
 
 MODEL = "nano"
 ALIAS = "deepseek-ai/DeepSeek-OCR"

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from serving.errors import OverloadedError
-from serving.router.admission import AdmissionQueue, ServiceRate, Waiter, check_deadline, retry_after_s
-from serving.tenants import Priority
+from serving.router.scheduling.queue import AdmissionQueue, ServiceRate, Waiter, check_deadline, retry_after_s
+from serving.settings.tenants import Priority
 
 HIGH, NORMAL, LOW = Priority.HIGH, Priority.NORMAL, Priority.LOW
 TENANTS = st.sampled_from(["a", "b", "c", "d"])

@@ -13,11 +13,11 @@ import pytest
 import pytest_asyncio
 from starlette.types import Message
 
-from serving.asgi.guards import ClientGoneError, read_body
-from serving.directory import ReplicaState
+from serving.cluster.directory import ReplicaState
 from serving.errors import BodyTooLargeError
+from serving.http.bodies import ClientGoneError, read_body
 from serving.router.app import RouterApp
-from serving.router_settings import LimitSettings
+from serving.settings.router import LimitSettings
 
 from .pictures import encode_image, image_part, png_header, to_url
 from .stack import (
@@ -325,7 +325,7 @@ async def test_a_refusal_does_not_wait_for_what_will_not_come(router: RunningRou
 async def test_a_client_that_never_sends_its_body_is_refused_in_the_end(
     router: RunningRouter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serving.asgi.guards._DISCARD_S", 0.1)
+    monkeypatch.setattr("serving.http.bodies._DISCARD_S", 0.1)
     reader, writer = await asyncio.open_connection("127.0.0.1", router.port)
     writer.write(b"POST /v1/completions HTTP/1.1\r\n" + HEAD + b"content-length: 300001\r\n\r\n")
     async with asyncio.timeout(1):

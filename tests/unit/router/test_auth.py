@@ -11,9 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.errors import AuthenticationError, PermissionDeniedError, SettingsError
-from serving.router.auth import Authenticator, check_model_allowed
-from serving.router.keys import KeyRecord, KeysFile, make_key, read_keys, split_key, verify_secret, write_keys
-from serving.tenants import NOBODY, Identity, Priority, Tenant
+from serving.router.access.auth import Authenticator, check_model_allowed
+from serving.router.access.keys_file import (
+    KeyRecord,
+    KeysFile,
+    make_key,
+    read_keys,
+    split_key,
+    verify_secret,
+    write_keys,
+)
+from serving.settings.tenants import NOBODY, Identity, Priority, Tenant
 
 NOW = datetime(2026, 1, 31, 12, tzinfo=UTC)
 ACME = Tenant(requests_per_minute=5, priority=Priority.HIGH)

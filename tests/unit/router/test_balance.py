@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.directory import ReplicaRecord, ReplicaState, RouterReport, Snapshot
-from serving.router.balance import MANY, Fleet, Load, Need, choose
+from serving.cluster.directory import ReplicaRecord, ReplicaState, RouterReport, Snapshot
+from serving.router.scheduling.balance import MANY, Fleet, Load, Need, choose
 
 
 def replica(replica_id: str, max_num_seqs: int = 4, state: ReplicaState = ReplicaState.READY) -> ReplicaRecord:

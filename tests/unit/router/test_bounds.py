@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.router.bounds import TokenBounds, bound_tokens
-from serving.router.requests import add_field, parse_request
-from serving.router.work import ImageReading
+from serving.router.accounting.token_bounds import TokenBounds, bound_tokens
+from serving.router.request.parsing import add_field, parse_request
+from serving.router.scheduling.work_estimate import ImageReading
 
 from .stack import build_settings
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from serving.router.breaker import NO_PROBE, Breakers, BreakerState
-from serving.router_settings import BreakerSettings
+from serving.router.scheduling.circuit_breaker import NO_PROBE, Breakers, BreakerState
+from serving.settings.router import BreakerSettings
 
 SETTINGS = BreakerSettings(failures=3, open_s=1.0, max_open_s=5.0)
 

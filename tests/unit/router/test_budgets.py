@@ -12,12 +12,12 @@ import orjson
 import pytest
 
 from serving.billing.records import RequestRecord
-from serving.billing_settings import BillingSettings, BudgetSettings
-from serving.directory import Snapshot
+from serving.cluster.directory import Snapshot
+from serving.router.access.keys_file import KeysFile, make_key, write_keys
 from serving.router.app import RouterApp
-from serving.router.keys import KeysFile, make_key, write_keys
-from serving.settings import Settings
-from serving.tenants import Tenant
+from serving.settings.billing import BillingSettings, BudgetSettings
+from serving.settings.stack import Settings
+from serving.settings.tenants import Tenant
 
 from .stack import Engine, Exchange, answers, build_settings, chat_body, eventually, run_router
 from .test_auth import NOW

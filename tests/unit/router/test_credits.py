@@ -12,8 +12,8 @@ from pydantic import SecretStr
 
 from serving.billing.credits import CREDIT_HEADER, CreditSigner
 from serving.billing.records import Outcome
-from serving.ocr_settings import OcrSettings
-from serving.settings import Settings
+from serving.settings.ocr import OcrSettings
+from serving.settings.stack import Settings
 
 from .stack import Engine, Script, answers, build_settings, chat_body, eventually, streams, streams_and_waits
 from .test_generation import ANSWER, DONE, LAST, TEXT, USAGE_FRAME, recording, telling

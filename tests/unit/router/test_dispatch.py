@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from serving.billing.records import TokenCounts
-from serving.directory import EMPTY, ReplicaRecord, ReplicaState, RouterReport, Snapshot
+from serving.cluster.directory import EMPTY, ReplicaRecord, ReplicaState, RouterReport, Snapshot
 from serving.errors import (
     EngineError,
     InternalError,
@@ -19,12 +19,12 @@ from serving.errors import (
     ReplicaUnreachableError,
     ServingError,
 )
-from serving.router.breaker import BreakerState
-from serving.router.dispatch import Dispatcher, Slot
-from serving.router.requests import RoutedRequest
-from serving.router_settings import AdmissionSettings, BreakerSettings, RouterSettings
-from serving.settings import EngineSettings, ModelSettings, Settings
-from serving.tenants import Identity, Priority, Tenant
+from serving.router.request.parsing import RoutedRequest
+from serving.router.scheduling.circuit_breaker import BreakerState
+from serving.router.scheduling.dispatcher import Dispatcher, Slot
+from serving.settings.router import AdmissionSettings, BreakerSettings, RouterSettings
+from serving.settings.stack import EngineSettings, ModelSettings, Settings
+from serving.settings.tenants import Identity, Priority, Tenant
 
 CONFIG = (("base_size", 1024), ("image_size", 640), ("crop_mode", True))
 LOST = ReplicaUnreachableError("gone")

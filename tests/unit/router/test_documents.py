@@ -8,13 +8,13 @@ from pathlib import Path
 
 import orjson
 
-from serving.directory import ServiceRecord
-from serving.ocr_settings import OcrSettings
-from serving.router.documents import is_for_ocr
-from serving.router.keys import KeysFile, make_key, write_keys
-from serving.router_settings import LimitSettings
-from serving.settings import Settings
-from serving.tenants import Tenant
+from serving.cluster.directory import ServiceRecord
+from serving.router.access.keys_file import KeysFile, make_key, write_keys
+from serving.router.relay.ocr_relay import is_for_ocr
+from serving.settings.ocr import OcrSettings
+from serving.settings.router import LimitSettings
+from serving.settings.stack import Settings
+from serving.settings.tenants import Tenant
 from unit.ocr.papers import write_pdf
 from unit.ocr.service import BODY_BYTES, build_service_settings, reads, run_host
 from unit.router.stack import (

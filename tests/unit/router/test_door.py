@@ -19,17 +19,17 @@ import pytest
 from starlette.routing import Route
 
 from serving.billing.credits import CREDIT_HEADER, CreditSigner
-from serving.directory import ServiceRecord
-from serving.ocr.app import OcrApp, _Endpoint
-from serving.ocr.routers import Routers
-from serving.ocr.service import OcrService
-from serving.ocr_settings import OcrSettings
+from serving.cluster.directory import ServiceRecord
+from serving.ocr.api.app import OcrApp, _Endpoint
+from serving.ocr.api.service import OcrService
+from serving.ocr.reading.router_client import Routers
+from serving.router.access.keys_file import KeysFile, make_key, write_keys
+from serving.router.access.limits import DOCUMENT, GENERATION, LOOKUP
 from serving.router.app import GENERATE, METHODS
-from serving.router.keys import KeysFile, make_key, write_keys
-from serving.router.limits import DOCUMENT, GENERATION, LOOKUP
-from serving.router.lookups import MODEL, QUOTE
-from serving.settings import Settings
-from serving.tenants import Identity, Tenant
+from serving.router.lookups.routes import MODEL, QUOTE
+from serving.settings.ocr import OcrSettings
+from serving.settings.stack import Settings
+from serving.settings.tenants import Identity, Tenant
 from unit.ocr.papers import write_pdf
 from unit.ocr.service import BODY_BYTES, build_service_settings, reads, run_host
 

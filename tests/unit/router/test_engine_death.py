@@ -9,11 +9,11 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from serving.directory import ReplicaRecord
-from serving.engine.scripted import ScriptedEngine
-from serving.http_server import HttpServer
-from serving.router_settings import AdmissionSettings
-from serving.settings import ScriptSettings
+from serving.cluster.directory import ReplicaRecord
+from serving.engine.scripted.app import ScriptedEngine
+from serving.http.server import HttpServer
+from serving.settings.router import AdmissionSettings
+from serving.settings.stack import ScriptSettings
 
 from .stack import MODEL, build_record, build_settings, chat_body, run_router
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.errors import InvalidRequestError
-from serving.router.fields import CHAT_FIELDS, TEXT_FIELDS, Check, check_fields
-from serving.router.schemas import is_circular
+from serving.router.request.fields import CHAT_FIELDS, TEXT_FIELDS, Check, check_fields
+from serving.router.request.json_schemas import is_circular
 
 TOOL = {"type": "function", "function": {"name": "read", "parameters": {"type": "object"}}}
 

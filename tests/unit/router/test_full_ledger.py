@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from serving.billing.spool import read_spools
-from serving.billing_settings import BillingSettings, SpoolSettings
+from serving.settings.billing import BillingSettings, SpoolSettings
 from unit.ocr.service import reads
 from unit.ocr.test_metrics import read_metrics
 from unit.router.stack import Engine, build_settings, chat_body, run_router

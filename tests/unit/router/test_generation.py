@@ -15,13 +15,13 @@ import pytest
 from starlette.types import Message
 
 from serving.billing.records import LostTry, Outcome, RequestRecord, TokenCounts
-from serving.directory import Snapshot
-from serving.http_server import HttpServer
+from serving.cluster.directory import Snapshot
+from serving.http.server import HttpServer
+from serving.router.access.keys_file import KeysFile, make_key, write_keys
 from serving.router.app import RouterApp
-from serving.router.keys import KeysFile, make_key, write_keys
-from serving.router_settings import AdmissionSettings
-from serving.settings import Settings
-from serving.tenants import Priority, Tenant
+from serving.settings.router import AdmissionSettings
+from serving.settings.stack import Settings
+from serving.settings.tenants import Priority, Tenant
 
 from .pictures import encode_image, image_part, to_url
 from .stack import (

@@ -12,10 +12,10 @@ import pytest_asyncio
 from hostile.corpus import CORPUS, Entry, Judge, chat
 from hostile.wire import send
 
-from serving.directory import Snapshot
-from serving.http_server import HttpServer
+from serving.cluster.directory import Snapshot
+from serving.http.server import HttpServer
 from serving.router.app import RouterApp
-from serving.router_settings import LimitSettings
+from serving.settings.router import LimitSettings
 
 from .stack import MAX_BODY_BYTES, MODEL, USAGE, Engine, answers, build_settings
 

@@ -13,8 +13,8 @@ from PIL import Image
 from pydantic import ValidationError
 
 from serving.errors import ImageTooLargeError, InvalidImageError, InvalidRequestError, RequestError
-from serving.router.images import FORMATS, check_image_url, read_size
-from serving.router_settings import LimitSettings, RemoteImageSettings, RouterSettings
+from serving.router.request.image_headers import FORMATS, check_image_url, read_size
+from serving.settings.router import LimitSettings, RemoteImageSettings, RouterSettings
 
 from .pictures import animate_image, encode_image, png_header, to_url
 

@@ -6,10 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.directory import RouterReport, TenantUse
+from serving.cluster.directory import RouterReport, TenantUse
 from serving.errors import RateLimitError
-from serving.router.limits import DOCUMENT, GENERATION, LOOKUP, POLL, Bucket, Charge, TenantLimits, format_duration
-from serving.tenants import Identity, Tenant
+from serving.router.access.limits import (
+    DOCUMENT,
+    GENERATION,
+    LOOKUP,
+    POLL,
+    Bucket,
+    Charge,
+    TenantLimits,
+    format_duration,
+)
+from serving.settings.tenants import Identity, Tenant
 
 
 def who(tenant: str = "t", **limits: Any) -> Identity:

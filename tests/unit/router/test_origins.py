@@ -9,8 +9,8 @@ import httpx
 import orjson
 import pytest
 
-from serving.router.keys import KeysFile, make_key, write_keys
-from serving.tenants import Tenant
+from serving.router.access.keys_file import KeysFile, make_key, write_keys
+from serving.settings.tenants import Tenant
 from unit.ocr.papers import write_pdf
 from unit.ocr.service import build_service_settings, reads, run_host, run_service
 

@@ -8,9 +8,8 @@ import orjson
 import pytest
 from starlette.types import Message
 
-from serving.asgi.reply import Reply
 from serving.billing.prices import Price
-from serving.directory import ReplicaRecord
+from serving.cluster.directory import ReplicaRecord
 from serving.errors import (
     InternalError,
     InvalidImageError,
@@ -19,10 +18,11 @@ from serving.errors import (
     ReplicaUnreachableError,
     ServingError,
 )
-from serving.router.relay import Relay
-from serving.router.requests import RoutedRequest
-from serving.router.usage import UsageNotes
-from serving.router_settings import RouterSettings
+from serving.http.reply import Reply
+from serving.router.accounting.answer_usage import UsageNotes
+from serving.router.relay.replica_relay import Relay
+from serving.router.request.parsing import RoutedRequest
+from serving.settings.router import RouterSettings
 
 from .stack import (
     COST,

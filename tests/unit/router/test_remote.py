@@ -11,14 +11,14 @@ import pytest
 from aiohttp import web
 from yarl import URL
 
-from serving.asgi.addresses import is_public_address
-from serving.asgi.fetching import RefusedError
 from serving.errors import ImageTooLargeError, InvalidImageError, RequestError
-from serving.router.images import check_image_url
-from serving.router.remote import RemoteImages
-from serving.router.requests import RoutedRequest, parse_request
-from serving.router_settings import LimitSettings, RemoteImageSettings, RouterSettings
-from serving.settings import ModelSettings, Settings
+from serving.http.addresses import is_public_address
+from serving.http.fetching import RefusedError
+from serving.router.request.image_headers import check_image_url
+from serving.router.request.parsing import RoutedRequest, parse_request
+from serving.router.request.remote_images import RemoteImages
+from serving.settings.router import LimitSettings, RemoteImageSettings, RouterSettings
+from serving.settings.stack import ModelSettings, Settings
 
 from .pictures import encode_image, image_part, png_header, to_url
 

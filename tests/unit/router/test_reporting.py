@@ -16,13 +16,13 @@ import httpx
 import orjson
 import pytest
 
-from serving.billing_settings import BillingSettings
-from serving.directory import Snapshot
-from serving.http_server import HttpServer
+from serving.cluster.directory import Snapshot
+from serving.http.server import HttpServer
+from serving.router.access.keys_file import KeysFile, make_key, write_keys
 from serving.router.app import RouterApp
-from serving.router.keys import KeysFile, make_key, write_keys
-from serving.settings import Settings
-from serving.tenants import Tenant
+from serving.settings.billing import BillingSettings
+from serving.settings.stack import Settings
+from serving.settings.tenants import Tenant
 
 from .pictures import encode_image, image_part, to_url
 from .stack import USAGE, Engine, answers, build_settings, chat_body, connect

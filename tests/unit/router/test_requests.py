@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.errors import ImageTooLargeError, InternalError, InvalidRequestError, NoReplicaError, ServingError
-from serving.router.requests import RoutedRequest, blame, parse_request
-from serving.router_settings import LimitSettings, RemoteImageSettings, RouterSettings
-from serving.settings import ModelSettings, Settings
+from serving.router.request.parsing import RoutedRequest, blame, parse_request
+from serving.settings.router import LimitSettings, RemoteImageSettings, RouterSettings
+from serving.settings.stack import ModelSettings, Settings
 
 from .pictures import encode_image, image_part, png_header, to_url
 

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, seed, settings
 
-from serving.directory import ReplicaRecord, ReplicaState, Snapshot
-from serving.engine.scripted import ScriptedEngine
-from serving.http_server import HttpServer
+from serving.cluster.directory import ReplicaRecord, ReplicaState, Snapshot
+from serving.engine.scripted.app import ScriptedEngine
+from serving.http.server import HttpServer
 from serving.router.app import RouterApp
-from serving.router.openapi import build_document
-from serving.settings import ScriptSettings
+from serving.router.lookups.openapi import build_document
+from serving.settings.stack import ScriptSettings
 
 from .stack import MODEL, build_settings
 

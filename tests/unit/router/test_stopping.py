@@ -11,10 +11,10 @@ import pytest
 from pydantic import SecretStr
 
 from serving.billing.credits import CREDIT_HEADER, CreditSigner
-from serving.directory import ServiceRecord, Snapshot
-from serving.ocr_settings import OcrSettings
+from serving.cluster.directory import ServiceRecord, Snapshot
 from serving.router.app import METHODS
-from serving.router.lookups import QUOTE
+from serving.router.lookups.routes import QUOTE
+from serving.settings.ocr import OcrSettings
 
 from .stack import Engine, RunningRouter, answers, build_settings, chat_body, run_router
 from .test_generation import ANSWER, DONE, LAST, TEXT

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 from collector import Collector, run_collector
 
-from serving.settings import Settings
-from serving.telemetry_settings import TelemetrySettings
+from serving.settings.stack import Settings
+from serving.settings.telemetry import TelemetrySettings
 
 from .stack import Engine, answers, build_settings, chat_body, hang_up, run_router, streams, streams_and_waits
 

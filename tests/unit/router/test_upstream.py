@@ -13,7 +13,7 @@ from serving.errors import (
     ReplicaUnreachableError,
     ServingError,
 )
-from serving.router.upstream import _HIGH_BYTES, Upstream
+from serving.router.relay.http_client import _HIGH_BYTES, Upstream
 
 from .stack import Engine, Exchange, Script, answers, dead_replica, deaf_replica, dies_after, eventually, streams
 
@@ -162,7 +162,7 @@ async def test_a_request_that_finds_none_free_gets_its_own() -> None:
 
 
 async def test_an_idle_connection_is_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.router.upstream._KEEP_S", 0.02)
+    monkeypatch.setattr("serving.router.relay.http_client._KEEP_S", 0.02)
     async with Engine(answers(b"ok")) as engine, open_upstream() as upstream:
         ports = counts_connections(engine)
         await asyncio.gather(*(post(upstream, engine) for _ in range(2)))

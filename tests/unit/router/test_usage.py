@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from serving.billing.prices import Price
 from serving.billing.records import Outcome, TokenCounts
-from serving.router.usage import StreamAnnotator, UsageNotes, annotate_answer
+from serving.router.accounting.answer_usage import StreamAnnotator, UsageNotes, annotate_answer
 
 PRICE = Price(input_picodollars=30_000, output_picodollars=100_000)
 USAGE = {"prompt_tokens": 1000, "total_tokens": 1500, "completion_tokens": 500}

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.directory import ReplicaRecord, ReplicaState
-from serving.plugin.selection import MODES
-from serving.router.requests import RoutedRequest
-from serving.router.work import (
+from serving.cluster.directory import ReplicaRecord, ReplicaState
+from serving.plugin.modes.selection import MODES
+from serving.router.request.parsing import RoutedRequest
+from serving.router.scheduling.work_estimate import (
     CHARS_PER_TOKEN,
     MIXED,
     TEXT,

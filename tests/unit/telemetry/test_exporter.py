@@ -5,7 +5,7 @@ from pathlib import Path
 import httpx
 from pydantic import SecretStr
 
-from serving.directory import ReplicaRecord, ReplicaState, RouterReport, Snapshot
+from serving.cluster.directory import ReplicaRecord, ReplicaState, RouterReport, Snapshot
 from serving.telemetry.exporter import MetricsServer
 from serving.telemetry.targets import TargetsFile, list_targets
 

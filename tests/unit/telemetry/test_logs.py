@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from serving.billing.records import Outcome, RequestRecord, TokenCounts
+from serving.settings.telemetry import LogSettings
 from serving.telemetry.logs import configure_logs, log_request
-from serving.telemetry_settings import LogSettings
 
 MS = 1_000_000
 RECORD = RequestRecord(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, expect
 
-from serving.demo.documents import sample_sheet, write_document
+from serving.nano.documents import sample_sheet, write_document
 from unit.ocr.service_double import OcrDouble, run_double
 from unit.web.browser import Visit, run_chromium, visit
 

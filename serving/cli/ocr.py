@@ -1,0 +1,163 @@
+"""The `serving ocr` command: files through the OCR service, results into a folder."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+import typing
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from serving.ocr_client.bulk import BulkRun, Outcome, OutputFormat, SelectionError, Tally, Task, find_files, plan_tasks
+from serving.ocr_client.bulk_state import BulkState, RunningError
+from serving.ocr_client.client import DEFAULT_URL, AsyncOcrClient, Options, RetryPolicy
+from serving.ocr_client.errors import KeyRefusedError, OcrError
+from serving.ocr_client.file_names import show_name
+
+_MODES = ("tiny", "small", "base", "large", "gundam", "auto")
+_SHOWN_FAILURES = 10
+_INTERRUPTED = 130
+
+
+def read_files(
+    files: Annotated[
+        list[str], typer.Argument(metavar="FILE...", help="Documents, folders of them, or quoted patterns.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results and for what has been done.")],
+    mode: Annotated[str | None, typer.Option(help=f"How closely to look: {', '.join(_MODES)}.")] = None,
+    output: Annotated[
+        OutputFormat, typer.Option("--format", "-f", help="json has the blocks with their boxes, too.")
+    ] = OutputFormat.MARKDOWN,
+    pages: Annotated[str | None, typer.Option(help="Which pages of each document, such as 1-3,7.")] = None,
+    model: Annotated[str | None, typer.Option(help="The first one that the service lists, if not given.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What to ask of every page, instead of the format's own.")] = None,
+    dpi: Annotated[int | None, typer.Option(min=18, max=600, help="Of PDF pages.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Of one page's text.")] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, max=256, help="Documents at once.")] = 8,
+    url: Annotated[str, typer.Option(envvar="SERVING_URL", help="Where the stack or the service is.")] = DEFAULT_URL,
+    key: Annotated[
+        str | None,
+        typer.Option(envvar="SERVING_API_KEY", help="API key; better in the environment, where nobody sees it."),
+    ] = None,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for a service that is away or busy.")] = 600.0,
+) -> None:
+    """Read documents (PDF, JPEG, PNG, WebP, TIFF, GIF, BMP) and write their text into a folder.
+
+    \b
+        serving ocr report.pdf scans/ --out texts
+        serving ocr "archive/**/*.pdf" --out texts --mode auto --format json --jobs 16
+
+    Every document becomes a job of the service and DIR/NAME.md (or .txt, .json). What is finished is kept in DIR, page
+    by page: stop the command, or lose the service, and the same command goes on where it was. Done once more, it reads
+    only files that are new or have changed, and pages that failed.
+
+    The exit status is 0 when every page was read, 1 when some pages, documents or folders were not (they are listed), 2
+    when the command is wrong, 3 when the service cannot be used, 130 after Ctrl-C.
+    """
+    if mode is not None and mode not in _MODES:
+        _fail(2, f"--mode {mode}: there are {', '.join(_MODES)}")
+    try:
+        found = find_files(files, out)
+        tasks = plan_tasks(found.files, out, output)
+        state = BulkState(out)
+    except SelectionError as error:
+        _fail(2, str(error))
+    except RunningError:
+        _fail(2, f"another `serving ocr` writes into {show_name(out)}; wait for it, or take another folder")
+    except OSError as error:
+        _fail(2, f"{show_name(out)}: cannot be written ({error.strerror})")
+    fields = {"pages": pages, "prompt": prompt, "dpi": dpi, "max_tokens": max_tokens, "mode": mode}
+    try:
+        client = AsyncOcrClient(url, api_key=key, retry=RetryPolicy(max_wait_s=wait))
+        outcomes = asyncio.run(_run(client, state, Options(model or "", **fields), output, tasks, jobs))  # type: ignore[arg-type]
+    except KeyboardInterrupt:
+        _fail(_INTERRUPTED, "stopped; the service goes on with what it has, the same command fetches it")
+    except OcrError as error:
+        advice = "; give a key with SERVING_API_KEY" if isinstance(error, KeyRefusedError) else ""
+        _fail(3, f"{url}: {error}{advice}\nWhat is finished is kept; the same command goes on from there.")
+    finally:
+        state.close()
+    for folder, reason in found.unread.items():
+        typer.echo(f"{show_name(folder)}: it cannot be looked into ({reason})", err=True)
+    if found.unread or not all(outcome.is_good for outcome in outcomes):
+        raise typer.Exit(1)
+
+
+async def _run(
+    client: AsyncOcrClient, state: BulkState, options: Options, output: OutputFormat, tasks: list[Task], jobs: int
+) -> list[Outcome]:
+    console = Console(stderr=True)
+    began_s = time.monotonic()
+    async with client:
+        if not options.model:
+            options = await _choose_model(client, options)
+        with _build_progress(console) as progress:
+            bar = progress.add_task("", total=None, files=f"0/{len(tasks)} files", rates="")
+            num_over = 0
+
+            def show(tally: Tally) -> None:
+                rates = _describe(tally, time.monotonic() - began_s)
+                progress.update(bar, total=tally.num_pages or None, completed=tally.num_done, rates=rates)
+
+            def note(outcome: Outcome) -> None:
+                nonlocal num_over
+                num_over += 1
+                progress.update(bar, files=f"{num_over}/{len(tasks)} files")
+                _tell(console, outcome)
+
+            run = BulkRun(client, state, options, output, show, note)
+            outcomes = await run.run(tasks, jobs)
+    num_done = sum(outcome.was_done for outcome in outcomes)
+    before = f", {num_done} of them done before" if num_done else ""
+    rates = _describe(run.tally, time.monotonic() - began_s)
+    console.print(f"{len(outcomes)} files{before}; {run.tally.num_done} pages: {rates}", highlight=False)
+    return outcomes
+
+
+async def _choose_model(client: AsyncOcrClient, options: Options) -> Options:
+    names = await client.models()
+    if not names:
+        _fail(3, "the service lists no model")
+    return dataclasses.replace(options, model=names[0])
+
+
+def _build_progress(console: Console) -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.fields[files]}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("pages"),
+        TextColumn("{task.fields[rates]}"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+def _describe(tally: Tally, seconds: float) -> str:
+    rates = f"{tally.num_done / seconds:.1f} pages/s, {tally.num_tokens / seconds:.0f} tokens/s"
+    failed = f", {tally.num_failed} failed" if tally.num_failed else ""
+    return f"{rates}, ${tally.dollars:.6f}{failed}"
+
+
+def _tell(console: Console, outcome: Outcome) -> None:
+    name = show_name(outcome.task.file)
+    if outcome.failure is not None:
+        console.print(f"{name}: {outcome.failure}", markup=False, style="red", soft_wrap=True)
+    for number, reason in list(outcome.failed.items())[:_SHOWN_FAILURES]:
+        console.print(f"{name}, page {number}: {reason}", markup=False, style="red", soft_wrap=True)
+    if len(outcome.failed) > _SHOWN_FAILURES:
+        console.print(f"{name}: and {len(outcome.failed) - _SHOWN_FAILURES} pages more", markup=False, style="red")
+    if outcome.is_good and not outcome.was_done:
+        console.print(f"{name} -> {show_name(outcome.task.target)}", markup=False, soft_wrap=True, highlight=False)
+
+
+def _fail(status: int, reason: str) -> typing.NoReturn:
+    typer.echo(reason, err=True)
+    raise typer.Exit(status)

@@ -1,0 +1,1 @@
+"""Which replicas there are: the directory, its actor, and the versions of deployments."""

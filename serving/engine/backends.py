@@ -1,0 +1,185 @@
+"""Starting what a replica runs: vLLM's `AsyncLLM`, or in its place an engine that answers by a script."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import io
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from serving.engine.arguments import build_arguments
+from serving.engine.scripted.app import ScriptedEngine, run_scripted
+from serving.engine.serve_log import keep_serve_log
+from serving.engine.token_counts import EngineUsage, SequenceCounts, UsageApp
+from serving.errors import SettingsError
+from serving.plugin.modes.image_config import read_image_config
+from serving.plugin.modes.selection import ModeRules
+from serving.settings.stack import NANO, ScriptSettings, Settings
+from serving.settings.telemetry import TelemetrySettings
+
+Say = Callable[[str], None]
+"""Takes what is going on, in words for a person."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """An engine that has started."""
+
+    client: Any
+    """Tells of its health: `errored`, `is_running`, `dead_error`."""
+    app: UsageApp
+    """Its HTTP API."""
+    facts: Mapping[str, Any]
+    """Fields of the replica's record."""
+    fail: Callable[[], None]
+    """To be called when it has died: closes the counts of what ran."""
+
+
+@contextlib.asynccontextmanager
+async def run_engine(name: str, settings: Settings, checkpoint: str, say: Say) -> AsyncIterator[Engine]:
+    """Run what the model's settings ask for; leaving the context stops it, its processes too.
+
+    Raises:
+        SettingsError: engine arguments or a script that cannot be used.
+    """
+    model, key = settings.models[name], settings.engine.api_key
+    api_key = None if key is None else key.get_secret_value()
+    if model.script is not None:
+        async with _run_scripted(model.script, (name, *model.aliases), api_key, settings.telemetry) as engine:
+            yield engine
+    else:
+        async with _run_vllm(name, settings, checkpoint, api_key, say) as engine:
+            yield engine
+
+
+@contextlib.asynccontextmanager
+async def _run_scripted(
+    script: ScriptSettings, names: tuple[str, ...], api_key: str | None, telemetry: TelemetrySettings
+) -> AsyncIterator[Engine]:
+    async with run_scripted(script, names, api_key=api_key) as (engine, app):
+        facts = {
+            "max_num_seqs": engine.max_num_seqs,
+            "capacity_tokens": engine.kv_tokens,
+            "max_model_len": engine.max_model_len,
+        }
+        yield Engine(engine, UsageApp(app, ScriptedUsage(engine), api_key, telemetry), facts, fail=lambda: None)
+
+
+class ScriptedUsage:
+    """The counts of a scripted engine, which keeps its own."""
+
+    def __init__(self, engine: ScriptedEngine) -> None:
+        self._engine = engine
+
+    def open(self, request_id: str) -> None:
+        pass
+
+    def close(self, request_id: str) -> None:
+        pass
+
+    def find(self, request_id: str) -> dict[str, Any] | None:
+        usage = self._engine.find_usage(request_id)
+        return None if usage is None else {**dataclasses.asdict(usage), "finish_reason": usage.finish_reason or ""}
+
+    def totals(self) -> dict[str, int]:
+        return self._engine.usage_totals()
+
+
+@contextlib.asynccontextmanager
+async def _run_vllm(
+    name: str, settings: Settings, checkpoint: str, api_key: str | None, say: Say
+) -> AsyncIterator[Engine]:
+    model = settings.models[name]
+    say("importing vLLM")
+    if model.checkpoint == NANO:
+        await asyncio.to_thread(_build_checkpoint, Path(checkpoint))
+    private = await asyncio.to_thread(_import_vllm)
+    flags = build_arguments(name, model, settings.engine, checkpoint, settings.telemetry.traces_url)
+    arguments = _parse(private, flags)
+    with keep_serve_log():
+        private.configure_logging(arguments)
+    say("starting the engine process and loading weights")
+    private.end_streams_with_usage()
+    private.write_text_chunks()
+    async with private.run_engine(arguments) as (client, app):
+        private.remember_environment()
+        usage = EngineUsage()
+        private.watch_sequences(client, _Watcher(usage, private.sequence_counts))
+        config = client.vllm_config
+        multimodal = config.model_config.multimodal_config
+        facts = {
+            "max_num_seqs": config.scheduler_config.max_num_seqs,
+            "capacity_tokens": private.kv_cache_tokens(config),
+            "max_model_len": config.model_config.max_model_len,
+            "image_config": _describe_images(config.model_config),
+            "image_options": _scalars(multimodal.mm_processor_kwargs or {}),
+        }
+        yield Engine(
+            client, UsageApp(app, usage, api_key, settings.telemetry), facts, fail=lambda: usage.end_all("error")
+        )
+
+
+class _Watcher:
+    """Passes what vLLM's front end tells of its sequences on to the usage."""
+
+    def __init__(self, usage: EngineUsage, read: Callable[[Any], tuple[int, int, int]]) -> None:
+        self._usage = usage
+        self._read = read
+
+    def begin(self, sequence_id: str, engine_id: str, num_image_tokens: int, state: Any) -> None:
+        def read() -> SequenceCounts:
+            prompt, cached, completion = self._read(state)
+            return SequenceCounts(prompt, num_image_tokens if prompt else 0, cached, completion)
+
+        self._usage.begin(sequence_id, engine_id, read)
+
+    def end(self, sequence_id: str, finish_reason: str) -> None:
+        self._usage.end(sequence_id, finish_reason)
+
+
+def _describe_images(model_config: Any) -> tuple[tuple[str, Any], ...] | None:
+    """How the engine reads images, what its checkpoint leaves out resolved; None for one that reads them otherwise."""
+    try:
+        return ModeRules.from_config(read_image_config(model_config)).as_config()
+    except (TypeError, ValueError):
+        return None
+
+
+def _scalars(config: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """The plain values of a configuration, fit for a record that is compared and sent."""
+    return tuple((key, value) for key, value in sorted(config.items()) if isinstance(value, bool | int | float | str))
+
+
+def _build_checkpoint(folder: Path) -> None:
+    from serving.nano.build import build_checkpoint
+
+    build_checkpoint(folder)
+
+
+def _import_vllm() -> ModuleType:
+    """Takes seconds, so a thread does it while the event loop goes on."""
+    import vllm  # noqa: F401
+
+    from serving.plugin import vllm_internals as private
+
+    return private
+
+
+def _parse(private: ModuleType, flags: list[str]) -> Any:
+    """vLLM's namespace for its command line.
+
+    Raises:
+        SettingsError: `engine_args` that vLLM does not accept.
+    """
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return private.parse_server_args(flags)
+    except SystemExit:
+        last = (complaint.getvalue().strip().splitlines() or ["no reason given"])[-1]
+        raise SettingsError(f"engine_args: vLLM does not accept them: {last.partition('error: ')[2] or last}") from None

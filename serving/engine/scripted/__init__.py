@@ -1,0 +1,1 @@
+"""A stand-in at the engine's seam: answers in vLLM's shapes by a script."""

@@ -1,0 +1,202 @@
+"""One request inside a scripted engine: from waiting for a place to its last byte, with what goes wrong on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from starlette.types import Send
+
+from serving.engine.scripted.batching import Batch, Counts, RequestUsage
+from serving.engine.scripted.failures import Failure, Kind
+from serving.engine.scripted.frames import DONE, StreamFrames, build_answer, build_error
+from serving.engine.scripted.requests import ScriptedRequest
+
+_JSON = b"application/json"
+_STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8")]
+
+UsageFrames = Literal["last", "asked", "forced"]
+"""Which streams tell their usage. `last`: all do, in one frame at the end, unless `include_usage` is false. `asked`:
+vLLM's default, those that ask for it. `forced`: vLLM's --enable-force-include-usage, which puts it into every frame."""
+
+
+@dataclass(slots=True)
+class Core:
+    """What the requests of one engine share."""
+
+    batch: Batch
+    usage_frames: UsageFrames
+    exit_process: Callable[[int], object]
+    counts: Counts = field(default_factory=Counts)
+    dead_error: BaseException | None = None
+
+    def frames_for(self, request: ScriptedRequest, answer_id: str) -> tuple[StreamFrames, bool]:
+        """The frames of a stream, and whether the one with usage is sent."""
+        is_forced = self.usage_frames == "forced"
+        has_usage = is_forced or request.include_usage is True
+        if self.usage_frames == "last":
+            has_usage = request.include_usage is not False
+        continuous = is_forced or request.continuous_usage
+        return StreamFrames(request, answer_id, int(time.time()), has_continuous_usage=continuous), has_usage
+
+    def fail(self, failure: Failure) -> None:
+        """The failures that strike more than one request."""
+        if failure.kind is Kind.EXIT:
+            self.exit_process(1)
+        elif failure.kind is Kind.DEAD:
+            self.dead_error = RuntimeError("the script says that the engine dies")
+
+
+class Run:
+    """One request on its way: waits for its place, is read, and generates its tokens."""
+
+    def __init__(
+        self, core: Core, request: ScriptedRequest, usage: RequestUsage, failure: Failure | None, send: Send
+    ) -> None:
+        self._core = core
+        self._request = request
+        self.usage = usage
+        self._failure = failure
+        self._send = send
+        prefix = "chatcmpl-" if request.is_chat else "cmpl-"
+        self._answer_id = prefix + (usage.request_id or uuid.uuid4().hex)
+
+    async def answer(self) -> None:
+        """From waiting to the last byte. Cancelling it aborts the request; what it has used stays counted."""
+        failure = self._failure
+        if failure is not None and failure.kind is Kind.STATUS:
+            self._finish("error")
+            await _send_refusal(self._send, failure)
+            return
+        if failure is not None and failure.kind is Kind.REFUSE:
+            self._finish("error")
+            await _cut(self._send)
+            return
+        try:
+            if self._request.is_stream:  # vLLM too says 200 before the request has its place
+                await self._send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+            async with self._core.batch.seat(self._request.num_choices):
+                await self._prefill()
+                is_whole = await (self._stream() if self._request.is_stream else self._build())
+                if not self.usage.is_finished:
+                    self._finish(self._request.finish_reason if is_whole else "error")
+            if not self._request.is_stream and is_whole:
+                body = build_answer(self._request, self._answer_id, int(time.time()))
+                await send_body(self._send, 200, body)
+        finally:
+            if not self.usage.is_finished:
+                self._finish("abort")
+
+    async def _prefill(self) -> None:
+        await self._core.batch.prefill(self._request.prompt_tokens)
+        self.usage.prompt_tokens = self._request.prompt_tokens
+        self.usage.image_tokens = self._request.image_tokens
+        self._core.counts.prompt_tokens += self._request.prompt_tokens
+        self._core.counts.prompted += 1
+        if self._failure is not None and self._failure.kind is Kind.SLOW_START:
+            await asyncio.sleep(self._failure.value)
+
+    async def _stream(self) -> bool:
+        """Send frames as tokens come; False when a failure has ended it."""
+        send, batch, request = self._send, self._core.batch, self._request
+        fails_at = self._fails_at()
+        frames, has_usage = self._core.frames_for(request, self._answer_id)
+        started_s = asyncio.get_running_loop().time()
+        if fails_at == 0 and not await self._survive():
+            return False
+        if role := frames.first():
+            await send({"type": "http.response.body", "body": role, "more_body": True})
+        for number in range(1, request.output_tokens + 1):
+            await batch.wait_for_token(number, started_s)
+            for index in range(request.num_choices):
+                self._count(1)
+                await send({"type": "http.response.body", "body": frames.token(index, number), "more_body": True})
+            if (number == fails_at or self._core.dead_error is not None) and not await self._survive():
+                return False
+        if has_usage:
+            await send({"type": "http.response.body", "body": frames.usage(), "more_body": True})
+        self._finish(request.finish_reason)  # before the end is told, so that who has seen it finds it done
+        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+        return True
+
+    async def _build(self) -> bool:
+        """Generate a whole answer; False when a failure has ended it."""
+        total, fails_at = self._request.output_tokens, self._fails_at()
+        before = total if fails_at is None else min(fails_at, total)
+        await self._generate_unseen(before)
+        if (before == fails_at or self._core.dead_error is not None) and not await self._survive():
+            return False
+        await self._generate_unseen(total - before)
+        return True
+
+    async def _generate_unseen(self, num_tokens: int) -> None:
+        async for num_new in self._core.batch.generate_unseen(num_tokens):
+            self._count(num_new * self._request.num_choices)
+
+    def _fails_at(self) -> int | None:
+        return self._failure.after_tokens if self._failure is not None and self._failure.is_midway else None
+
+    async def _survive(self) -> bool:
+        """Let the failure strike in the middle; whether the answer goes on after it."""
+        failure = self._failure
+        if self._core.dead_error is not None or failure is None:
+            await self._send_error()
+            return False
+        if failure.kind is Kind.STALL:
+            if failure.for_s is not None:
+                await asyncio.sleep(failure.for_s)
+                return True
+            await asyncio.get_running_loop().create_future()  # until the client leaves
+        if failure.kind is Kind.DIE:
+            await _cut(self._send)
+            return False
+        self._core.fail(failure)
+        await self._send_error()
+        return False
+
+    async def _send_error(self) -> None:
+        body = build_error(500, "EngineCore encountered an issue.", "InternalServerError")
+        if not self._request.is_stream:
+            await send_body(self._send, 500, body)
+            return
+        await self._send({"type": "http.response.body", "body": b"data: " + body + b"\n\n" + DONE, "more_body": False})
+
+    def _count(self, num_tokens: int) -> None:
+        self.usage.completion_tokens += num_tokens
+        self._core.counts.generation_tokens += num_tokens
+
+    def _finish(self, reason: str) -> None:
+        self.usage.finish_reason = reason
+        self.usage.is_finished = True
+        self._core.counts.finished[reason] += 1
+
+
+async def _send_refusal(send: Send, failure: Failure) -> None:
+    status = int(failure.value)
+    kind = "ServiceUnavailableError" if status == 503 else "BadRequestError" if status < 500 else "InternalServerError"
+    extra = [] if failure.retry_after_s is None else [(b"retry-after", b"%d" % failure.retry_after_s)]
+    await send_body(send, status, build_error(status, "The script says so.", kind), extra=extra)
+
+
+async def _cut(send: Send) -> None:
+    """Close the connection after what was sent, as the kernel does for a process that was killed.
+
+    ASGI knows no such thing, so this asks uvicorn's object behind `send`; where another stands there, the answer is
+    just left unfinished, which makes any server close the connection.
+    """
+    transport = getattr(getattr(send, "__self__", None), "transport", None)
+    if transport is not None:
+        transport.close()
+        await asyncio.get_running_loop().create_future()  # the server tells of the loss, and the request is cancelled
+
+
+async def send_body(
+    send: Send, status: int, body: bytes, kind: bytes = _JSON, extra: Sequence[tuple[bytes, bytes]] = ()
+) -> None:
+    headers = [(b"content-type", kind), (b"content-length", b"%d" % len(body)), *extra]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})

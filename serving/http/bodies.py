@@ -1,0 +1,273 @@
+"""Bounds on what a client sends: the body's bytes, its time, what it would grow to in memory, and its depth."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import uuid
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import orjson
+from starlette.types import Receive, Scope
+
+from serving.errors import BodyTooLargeError, InvalidRequestError, OverloadedError, RequestTimeoutError, ServingError
+from serving.http.body_pace import BodyPace, receive_in_time
+from serving.settings.router import LimitSettings
+
+_DISCARD_S = 10.0
+_FEW = 512
+_SINGLE_HEADERS = frozenset(
+    {
+        b"authorization",
+        b"content-type",
+        b"host",
+        b"idempotency-key",
+        b"origin",
+        b"sec-fetch-mode",
+        b"sec-fetch-site",
+        b"traceparent",
+        b"x-request-id",
+        b"x-request-timeout-ms",
+        b"x-serving-credit",
+    }
+)
+"""Those that decide something here, of which a request can have one only. What frames the message (Content-Length,
+Transfer-Encoding) is the protocol's to refuse."""
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection before its request was complete."""
+
+
+class BodyBudget:
+    """Counts the bodies that one router holds, from their first byte to the end of their requests."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self.num_held_bytes = 0
+
+    def open(self) -> HeldBody:
+        """A place for one request's body: `with budget.open() as held`."""
+        return HeldBody(self)
+
+    def _take(self, num_bytes: int) -> None:
+        if self.num_held_bytes + num_bytes > self._max_bytes:
+            raise OverloadedError("The service holds as many requests as it can; try again shortly.")
+        self.num_held_bytes += num_bytes
+
+
+class HeldBody:
+    """One request's part of the budget, given back when its context ends."""
+
+    def __init__(self, budget: BodyBudget) -> None:
+        self._budget = budget
+        self._num_bytes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._budget.num_held_bytes -= self._num_bytes
+        self._num_bytes = 0
+
+    def take(self, num_bytes: int) -> None:
+        """Count more bytes as held. What is announced does not count: an attacker would announce a lot and send
+        nothing.
+
+        Raises:
+            OverloadedError: the router holds too much already.
+        """
+        self._budget._take(num_bytes)
+        self._num_bytes += num_bytes
+
+
+class Held(Protocol):
+    """Counts the bytes of a body that is being read, and refuses those that there is no room for."""
+
+    def take(self, num_bytes: int, /) -> None: ...
+
+
+async def read_body(scope: Scope, receive: Receive, limits: LimitSettings, held: Held | None = None) -> bytes:
+    """The whole body.
+
+    Args:
+        scope: the request.
+        receive: brings the body.
+        limits: on its size and time.
+        held: where its bytes are counted.
+
+    Raises:
+        BodyTooLargeError: it announces or brings more than allowed.
+        RequestTimeoutError: it came too slowly.
+        ServingError: what `held` refuses the body with.
+        ClientGoneError: the client left while sending.
+    """
+    announced = b"0"
+    awaits_leave = False
+    for name, value in scope["headers"]:
+        if name == b"content-length":
+            announced = value
+        elif name == b"expect":
+            awaits_leave = True
+    if announced.isdigit() and (len(announced) > 18 or int(announced) > limits.max_body_bytes):
+        if not awaits_leave:  # who asks before sending has sent nothing yet
+            await discard_body(receive, limits)
+        raise _too_large(limits)
+    try:
+        return await _collect(receive, limits, held)
+    except TimeoutError as error:
+        raise too_slow(limits) from error
+
+
+async def _collect(receive: Receive, limits: LimitSettings, held: Held | None) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    pace = BodyPace.from_limits(limits)
+    while True:
+        message = await receive_in_time(receive, pace)
+        if message["type"] == "http.disconnect":
+            raise ClientGoneError
+        part = message.get("body", b"")
+        has_more = message.get("more_body", False)
+        size += len(part)
+        if size > limits.max_body_bytes:
+            parts.clear()
+            if has_more:
+                await discard_body(receive, limits)
+            raise _too_large(limits)
+        if held is not None:
+            try:
+                held.take(len(part))
+            except ServingError:
+                parts.clear()
+                if has_more:
+                    await discard_body(receive, limits)
+                raise
+        parts.append(part)
+        if not has_more:
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def too_slow(limits: LimitSettings) -> RequestTimeoutError:
+    """What a client is told whose body did not keep its pace."""
+    return RequestTimeoutError(
+        f"The body stopped for {limits.body_timeout_s:g} seconds, or came more slowly than "
+        f"{limits.min_body_bytes_per_s} bytes a second for as long; send it faster, or less of it."
+    )
+
+
+def _too_large(limits: LimitSettings) -> BodyTooLargeError:
+    return BodyTooLargeError(f"The body may be {limits.max_body_bytes} bytes at most.")
+
+
+async def discard_body(receive: Receive, limits: LimitSettings) -> None:
+    """Read on for a while before refusing: a client that is still sending would see a reset instead of the answer."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(min(_DISCARD_S, limits.body_timeout_s)):
+            size = 0
+            while size <= limits.max_body_bytes:
+                message = await receive()
+                size += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
+
+
+def decode_json(body: bytes, limits: LimitSettings) -> dict[str, Any]:
+    """The body as a JSON object, in bounds of memory and depth. What Python's own parser reads beyond JSON (NaN, lone
+    surrogates, numbers without end) is refused, so that the engine cannot understand more of a body than the router.
+
+    Raises:
+        InvalidRequestError: it is none, or too much of one.
+    """
+    check_size_in_memory(body, limits)
+    try:
+        payload = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequestError(f"The body is not valid JSON: {error}.", code="invalid_json") from error
+    if not isinstance(payload, dict):
+        raise InvalidRequestError("The body must be a JSON object.", code="invalid_json")
+    check_json(payload, limits)
+    return payload
+
+
+def check_size_in_memory(body: bytes, limits: LimitSettings) -> None:
+    """Refuse before parsing what would fill memory: every value but the first follows one of `,` `[` `{`, so their
+    count bounds that of values, at the speed of a search. Those inside texts count too; the limit is far above them.
+
+    Raises:
+        InvalidRequestError: more values than allowed.
+    """
+    most = limits.max_json_values
+    if len(body) > most and sum(_count(body, sign) for sign in (b",", b"[", b"{")) > most:
+        raise _too_many_values(limits)
+
+
+def _count(body: bytes, sign: bytes) -> int:
+    """Like `body.count`, which takes ten times as long as `find` where there is little to be found: in an image."""
+    at = -1
+    for number in range(_FEW):
+        at = body.find(sign, at + 1)
+        if at < 0:
+            return number
+    return _FEW + body.count(sign, at + 1)
+
+
+def check_json(payload: Any, limits: LimitSettings) -> None:
+    """Refuse a decoded value that is nested too deep or made of too many values.
+
+    Raises:
+        InvalidRequestError: it is.
+    """
+    level: list[Any] = [payload]
+    num_values = 1
+    depth = 0
+    while level:
+        if depth > limits.max_json_depth:
+            raise InvalidRequestError(
+                f"The body may be nested {limits.max_json_depth} levels deep at most.", code="json_too_deep"
+            )
+        depth += 1
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                below.extend(value.values())
+            elif isinstance(value, list):
+                below.extend(value)
+        num_values += len(below)
+        if num_values > limits.max_json_values:
+            raise _too_many_values(limits)
+        level = below
+
+
+def _too_many_values(limits: LimitSettings) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"The body may hold {limits.max_json_values} JSON values at most.", code="json_too_large"
+    )
+
+
+def read_headers(scope: Scope) -> dict[bytes, bytes]:
+    """The request's headers by name, in small letters.
+
+    Raises:
+        InvalidRequestError: two values for a header that decides something: whoever stands in front of this service
+            (a proxy that checks keys, say) may have taken the other one.
+    """
+    found: dict[bytes, bytes] = {}
+    for name, value in scope["headers"]:
+        if name in _SINGLE_HEADERS and found.get(name, value) != value:
+            shown = name.decode("latin-1")
+            raise InvalidRequestError(f"The header {shown} has two values; send it once.", param=shown)
+        found[name] = value
+    return found
+
+
+def read_request_id(headers: Mapping[bytes, bytes]) -> str:
+    """The client's own `x-request-id` if it is one that can be logged and sent back, else a new one."""
+    given = headers.get(b"x-request-id")
+    if given is not None and _REQUEST_ID.fullmatch(given):
+        return given.decode("ascii")
+    return uuid.uuid4().hex

@@ -1,0 +1,172 @@
+"""Fetching what a client names by URL, without becoming its tool.
+
+The client chooses where this process connects, which is what server-side request forgery is made of. So: only hosts of
+the operator's list, only http and https, only the ports that belong to them or that the list names; a name is resolved
+here and the connection goes to an address that was checked, not to the name again; redirects are followed by hand with
+the same checks. Whoever asks should learn of a failure only that it was one: a private address, a closed port and a
+slow server deserve the same words.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import re
+import socket
+from collections.abc import AsyncGenerator, Callable
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+from yarl import URL
+
+from serving.errors import InternalError
+from serving.http.addresses import is_public_address
+from serving.settings.router import RemoteImageSettings
+
+_PORTS = {"http": 80, "https": 443}
+_MAX_CONNECTIONS = 64
+_READ_BYTES = 64 * 1024
+_REDIRECTS = (301, 302, 303, 307, 308)
+_HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*")
+
+
+class RefusedError(Exception):
+    """Whatever kept something from being fetched; the reason stays here."""
+
+
+FETCH_ERRORS = (RefusedError, aiohttp.ClientError, OSError, ValueError)
+"""All that `Fetcher.fetch` may raise for what a client asked for."""
+
+
+class CheckedResolver(AbstractResolver):
+    """Resolves names itself and passes on checked addresses only, which are those that are then connected to. One bad
+    address refuses the name: an honest one has none."""
+
+    def __init__(self, check_address: Callable[[str], bool]) -> None:
+        self._check_address = check_address
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        loop = asyncio.get_running_loop()
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, family=family)
+        results = [
+            ResolveResult(
+                hostname=host,
+                host=str(address[0]),
+                port=port,
+                family=kind,
+                proto=protocol,
+                flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
+            )
+            for kind, _, protocol, _, address in found
+        ]
+        if not results or not all(self._check_address(result["host"]) for result in results):
+            raise OSError("the name leads to an address that may not be asked")
+        return results
+
+    async def close(self) -> None:
+        """Nothing is kept."""
+
+
+class Fetcher:
+    """Fetches by the rules of one list of hosts. One per process and list."""
+
+    def __init__(
+        self,
+        settings: RemoteImageSettings,
+        accept: str,
+        agent: str,
+        check_address: Callable[[str], bool] = is_public_address,
+    ) -> None:
+        """
+        Args:
+            settings: hosts and limits.
+            accept: media types that are asked for.
+            agent: what servers know this by.
+            check_address: whether an IP address may be connected to. Only tests give another.
+        """
+        self._settings = settings
+        self._headers = {"accept": accept, "accept-encoding": "identity", "user-agent": agent}
+        self._check_address = check_address
+        self._session: aiohttp.ClientSession | None = None
+
+    async def start(self) -> None:
+        """Must run inside the event loop that fetches."""
+        connector = aiohttp.TCPConnector(
+            resolver=CheckedResolver(self._check_address),
+            use_dns_cache=False,  # an address is checked where it is used
+            force_close=True,
+            limit=_MAX_CONNECTIONS,
+        )
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            trust_env=False,
+            auto_decompress=False,
+            headers=self._headers,
+            timeout=aiohttp.ClientTimeout(total=self._settings.timeout_s),
+        )
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def fetch(self, text: str) -> AsyncGenerator[bytes]:
+        """The content behind a URL, piece by piece. Whoever stops early closes it (`aclosing`).
+
+        Raises:
+            RefusedError: it may not be asked for, or is not there, or longer than `max_bytes`.
+            aiohttp.ClientError, OSError, ValueError: whatever else can be wrong with it; see `FETCH_ERRORS`.
+        """
+        if self._session is None:
+            raise InternalError("The service has not started.")
+        url = self._checked(text)
+        for _ in range(self._settings.max_redirects + 1):
+            async with self._session.get(url, allow_redirects=False) as answer:
+                if answer.status in _REDIRECTS:
+                    url = self._checked(answer.headers.get("location", ""), url)
+                    continue
+                encoding = answer.headers.get("content-encoding", "identity")
+                too_large = (answer.content_length or 0) > self._settings.max_bytes
+                if answer.status != 200 or encoding.lower() != "identity" or too_large:
+                    raise RefusedError
+                num_left = self._settings.max_bytes
+                while part := await answer.content.read(_READ_BYTES):
+                    num_left -= len(part)
+                    if num_left < 0:
+                        raise RefusedError
+                    yield part
+                return
+        raise RefusedError
+
+    def _checked(self, text: str, base: URL | None = None) -> URL:
+        """A URL that may be connected to, as far as it says itself; names are checked again when they are resolved."""
+        url = URL(text)
+        if base is not None:
+            url = base.join(url)
+        host = url.raw_host
+        if url.scheme not in _PORTS or not host or url.raw_user is not None or url.raw_password is not None:
+            raise RefusedError
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            if not _HOST_NAME.fullmatch(host):
+                raise RefusedError from None
+        else:
+            if not self._check_address(host):  # aiohttp resolves names only, and connects to an address as it is
+                raise RefusedError
+        if not self._is_listed(host.lower(), url.port or 0, _PORTS[url.scheme]):
+            raise RefusedError
+        return url.with_fragment(None)
+
+    def _is_listed(self, host: str, port: int, usual_port: int) -> bool:
+        for entry in self._settings.hosts:
+            name, colon, listed_port = entry.lower().rpartition(":")
+            if not colon or not listed_port.isdigit() or name.endswith(":"):
+                name, listed_port = entry.lower(), str(usual_port)
+            name = name.strip("[]")
+            is_host = name in ("*", host) or (name.startswith("*.") and host.endswith(name[1:]))
+            if is_host and port == int(listed_port):
+                return True
+        return False

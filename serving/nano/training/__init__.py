@@ -1,0 +1,1 @@
+"""Training the nano checkpoint; not a part of the distribution."""

@@ -1,0 +1,1 @@
+"""The OCR service's HTTP API."""

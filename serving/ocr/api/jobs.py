@@ -1,0 +1,137 @@
+"""`/v1/ocr/jobs`: documents that are read while nobody waits."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+import orjson
+from starlette.requests import Request
+
+from serving.errors import InvalidRequestError, JobNotFoundError
+from serving.http.disconnects import ClientPresence
+from serving.http.reply import Reply
+from serving.ocr.api.documents import show_document
+from serving.ocr.api.service import OcrService
+from serving.ocr.api.uploads import Submission
+from serving.ocr.jobs.model import Job, NewJob, new_job_id
+from serving.ocr.reading.options import without_stream
+from serving.ocr.reading.router_client import Caller
+from serving.ocr_client.page_ranges import select_pages
+
+_MAX_JOBS = 100
+_MAX_PAGES = 1000
+_DEFAULT_LIMIT = 20
+_IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+
+
+class JobsRoute:
+    """Answers for whoever has a key that the router takes. Jobs of others are not there."""
+
+    def __init__(self, service: OcrService) -> None:
+        self._service = service
+
+    async def submit(self, request: Request, reply: Reply) -> None:
+        """Take a document in, and answer with the job as soon as it cannot be lost any more."""
+        service = self._service
+        caller = await self._identify(request)
+        idempotency_key = request.headers.get("idempotency-key")
+        if idempotency_key is not None and not _IDEMPOTENCY_KEY.fullmatch(idempotency_key):
+            raise InvalidRequestError("Idempotency-Key must be 1 to 255 printable characters.", param="idempotency-key")
+        async with (
+            service.admitting(request, caller, is_job=True),
+            service.intake.receive(request, caller) as submission,
+            ClientPresence(request.receive),
+        ):
+            job = await self._keep(submission, caller, idempotency_key)
+        service.runner.wake()
+        await reply.send_body(202, orjson.dumps(job.shown()))
+
+    async def _keep(self, submission: Submission, caller: Caller, idempotency_key: str | None) -> Job:
+        service = self._service
+        options = without_stream(submission.options)
+        shown = options.shown()
+        digest = hashlib.sha256(orjson.dumps([submission.digest, shown], option=orjson.OPT_SORT_KEYS)).hexdigest()
+        if idempotency_key is not None:
+            try:
+                return await service.store.find_repeated(caller.owner, idempotency_key, digest)
+            except JobNotFoundError:
+                pass
+        document = await service.renderer.open(submission.file, caller.owner)
+        pages = select_pages(options.pages, document.num_pages, service.settings.ocr.render.max_pages)
+        new = NewJob(
+            owner=caller.owner,
+            model=options.model,
+            options=shown,
+            document=show_document(document, submission.size_bytes),
+            pages=pages,
+            sealed_key=service.vault.seal(caller.api_key),
+            digest=digest,
+            idempotency_key=idempotency_key,
+        )
+        job_id = new_job_id()
+        file = service.runner.find_file(job_id)
+        # The file first: a job whose document is not there yet could be taken at once.
+        await service.storage.move(submission.file, file)
+        job = None
+        try:
+            job = await service.store.add(job_id, new)
+        finally:
+            if job is None or job.job_id != job_id:
+                await service.runner.remove_file(job_id)
+        service.metrics.see_document(document.format, "job")
+        return job
+
+    async def list_jobs(self, request: Request, reply: Reply) -> None:
+        caller = await self._identify(request)
+        limit = _read_count(request, "limit", _DEFAULT_LIMIT, 1, _MAX_JOBS)
+        jobs, has_more = await self._service.store.list_jobs(caller.owner, limit, request.query_params.get("after"))
+        await reply.send_body(200, _list([job.shown() for job in jobs], has_more))
+
+    async def show(self, request: Request, reply: Reply) -> None:
+        caller = await self._identify(request)
+        job = await self._service.store.find(request.path_params["job_id"], caller.owner)
+        await reply.send_body(200, orjson.dumps(job.shown()))
+
+    async def list_pages(self, request: Request, reply: Reply) -> None:
+        caller = await self._identify(request)
+        after = _read_count(request, "after", 0, 0, 2**31)
+        limit = _read_count(request, "limit", 100, 1, _MAX_PAGES)
+        job_id = request.path_params["job_id"]
+        pages, has_more = await self._service.store.list_pages(job_id, caller.owner, limit, after)
+        await reply.send_body(200, _list(pages, has_more))
+
+    async def cancel(self, request: Request, reply: Reply) -> None:
+        caller = await self._identify(request)
+        service = self._service
+        job = await service.store.cancel(request.path_params["job_id"], caller.owner)
+        service.runner.abandon(job.job_id)
+        if not service.settings.ocr.jobs.keep_documents_s:
+            await service.runner.remove_file(job.job_id)
+        await reply.send_body(200, orjson.dumps(job.shown()))
+
+    async def delete(self, request: Request, reply: Reply) -> None:
+        """Everything of a job, whether it has ended or not."""
+        caller = await self._identify(request)
+        service = self._service
+        job_id = request.path_params["job_id"]
+        await service.store.delete(job_id, caller.owner)
+        service.runner.abandon(job_id)
+        await service.runner.remove_file(job_id)
+        await reply.send_empty(204)
+
+    async def _identify(self, request: Request) -> Caller:
+        return await self._service.callers.identify(request.headers.get("authorization"))
+
+
+def _list(data: list[dict[str, object]], has_more: bool) -> bytes:
+    return orjson.dumps({"object": "list", "data": data, "has_more": has_more})
+
+
+def _read_count(request: Request, name: str, usual: int, least: int, most: int) -> int:
+    text = request.query_params.get(name)
+    if text is None:
+        return usual
+    if not re.fullmatch(r"[0-9]{1,10}", text) or not least <= int(text) <= most:
+        raise InvalidRequestError(f"{name} must be a whole number from {least} to {most}.", param=name)
+    return int(text)

@@ -1,0 +1,141 @@
+"""The parts of one OCR service process, put together, started and stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping
+
+from starlette.requests import Request
+
+from serving.billing.database import Database
+from serving.errors import ServingError
+from serving.http.bodies import discard_body
+from serving.ocr.api.uploads import Intake
+from serving.ocr.jobs.database import JobDatabase
+from serving.ocr.jobs.key_sealing import Vault
+from serving.ocr.jobs.leases import JobLeases
+from serving.ocr.jobs.runner import JobRunner
+from serving.ocr.jobs.store import JobStore
+from serving.ocr.jobs.sweeper import JobSweeper
+from serving.ocr.limits.shares import Refusals, Shares
+from serving.ocr.limits.storage import Storage
+from serving.ocr.reading.documents import Pipeline
+from serving.ocr.reading.pages import PageReader
+from serving.ocr.reading.quotes import Quoter
+from serving.ocr.reading.router_client import Caller, Callers, Routers
+from serving.ocr.rendering.pool import Renderer
+from serving.settings.stack import Settings
+from serving.telemetry import catalogue
+from serving.telemetry.ocr_metrics import OcrMetrics
+from serving.telemetry.router_metrics import Reading
+
+_DOCUMENTS = Refusals(
+    own_code="too_many_documents",
+    own_message="You have as many documents open as one tenant may; wait until one has ended, or submit jobs.",
+    full_code="overloaded",
+    full_message="The service reads as many documents as it can; try again shortly.",
+    retry_after_s=2.0,
+)
+_SUBMISSIONS = Refusals(
+    own_code="too_many_submissions",
+    own_message="You are submitting as many jobs at once as one tenant may; wait until one has been taken in.",
+    full_code="overloaded",
+    full_message="The service takes as many jobs in as it can; try again shortly.",
+    retry_after_s=2.0,
+)
+
+
+class OcrService:
+    """Everything behind the routes."""
+
+    def __init__(self, settings: Settings, routers: Routers) -> None:
+        """Raises SettingsError when the secret that keys are sealed with cannot be had."""
+        self.settings = settings
+        ocr = settings.ocr
+        self.service_id = uuid.uuid4().hex[:12]
+        self.documents = Shares(ocr.max_documents, ocr.tenant_share, _DOCUMENTS)
+        """Documents that clients wait for."""
+        self.submissions = Shares(ocr.max_submissions, ocr.tenant_share, _SUBMISSIONS)
+        """Documents that are being taken in for jobs."""
+        self.metrics = OcrMetrics(self._read_gauges)
+        self.renderer = Renderer(ocr.render)
+        self.storage = Storage(ocr)
+        self.intake = Intake(ocr, settings.router.limits, self.storage)
+        self.vault = Vault(ocr.secret, ocr.directory)
+        self.callers = Callers(routers, self.vault.signer.sign)
+        self._reader = PageReader(
+            routers.choose,
+            ocr.read,
+            # As many as pages can be with the router: none waits for a connection of another tenant's.
+            max_connections=(ocr.max_documents + ocr.jobs.running) * ocr.pages_in_parallel,
+            sign_credit=self.vault.signer.sign,
+        )
+        self.pipeline = Pipeline(self.renderer, self._reader, ocr, self.metrics)
+        self.quoter = Quoter(self.renderer, self.callers, ocr)
+        self._database = Database(settings.billing)
+        migrates = settings.billing.migrate_on_start
+        jobs = JobDatabase(self._database, ocr.jobs.keep_results_s, migrates=migrates)
+        self.store = JobStore(jobs, ocr.jobs.max_open_per_tenant)
+        leases = JobLeases(jobs, ocr.jobs.lease_s, self.service_id)
+        sweeper = JobSweeper(jobs, ocr, settings.router.limits, self.storage)
+        self.runner = JobRunner(leases, sweeper, self.pipeline, self.renderer, self.vault, ocr)
+        self._running = contextlib.AsyncExitStack()
+
+    async def start(self) -> None:
+        """Must run inside the event loop that serves.
+
+        Raises:
+            OSError: a folder cannot be used.
+        """
+        self._running.push_async_callback(self._database.close)
+        self.storage.make_folders()
+        await self.storage.look(_find_nobody)
+        await self.intake.start()
+        self._running.push_async_callback(self.intake.close)
+        self._running.push_async_callback(self.renderer.close)
+        await self._running.enter_async_context(self.callers)
+        await self._running.enter_async_context(self._reader)
+        self.runner.start()
+
+    @contextlib.asynccontextmanager
+    async def admitting(self, request: Request, caller: Caller, *, is_job: bool = False) -> AsyncIterator[None]:
+        """A place for a request whose body has not been read yet.
+
+        Raises:
+            RateLimitError: the caller's tenant holds as much as it may: places, or room for documents or results.
+            OverloadedError: there is nothing left for anybody.
+        """
+        with (self.submissions if is_job else self.documents).hold(caller) as held:
+            try:
+                self.storage.check_documents(caller)
+                if is_job:
+                    self.storage.check_results(caller)
+                held.take(1)
+            except ServingError:
+                # A client that is still sending would see a reset instead of the answer.
+                await discard_body(request.receive, self.settings.router.limits)
+                raise
+            yield
+
+    async def close(self, drain_s: float) -> None:
+        """Pages of jobs that are under way have `drain_s`; what is left of the jobs is for others."""
+        await self.runner.close(drain_s)
+        await self._running.aclose()
+
+    def _read_gauges(self) -> Iterator[Reading]:
+        yield catalogue.OCR_OPEN, (), float(self.documents.num_held)
+        yield catalogue.OCR_RENDER_QUEUE, (), float(self.renderer.num_waiting)
+        yield catalogue.OCR_RENDER_CPU, (), self.renderer.cpu_s
+        yield catalogue.OCR_STORAGE, ("documents",), float(self.storage.num_document_bytes)
+        yield catalogue.OCR_STORAGE, ("results",), float(self.storage.num_result_bytes)
+        for kind, ratio in self.storage.used_ratios.items():
+            yield catalogue.OCR_STORAGE_USED, (kind,), ratio
+        for status, number in self.runner.counts.items():
+            yield catalogue.OCR_JOBS, (status,), float(number)
+        yield catalogue.OCR_JOB_LAG, (), self.runner.lag_s
+
+
+async def _find_nobody(job_ids: Collection[str]) -> Mapping[str, str]:
+    """Whose documents lie there is asked when the database is there; how many, before anybody sends more."""
+    return {}

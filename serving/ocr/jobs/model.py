@@ -1,0 +1,117 @@
+"""What a job is: its states, what is submitted, and its row. Pure. Money is nanodollars, times nanoseconds."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from serving.billing.credits import SERVICE_MARK
+from serving.ocr.reading.page_json import show_usage
+from serving.ocr.reading.pages import Usage
+
+QUEUED, RUNNING, COMPLETED, FAILED, CANCELLED = "queued", "running", "completed", "failed", "cancelled"
+OPEN = (QUEUED, RUNNING)
+STATES = (QUEUED, RUNNING, COMPLETED, FAILED, CANCELLED)
+NS = 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class NewJob:
+    """What is submitted."""
+
+    owner: str
+    model: str
+    options: dict[str, Any]
+    document: dict[str, Any]
+    pages: Sequence[int]
+    sealed_key: str
+    digest: str
+    idempotency_key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A row."""
+
+    job_id: str
+    owner: str
+    status: str
+    options: dict[str, Any]
+    document: dict[str, Any]
+    pages: tuple[int, ...]
+    sealed_key: str
+    digest: str
+    error: dict[str, Any] | None
+    num_done: int
+    num_failed: int
+    usage: Usage
+    created_ns: int
+    started_ns: int
+    finished_ns: int
+    expires_ns: int
+    num_takes: int
+
+    def shown(self) -> dict[str, Any]:
+        """As the API shows it."""
+        return {
+            "id": self.job_id,
+            "object": "ocr.job",
+            "status": self.status,
+            "created_at": self.created_ns // NS,
+            "started_at": self.started_ns // NS or None,
+            "finished_at": self.finished_ns // NS or None,
+            "expires_at": self.expires_ns // NS or None,
+            "model": self.options["model"],
+            "document": self.document,
+            "options": {name: value for name, value in self.options.items() if name != "model"},
+            "pages_total": len(self.pages),
+            "pages_done": self.num_done,
+            "pages_failed": self.num_failed,
+            "usage": show_usage(self.usage, self.num_done, self.num_failed),
+            "error": self.error,
+        }
+
+
+def new_job_id() -> str:
+    return f"job-{uuid.uuid4().hex}"
+
+
+def find_page(job_id: str, request_id: str) -> int | None:
+    """The page, counted from 0, that a request in the ledger was for; None when it was not this job's, or no service's
+    of ours."""
+    found = re.fullmatch(rf"{re.escape(SERVICE_MARK + job_id)}-p([0-9]{{1,9}})-t[0-9.a-f]+", request_id)
+    return int(found[1]) - 1 if found is not None else None
+
+
+def dump(value: Any) -> str:
+    """JSON as the tables hold it."""
+    return orjson.dumps(value).decode()
+
+
+def read_job(row: Any) -> Job:
+    """A row of the database."""
+    usage = Usage(row.prompt_tokens, row.completion_tokens, row.image_tokens, row.cost_nanodollars)
+    return Job(
+        job_id=row.job_id,
+        owner=row.owner,
+        status=row.status,
+        options=orjson.loads(row.options),
+        document=orjson.loads(row.document),
+        pages=tuple(orjson.loads(row.pages)),
+        sealed_key=row.sealed_key,
+        digest=row.digest,
+        error=orjson.loads(row.error) if row.error else None,
+        num_done=row.num_done,
+        num_failed=row.num_failed,
+        usage=usage,
+        created_ns=row.created_ns,
+        started_ns=row.started_ns,
+        finished_ns=row.finished_ns,
+        expires_ns=row.expires_ns,
+        num_takes=row.num_takes,
+    )

@@ -1,0 +1,140 @@
+"""Jobs as their owners deal with them: submitted, looked at, cancelled, deleted. The same in SQLite and PostgreSQL."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import orjson
+from sqlalchemy import ColumnElement, and_, delete, func, insert, or_, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from serving.billing.schema import JOB_PAGES, JOBS
+from serving.errors import InvalidRequestError, JobNotFoundError, RateLimitError
+from serving.ocr.jobs.database import JobDatabase
+from serving.ocr.jobs.model import CANCELLED, OPEN, QUEUED, Job, NewJob, dump, read_job
+
+_ZEROS = (
+    "num_done",
+    "num_failed",
+    "prompt_tokens",
+    "completion_tokens",
+    "image_tokens",
+    "cost_nanodollars",
+    "started_ns",
+    "finished_ns",
+    "expires_ns",
+    "lease_until_ns",
+    "num_takes",
+    "result_bytes",
+)
+
+
+class JobStore:
+    """Jobs of others are not there. Methods raise OverloadedError when the database cannot be used."""
+
+    def __init__(self, jobs: JobDatabase, max_open_per_tenant: int) -> None:
+        self._jobs = jobs
+        self._max_open = max_open_per_tenant
+
+    async def add(self, job_id: str, new: NewJob) -> Job:
+        """A new job; the one that is there already when the owner has used the idempotency key before.
+
+        Raises:
+            RateLimitError: the owner has too many open.
+            InvalidRequestError: the key was used for something else.
+        """
+        now_ns = time.time_ns()
+        row = {
+            "job_id": job_id,
+            "owner": new.owner,
+            "status": QUEUED,
+            "model": new.model,
+            "options": dump(new.options),
+            "document": dump(new.document),
+            "pages": dump(list(new.pages)),
+            "sealed_key": new.sealed_key,
+            "idempotency_key": new.idempotency_key,
+            "digest": new.digest,
+            "error": "",
+            "created_ns": now_ns,
+            "num_pages": len(new.pages),
+            "lease_owner": "",
+        } | dict.fromkeys(_ZEROS, 0)
+        try:
+            async with self._jobs.writing() as connection:
+                await connection.execute(insert(JOBS).values(row))
+                await self._check_open(connection, new.owner)
+        except IntegrityError:
+            return await self.find_repeated(new.owner, new.idempotency_key or "", new.digest)
+        return await self.find(job_id, new.owner)
+
+    async def find_repeated(self, owner: str, idempotency_key: str, digest: str) -> Job:
+        """The job that an idempotency key has made.
+
+        Raises:
+            JobNotFoundError: none.
+            InvalidRequestError: something else was submitted with it.
+        """
+        job = await self._jobs.find_one(and_(JOBS.c.owner == owner, JOBS.c.idempotency_key == idempotency_key))
+        if job.digest != digest:
+            raise InvalidRequestError(
+                "This Idempotency-Key was used with another document or other options.", code="idempotency_key_reused"
+            )
+        return job
+
+    async def _check_open(self, connection: AsyncConnection, owner: str) -> None:
+        open_ = and_(JOBS.c.owner == owner, JOBS.c.status.in_(OPEN))
+        count = (await connection.execute(select(func.count()).where(open_))).scalar_one()
+        if count > self._max_open:
+            raise RateLimitError(
+                f"You have {self._max_open} jobs open, which is as many as may be; wait for some.",
+                30.0,
+                code="too_many_jobs",
+            )
+
+    async def find(self, job_id: str, owner: str) -> Job:
+        """Raises JobNotFoundError for one that is not there, or another's."""
+        return await self._jobs.find_one(and_(JOBS.c.job_id == job_id, JOBS.c.owner == owner))
+
+    async def list_jobs(self, owner: str, limit: int, after: str | None) -> tuple[list[Job], bool]:
+        """An owner's jobs, newest first, and whether there are more.
+
+        Raises:
+            JobNotFoundError: `after` is none of them.
+        """
+        where: ColumnElement[bool] = JOBS.c.owner == owner
+        if after is not None:
+            last = await self.find(after, owner)
+            older = and_(JOBS.c.created_ns == last.created_ns, JOBS.c.job_id < last.job_id)
+            where = and_(where, or_(JOBS.c.created_ns < last.created_ns, older))
+        order = (JOBS.c.created_ns.desc(), JOBS.c.job_id.desc())
+        async with self._jobs.reading() as connection:
+            rows = (await connection.execute(select(JOBS).where(where).order_by(*order).limit(limit + 1))).all()
+        return [read_job(row) for row in rows[:limit]], len(rows) > limit
+
+    async def list_pages(self, job_id: str, owner: str, limit: int, after: int) -> tuple[list[dict[str, Any]], bool]:
+        """Pages in the order in which they were done, from the one after `seq` on."""
+        await self.find(job_id, owner)
+        where = and_(JOB_PAGES.c.job_id == job_id, JOB_PAGES.c.seq > after)
+        wanted = select(JOB_PAGES.c.seq, JOB_PAGES.c.result).where(where).order_by(JOB_PAGES.c.seq).limit(limit + 1)
+        async with self._jobs.reading() as connection:
+            rows = (await connection.execute(wanted)).all()
+        return [{**orjson.loads(row.result), "seq": row.seq} for row in rows[:limit]], len(rows) > limit
+
+    async def cancel(self, job_id: str, owner: str) -> Job:
+        """End a job that has not ended; pages that are done stay, the key goes."""
+        where = and_(JOBS.c.job_id == job_id, JOBS.c.owner == owner, JOBS.c.status.in_(OPEN))
+        async with self._jobs.writing() as connection:
+            await connection.execute(update(JOBS).where(where).values(self._jobs.ended(CANCELLED)))
+        return await self.find(job_id, owner)
+
+    async def delete(self, job_id: str, owner: str) -> None:
+        """A job with all that was read. The document's file is the caller's to remove."""
+        async with self._jobs.writing() as connection:
+            where = and_(JOBS.c.job_id == job_id, JOBS.c.owner == owner)
+            if not (await connection.execute(delete(JOBS).where(where))).rowcount:
+                raise JobNotFoundError("There is no such job.")
+            await connection.execute(delete(JOB_PAGES).where(JOB_PAGES.c.job_id == job_id))
+        await self._jobs.empty_log()

@@ -1,0 +1,1 @@
+"""What one tenant may hold of the service: turns, shares, disk."""

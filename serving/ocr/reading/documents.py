@@ -1,0 +1,234 @@
+"""A document's pages, several at a time: drawn in a worker process, read through the router, told as they come.
+
+A page holds its picture only while it is with the router, and what is told waits in a queue of bounded length, so a
+document of a thousand pages and a client that reads slowly cost no more memory than a short one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import pybase64
+
+from serving.errors import ServingError
+from serving.ocr.reading.options import Options
+from serving.ocr.reading.page_json import (
+    Dimensions,
+    PageResult,
+    as_failure,
+    find_figures,
+    measure,
+    show_page,
+    show_unread,
+)
+from serving.ocr.reading.pages import Delta, Failure, PageReader, Question, Reading, TryStarted
+from serving.ocr.rendering.pool import Document, PageImage, Renderer
+from serving.ocr.text.layout import Box, parse_layout
+from serving.settings.ocr import OcrSettings
+
+_QUEUED_EVENTS = 256
+_MAX_PICTURES = 20
+"""That a stream shows of one document; nobody looks at more, and they are large."""
+_MAX_PICTURE_BYTES = 4 * 2**20
+_FOR_ALL = frozenset({401, 403, 404})
+"""Statuses of the router that every other page of the document would get as well."""
+_QUOTA = "insufficient_quota"
+
+
+@dataclass(frozen=True, slots=True)
+class PageStarted:
+    """A try begins: whatever deltas of this page came before no longer count."""
+
+    index: int
+    number: int
+    mode: str | None
+    dimensions: Dimensions
+
+
+@dataclass(frozen=True, slots=True)
+class PageDrawn:
+    """The page's picture, for streams that show it."""
+
+    index: int
+    image: PageImage
+
+
+@dataclass(frozen=True, slots=True)
+class PageDelta:
+    index: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class PageEnded:
+    """Whoever tells its owner of it, or stores it, has it counted (`Pipeline.count`)."""
+
+    result: PageResult
+    seconds: float
+    """From the page's turn to its end."""
+
+
+PipelineEvent = PageStarted | PageDrawn | PageDelta | PageEnded
+
+
+class Observer(Protocol):
+    """Hears what pages come to: the metrics."""
+
+    def see_render(self, seconds: float) -> None: ...
+
+    def see_page(self, *, is_failed: bool, num_retries: int, seconds: float) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Pages of one document, and how they are to be read."""
+
+    document: Document
+    pages: Sequence[int]
+    options: Options
+    question: Question
+    request_id: str
+    """Requests to the router are known by this, the page's number and that of the try."""
+    charged: Mapping[int, int] = field(default_factory=dict)
+    """What pages were charged before, in nanodollars: they are not charged that again."""
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set, no further page is begun; those under way are finished."""
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    """One order while it is carried out."""
+
+    order: Order
+    figure_bytes_left: int
+    events: asyncio.Queue[PipelineEvent] = field(default_factory=lambda: asyncio.Queue(_QUEUED_EVENTS))
+
+
+def is_for_all(failure: Failure | None) -> bool:
+    """Whether a failure is the document's, so that asking for its other pages is of no use."""
+    return failure is not None and (failure.status in _FOR_ALL or failure.code == _QUOTA)
+
+
+def shows_picture(order: Order, index: int, image: PageImage) -> bool:
+    """Whether a stream shows this page as it was drawn."""
+    is_wanted = order.options.stream and order.options.include_page_images
+    return is_wanted and index in order.pages[:_MAX_PICTURES] and len(image.data) <= _MAX_PICTURE_BYTES
+
+
+class Pipeline:
+    """Reads documents. One per process; documents share its renderer and its connections."""
+
+    def __init__(self, renderer: Renderer, reader: PageReader, settings: OcrSettings, observer: Observer) -> None:
+        self._renderer = renderer
+        self._reader = reader
+        self._settings = settings
+        self._observer = observer
+
+    async def read(self, order: Order) -> AsyncGenerator[PipelineEvent]:
+        """All pages, their events in the order in which they happen; each page ends once.
+
+        When one page has failed for a reason that is the document's, those that have not begun fail with the same.
+        Whoever stops listening (`aclose`) ends what is under way.
+        """
+        run = _Run(order, self._settings.max_figure_bytes)
+        waiting = iter(order.pages)
+        shared: list[Failure] = []
+
+        async def work() -> None:
+            for index in waiting:
+                if order.stop.is_set():
+                    return
+                started_s = time.monotonic()
+                if shared:
+                    result = show_unread(index, shared[0], order.charged.get(index, 0))
+                else:
+                    result = await self._read_page(run, index)
+                if is_for_all(result.failure) and result.failure is not None:
+                    shared.append(result.failure)
+                await run.events.put(PageEnded(result, time.monotonic() - started_s))
+
+        num_workers = min(self._settings.pages_in_parallel, len(order.pages))
+        workers = [asyncio.create_task(work()) for _ in range(num_workers)]
+        try:
+            while (event := await _next(run.events, workers)) is not None:
+                yield event
+        finally:
+            for task in workers:
+                task.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+
+    def count(self, ended: PageEnded) -> None:
+        """Of a page that its owner knows of: one that was read for nobody is none."""
+        result = ended.result
+        self._observer.see_page(is_failed=result.is_failed, num_retries=result.num_retries, seconds=ended.seconds)
+
+    async def _read_page(self, run: _Run, index: int) -> PageResult:
+        order, started_s = run.order, time.monotonic()
+        try:
+            image = await self._renderer.draw(order.document, index, order.options.dpi)
+        except ServingError as error:
+            return show_unread(index, as_failure(error), order.charged.get(index, 0))
+        self._observer.see_render(time.monotonic() - started_s)
+        return await self._read_image(run, index, image)
+
+    async def _read_image(self, run: _Run, index: int, image: PageImage) -> PageResult:
+        order, events = run.order, run.events
+        dimensions = measure(order.document, image, order.options.dpi or self._settings.render.dpi)
+        question = replace(
+            order.question,
+            request_id=f"{order.request_id}-p{index + 1}",
+            credit_nanodollars=order.charged.get(index, 0),
+        )
+        reading: Reading | None = None
+        async with contextlib.aclosing(self._reader.read(image, question)) as read:
+            async for event in read:
+                if isinstance(event, TryStarted):
+                    await events.put(PageStarted(index, event.number, event.mode, dimensions))
+                    if event.number == 1 and shows_picture(order, index, image):
+                        await events.put(PageDrawn(index, image))
+                elif isinstance(event, Delta):
+                    await events.put(PageDelta(index, event.text))
+                else:
+                    reading = event
+        assert reading is not None  # a reader's last event
+        figures = await self._cut_figures(run, index, reading, dimensions) if order.options.include_images else None
+        return show_page(index, reading, dimensions, order.options.format, figures)
+
+    async def _cut_figures(
+        self, run: _Run, index: int, reading: Reading, dimensions: Dimensions
+    ) -> list[tuple[Box, str]]:
+        """Figures as base64; one that cannot be cut out is left out, and so are those that the document has no room
+        for any more: where a model puts figures is not known to be sane."""
+        blocks = parse_layout(reading.text, dimensions.width, dimensions.height)
+        figures = []
+        for box in find_figures(blocks, self._settings.max_figures):
+            with contextlib.suppress(ServingError):
+                cut = await self._renderer.draw(run.order.document, index, run.order.options.dpi, box)
+                if len(cut.data) <= run.figure_bytes_left:
+                    run.figure_bytes_left -= len(cut.data)
+                    figures.append((box, pybase64.b64encode(cut.data).decode()))
+        return figures
+
+
+async def _next(events: asyncio.Queue[PipelineEvent], workers: Sequence[asyncio.Task[None]]) -> PipelineEvent | None:
+    """The next event, None after the last. Raises what a worker has failed with."""
+    while events.empty():
+        busy = [task for task in workers if not task.done()]
+        for task in workers:
+            if task.done():
+                task.result()
+        if not busy:
+            return None
+        getting = asyncio.ensure_future(events.get())
+        try:
+            await asyncio.wait([getting, *busy], return_when=asyncio.FIRST_COMPLETED)
+            if getting.done():
+                return getting.result()
+        finally:
+            getting.cancel()
+    return events.get_nowait()

@@ -1,0 +1,355 @@
+"""One page in, its text out: a client of the OpenAI API that tries again when that helps.
+
+A page whose answer has fallen into a repetition (`finish_reason` "length", `stop_reason` "repetition") is read again
+in another resolution mode; one that was refused for the moment, or lost midway, is asked for again. All tries are
+paid for, once each: what a page was charged before a service was lost with it is set off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import itertools
+import random
+import re
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import aiohttp
+import orjson
+
+from serving.billing.credits import CREDIT_HEADER, SignCredit
+from serving.http.retry_after import read_retry_after
+from serving.ocr.rendering.pool import PageImage
+from serving.settings.ocr import ReadSettings
+
+MODES = ("tiny", "small", "base", "large", "gundam")
+"""Fewest tokens first."""
+NANO_PER_DOLLAR = 10**9
+
+_REPETITION = "repetition"
+_PASSING = frozenset({408, 409, 429, 500, 502, 503, 504})
+"""Answers that another try may change."""
+_FIRST_PAUSE_S = 0.25
+_MAX_FRAME_BYTES = 2**20
+_DATA = b"data:"
+_DONE = b"[DONE]"
+_FRAMING = re.compile("<｜(?:begin▁of▁sentence|end▁of▁sentence|▁pad▁)｜>")
+"""Special tokens that are no part of a page. vLLM leaves out the one that ends an answer, other servers may not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What was used; money in whole nanodollars, so that sums are exact."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    image_tokens: int = 0
+    cost_nanodollars: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.image_tokens + other.image_tokens,
+            self.cost_nanodollars + other.cost_nanodollars,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """How pages are to be read."""
+
+    model: str
+    prompt: str
+    mode: str | None = None
+    """One of `MODES` or `auto`; None for the server's own."""
+    max_tokens: int | None = None
+    api_key: str | None = field(default=None, repr=False)
+    request_id: str | None = None
+    """What the router knows the page's requests by; the number of the try is put after it."""
+    credit_nanodollars: int = 0
+    """What earlier requests for this page were charged, and no further one is to be charged again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a page has no text."""
+
+    code: str
+    message: str
+    status: int | None = None
+    """Of the router's answer, None when there was none."""
+
+
+@dataclass(frozen=True, slots=True)
+class TryStarted:
+    """A try begins: whatever deltas came before it no longer count."""
+
+    number: int
+    """From 1."""
+    mode: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The end of a page: its text, or the failure and the text of the last try as far as it came."""
+
+    text: str
+    usage: Usage
+    """Of all tries that told it; one that broke off midway tells none. Its cost has the question's credit in it."""
+    num_tries: int
+    mode: str | None
+    """That the last try was read in, as the router says, else as it was asked for."""
+    is_cut: bool = False
+    """Whether the answer was ended by a limit on its length."""
+    failure: Failure | None = None
+
+
+Event = TryStarted | Delta | Reading
+
+
+@dataclass(slots=True)
+class _Try:
+    """What one request has brought so far."""
+
+    texts: list[str] = field(default_factory=list)
+    usage: Usage = field(default_factory=Usage)
+    credited_nanodollars: int = 0
+    mode: str | None = None
+    finish_reason: str | None = None
+    stop_reason: Any = None
+    failure: Failure | None = None
+    is_passing: bool = False
+    """Whether another try may mend the failure."""
+    wait_s: float | None = None
+    """That the router asked for."""
+    is_refused: bool = False
+    """Whether nothing was tried, since the tenant or the stack has too much to do."""
+
+    def fail(self, code: str, message: str, *, status: int | None = None, is_passing: bool) -> None:
+        self.failure, self.is_passing = Failure(code, message, status), is_passing
+
+    @property
+    def has_looped(self) -> bool:
+        return self.finish_reason == "length" and self.stop_reason == _REPETITION
+
+
+class PageReader:
+    """Reads pages through one router. Use it inside one event loop, as an async context."""
+
+    def __init__(
+        self,
+        base_url: str | Callable[[], str],
+        settings: ReadSettings,
+        *,
+        max_connections: int = 64,
+        sign_credit: SignCredit | None = None,
+    ) -> None:
+        """Args:
+        base_url: of the router, without `/v1`; or what chooses one for a try.
+        settings: tries and times.
+        max_connections: requests at once; pages beyond it wait.
+        sign_credit: makes routers believe that a request is a page's, and what that was charged before; without it
+            they take it for any client's.
+        """
+        self._sign_credit = sign_credit
+        self._choose_router = base_url if callable(base_url) else lambda: base_url
+        self._settings = settings
+        self._max_connections = max_connections
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> PageReader:
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=self._max_connections),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=self._settings.silence_timeout_s),
+            read_bufsize=_MAX_FRAME_BYTES,
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._session is not None
+        await self._session.close()
+
+    async def read(self, page: PageImage, question: Question) -> AsyncGenerator[Event]:
+        """Read one page; the last event is its Reading. Whoever stops listening (`aclose`) ends the request."""
+        deadline_s = asyncio.get_running_loop().time() + self._settings.page_timeout_s
+        url = page.as_url()
+        spent = Usage(cost_nanodollars=question.credit_nanodollars)
+        tried_modes: list[str] = []
+        num_refusals = 0
+        for number in itertools.count(1):
+            yield TryStarted(number, question.mode)
+            attempt = _Try(mode=question.mode)
+            async for text in self._ask(build_body(url, question), question, number, attempt, deadline_s):
+                yield Delta(text)
+            spent += attempt.usage
+            question = replace(question, credit_nanodollars=question.credit_nanodollars - attempt.credited_nanodollars)
+            num_refusals += attempt.is_refused
+            another = self._plan(attempt, question, tried_modes, number - num_refusals, deadline_s)
+            if another is None:
+                break
+            pause_s, question = another
+            await asyncio.sleep(pause_s)
+        text, is_cut = "".join(attempt.texts), attempt.finish_reason == "length"
+        yield Reading(text, spent, number, attempt.mode, is_cut, attempt.failure)
+
+    def _plan(
+        self, attempt: _Try, question: Question, tried_modes: list[str], number: int, deadline_s: float
+    ) -> tuple[float, Question] | None:
+        """The pause before the next try and what it asks; None when this one was the last.
+
+        `number` counts the tries that were no mere refusals: those cost nothing, and end with the page's time.
+        """
+        if attempt.failure is None and attempt.has_looped:
+            attempt.fail("repetition", "The model kept repeating itself on this page.", is_passing=True)
+            if attempt.mode is not None:
+                tried_modes.append(attempt.mode)
+            mode = find_other_mode(attempt.mode, tried_modes)
+            if mode is None:
+                return None
+            question, pause_s = replace(question, mode=mode), 0.0
+        elif attempt.failure is None or not attempt.is_passing:
+            return None
+        else:
+            # Pages that were refused together must not come back together.
+            own_s = _FIRST_PAUSE_S * 2 ** max(0, number - 1) * random.uniform(0.5, 1.0)
+            pause_s = own_s if attempt.wait_s is None else attempt.wait_s + own_s
+        left_s = deadline_s - asyncio.get_running_loop().time()
+        if number >= self._settings.max_tries or (attempt.wait_s or 0) > self._settings.max_wait_s or pause_s >= left_s:
+            return None
+        return pause_s, question
+
+    async def _ask(
+        self, body: bytes, question: Question, number: int, attempt: _Try, deadline_s: float
+    ) -> AsyncGenerator[str]:
+        """One request; what it brings goes into `attempt`, pieces of text are given on at once."""
+        assert self._session is not None
+        headers = self._build_headers(question, number)
+        url = self._choose_router().rstrip("/") + "/v1/chat/completions"
+        try:
+            async with asyncio.timeout_at(deadline_s):
+                content = io.BytesIO(body)  # bytes would be sent in one go, however many, with the event loop held
+                async with self._session.post(url, data=content, headers=headers, allow_redirects=False) as answer:
+                    if answer.status != 200:
+                        _note_refusal(
+                            attempt, answer.status, answer.headers, await answer.content.read(_MAX_FRAME_BYTES)
+                        )
+                        return
+                    is_done = False
+                    async for line in answer.content:
+                        is_done = is_done or line[len(_DATA) :].strip() == _DONE
+                        text = _take_frame(line, attempt)
+                        if text:
+                            attempt.texts.append(text)
+                            yield text
+                    if attempt.failure is None and not is_done:
+                        attempt.fail("connection_lost", "The answer broke off.", is_passing=True)
+        except TimeoutError:
+            is_over = asyncio.get_running_loop().time() >= deadline_s
+            attempt.fail("timeout", "The page was not read in time.", is_passing=not is_over)
+        except (aiohttp.ClientError, OSError):
+            attempt.fail(
+                "connection_lost", "The router could not be reached, or the answer broke off.", is_passing=True
+            )
+        except ValueError:
+            attempt.fail("bad_answer", "The answer is not the OpenAI API's.", is_passing=False)
+
+    def _build_headers(self, question: Question, number: int) -> dict[str, str]:
+        headers = {"content-type": "application/json"}
+        if question.api_key is not None:
+            headers["authorization"] = f"Bearer {question.api_key}"
+        if question.request_id is not None:
+            headers["x-request-id"] = request_id = f"{question.request_id}-t{number}"
+            if self._sign_credit is not None:
+                headers[CREDIT_HEADER] = self._sign_credit(request_id, question.credit_nanodollars)
+        return headers
+
+
+def find_other_mode(mode: str | None, tried: list[str]) -> str | None:
+    """Where to try a page that looped: the next one with more tokens, then ones with fewer."""
+    start = MODES.index(mode) if mode in MODES else len(MODES) - 1
+    order = (*MODES[start + 1 :], *reversed(MODES[:start]))
+    return next((name for name in order if name not in tried), None)
+
+
+def build_body(url: str, question: Question) -> bytes:
+    """The chat request that reads the page at this URL."""
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question.prompt}]
+    body: dict[str, Any] = {
+        "model": question.model,
+        "messages": [{"role": "user", "content": content}],
+        "temperature": 0.0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        # Marks of boxes are special tokens, and in some tokenizers the cells of tables. Another stack's router may
+        # leave them out unless it is told.
+        "skip_special_tokens": False,
+    }
+    if question.mode is not None:
+        body["mm_processor_kwargs"] = {"mode": question.mode}
+    if question.max_tokens is not None:
+        body["max_tokens"] = question.max_tokens
+    return orjson.dumps(body)
+
+
+def _note_refusal(attempt: _Try, status: int, headers: Mapping[str, str], body: bytes) -> None:
+    try:
+        error = orjson.loads(body)["error"]
+        code, message = str(error["code"] or error["type"]), str(error["message"])
+    except (ValueError, KeyError, TypeError):
+        code, message = "bad_answer", f"The router answered {status}."
+    # An empty purse (429 as well) is not filled by waiting.
+    attempt.fail(code, message, status=status, is_passing=status in _PASSING and code != "insufficient_quota")
+    attempt.wait_s = read_retry_after(headers)
+    attempt.is_refused = attempt.is_passing and status in (429, 503) and attempt.wait_s is not None
+
+
+def _take_frame(line: bytes, attempt: _Try) -> str:
+    """The text in a line of the stream; the rest of what it says goes into `attempt`.
+
+    Raises:
+        ValueError: it is not what the OpenAI API streams.
+    """
+    if not line.startswith(_DATA) or line[len(_DATA) :].strip() == _DONE:
+        return ""
+    try:
+        frame = orjson.loads(line[len(_DATA) :])
+        if frame.get("error") is not None:
+            error = frame["error"]
+            attempt.fail(str(error.get("code")), str(error.get("message")), is_passing=True)
+            return ""
+        if isinstance(frame.get("usage"), dict):
+            _take_usage(frame["usage"], attempt)
+        if not frame.get("choices"):
+            return ""
+        choice = frame["choices"][0]
+        attempt.finish_reason = choice.get("finish_reason") or attempt.finish_reason
+        attempt.stop_reason = choice.get("stop_reason") or attempt.stop_reason
+        return _FRAMING.sub("", str((choice.get("delta") or {}).get("content") or ""))
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError("not a frame") from error
+
+
+def _take_usage(usage: dict[str, Any], attempt: _Try) -> None:
+    details = usage.get("prompt_tokens_details") or {}
+    modes = details.get("image_modes") or ()
+    attempt.mode = modes[0] if modes else attempt.mode
+    attempt.usage = Usage(
+        int(usage.get("prompt_tokens") or 0),
+        int(usage.get("completion_tokens") or 0),
+        int(details.get("image_tokens") or 0),
+        _read_nanodollars(usage, "estimated_cost"),
+    )
+    attempt.credited_nanodollars = _read_nanodollars(usage, "credited_cost")
+
+
+def _read_nanodollars(usage: dict[str, Any], name: str) -> int:
+    """The router's figure is a whole number of nanodollars, written as a float of dollars."""
+    return round(float(usage.get(name) or 0) * NANO_PER_DOLLAR)

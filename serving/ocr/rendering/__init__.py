@@ -1,0 +1,1 @@
+"""Pages drawn by processes of their own."""

@@ -1,0 +1,198 @@
+"""The process that opens documents of strangers and draws their pages.
+
+It has no secrets, writes no files, is bounded in memory by the kernel, and may be killed at any time. Orders come on
+stdin as lines of JSON; each is answered on stdout by a line of JSON, with `size_bytes` of an image file after it. The
+document is a file that is opened anew for each page: nothing of it stays, however many pages it has.
+
+    {"file": "/tmp/x", "format": "pdf"}                                             -> {"num_pages": 50}
+    {"file": "/tmp/x", "format": "pdf", "page": 0, "dpi": 144, "max_pixels": 50000000}
+        -> {"width": 1190, "height": 1684, "media_type": "image/png", "size_bytes": 81234}
+    the same with "part": [left, top, right, bottom], in pixels of the drawn page   -> only that part of it
+    whatever cannot be done                                                         -> {"code": ..., "message": ...}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import resource
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from PIL import Image
+
+from serving.plugin.images.geometry import shown_size
+from serving.plugin.images.picture import show, to_rgb
+from serving.plugin.images.repairs import read_tolerantly
+
+_POINTS_PER_INCH = 72
+_PILLOW_FORMATS = {"jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "tiff": "TIFF", "gif": "GIF", "bmp": "BMP"}
+_AS_THEY_ARE = frozenset({"jpeg", "png", "webp"})
+"""Single pictures that go on byte for byte when nothing needs to be turned or taken out."""
+_REPAIRED = frozenset({"jpeg", "png"})
+"""Those of which a part may be spared."""
+_LARGE_PNG_BYTES = 12 * 2**20
+_JPEG_QUALITY = 95
+_WHITE = (255, 255, 255)
+
+
+class PageError(Exception):
+    """A document or page that cannot be drawn; the message is for its owner."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def main() -> None:
+    """Serve until stdin ends."""
+    memory_bytes = int(sys.argv[1])
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # What a library prints must not stand between the answers.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    warnings.simplefilter("ignore")
+    Image.MAX_IMAGE_PIXELS = None  # the order has a limit of its own
+    for line in sys.stdin.buffer:
+        answer(json.loads(line), answers)
+
+
+def answer(order: dict[str, Any], answers: BinaryIO) -> None:
+    """Do what is asked for, and tell."""
+    picture = b""
+    told: dict[str, Any]
+    try:
+        if "page" in order:
+            picture, told = draw(order)
+            told["size_bytes"] = len(picture)
+        else:
+            told = {"num_pages": count_pages(Path(order["file"]), order["format"])}
+    except PageError as error:
+        told = {"code": error.code, "message": str(error)}
+    except MemoryError:
+        told = {"code": "page_too_large", "message": "The page needs more memory than it may have."}
+    except Exception:  # noqa: BLE001  decoders of strangers' files raise whatever they like
+        told = {"code": "damaged_document", "message": "The document is damaged or not what it seems to be."}
+    answers.write(json.dumps(told).encode() + b"\n")
+    answers.write(picture)
+    answers.flush()
+
+
+def count_pages(file: Path, name: str) -> int:
+    """Pages of a document; the frames of a GIF or WebP are no pages.
+
+    Raises:
+        PageError: it cannot be opened.
+    """
+    if name == "pdf":
+        with open_pdf(file) as document:
+            return len(document)
+    if name in _REPAIRED:
+        return read_tolerantly(lambda data: count_frames(io.BytesIO(data), name), file.read_bytes())
+    return count_frames(file, name)
+
+
+def count_frames(source: Path | io.BytesIO, name: str) -> int:
+    """Of a picture."""
+    with Image.open(source, formats=[_PILLOW_FORMATS[name]]) as image:
+        return int(getattr(image, "n_frames", 1)) if name == "tiff" else 1
+
+
+def draw(order: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
+    """An image file of one page, and its size and media type.
+
+    Raises:
+        PageError: it cannot be drawn.
+    """
+    file, name = Path(order["file"]), order["format"]
+    if name == "pdf":
+        return encode_part(draw_pdf_page(file, order["page"], order["dpi"], order["max_pixels"]), order)
+    if name in _REPAIRED:
+        return read_tolerantly(lambda data: draw_picture(io.BytesIO(data), order), file.read_bytes())
+    return draw_picture(file, order)
+
+
+def draw_picture(source: Path | io.BytesIO, order: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
+    """As `draw`, of what is no PDF."""
+    name = order["format"]
+    with Image.open(source, formats=[_PILLOW_FORMATS[name]]) as opened:
+        if name == "tiff":
+            opened.seek(order["page"])
+        size = shown_size(opened)
+        check_pixels(*size, order["max_pixels"])
+        if name in _AS_THEY_ARE and is_plain(opened) and size == opened.size and "part" not in order:
+            opened.load()  # a damaged one shall fail here, not in the engine
+            data = source.read_bytes() if isinstance(source, Path) else source.getvalue()
+            return data, describe(opened, f"image/{name}")
+        return encode_part(show(opened, _WHITE), order)
+
+
+def encode_part(image: Image.Image, order: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
+    """A drawn page, or the part of it that was asked for."""
+    return encode(image.crop(order["part"]) if "part" in order else image)
+
+
+def draw_pdf_page(file: Path, page: int, dpi: int, max_pixels: int) -> Image.Image:
+    """Forms are drawn as they are filled; scripts are never run: this build of PDFium has no interpreter."""
+    with open_pdf(file) as document:
+        width, height = document.get_page_size(page)  # in points
+        scale = dpi / _POINTS_PER_INCH
+        if not (math.isfinite(width) and math.isfinite(height) and width > 0 and height > 0):
+            raise PageError("damaged_page", "The page has no size.")
+        check_pixels(math.ceil(width * scale), math.ceil(height * scale), max_pixels)
+        document.init_forms()
+        return to_rgb(document[page].render(scale=scale).to_pil(), _WHITE)
+
+
+def open_pdf(file: Path) -> Any:
+    """A context with the document in it.
+
+    Raises:
+        PageError: it is encrypted or damaged.
+    """
+    import pypdfium2
+
+    try:
+        return contextlib.closing(pypdfium2.PdfDocument(file))
+    except pypdfium2.PdfiumError as error:
+        if error.err_code in (pypdfium2.raw.FPDF_ERR_PASSWORD, pypdfium2.raw.FPDF_ERR_SECURITY):
+            raise PageError("encrypted_document", "The PDF is encrypted; send it without a password.") from error
+        raise PageError("damaged_document", "The PDF is damaged.") from error
+
+
+def check_pixels(width: int, height: int, max_pixels: int) -> None:
+    """Refuse a page before its memory is taken."""
+    if width * height > max_pixels:
+        raise PageError("page_too_large", f"The page has {width} x {height} pixels; {max_pixels} pixels are allowed.")
+
+
+def is_plain(image: Image.Image) -> bool:
+    """Whether it is one picture that stands upright."""
+    return int(getattr(image, "n_frames", 1)) == 1 and image.getexif().get(0x0112, 1) == 1
+
+
+def encode(image: Image.Image) -> tuple[bytes, dict[str, Any]]:
+    """Without loss, unless that would make a very large file, as of a photograph."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    if buffer.tell() <= _LARGE_PNG_BYTES:
+        return buffer.getvalue(), describe(image, "image/png")
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=_JPEG_QUALITY)
+    return buffer.getvalue(), describe(image, "image/jpeg")
+
+
+def describe(image: Image.Image, media_type: str) -> dict[str, Any]:
+    """What is told of a page beside its bytes."""
+    return {"width": image.width, "height": image.height, "media_type": media_type}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What a model wrote, as layout, markdown and plain text."""

@@ -1,0 +1,107 @@
+"""Blocks to markdown or plain text. Pure; never raises, whatever a model wrote."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Callable, Sequence
+
+from serving.ocr.text.layout import Block, Box
+from serving.ocr.text.tables import Cell, Table, split_tables, strip_markup
+
+_HEADINGS = {"title": "# ", "sub_title": "## "}
+"""Labels of the published model; it mostly writes the number signs itself."""
+_FIGURES = frozenset({"image", "figure"})
+_BLANK_LINES = re.compile(r"\n{3,}")
+_TAG_LIKE = re.compile(r"<(?=[A-Za-z/!?])")
+_ENTITY_LIKE = re.compile(r"&(?=#?\w+;)")
+
+
+def render_markdown(blocks: Sequence[Block], name_figure: Callable[[int, Box | None], str | None] | None = None) -> str:
+    """One page.
+
+    Args:
+        blocks: in the order of reading.
+        name_figure: from a figure, counted from 0 on the page, and its box to its address; one without is left out.
+    """
+    parts: list[str] = []
+    num_figures = 0
+    for block in blocks:
+        label = block.label.lower()
+        if label in _FIGURES and name_figure is not None:
+            for box in block.boxes or (None,):
+                address = name_figure(num_figures, box)
+                parts.extend([f"![]({address})"] if address else ())
+                num_figures += 1
+        if block.text:
+            needs_sign = label in _HEADINGS and not block.text.startswith("#")
+            parts.append((_HEADINGS[label] if needs_sign else "") + format_tables(block.text))
+    return _BLANK_LINES.sub("\n\n", "\n\n".join(parts)).strip()
+
+
+def render_text(blocks: Sequence[Block]) -> str:
+    """One page without any markup; a table's rows are lines, with tabs between their cells."""
+    texts = (_to_text(block.text) for block in blocks)
+    return _BLANK_LINES.sub("\n\n", "\n\n".join(text for text in texts if text)).strip()
+
+
+def format_tables(text: str) -> str:
+    """Every `<table>` as a markdown table, or as plain HTML when cells span several rows or columns, which markdown
+    cannot say. A table that was cut off is closed; its caption and what stands between its rows become paragraphs."""
+    parts = (part if isinstance(part, str) else f"\n\n{_format_table(part)}\n\n" for part in split_tables(text))
+    return "".join(parts).strip()
+
+
+def _to_text(text: str) -> str:
+    """Text and tables on lines of their own."""
+    found = ""
+    for part in split_tables(text):
+        piece = strip_markup(part).strip(" \t") if isinstance(part, str) else _to_lines(part)
+        is_apart = not found or found.endswith("\n") or piece.startswith("\n")
+        found += piece if is_apart or not piece else f"\n{piece}"
+    return found
+
+
+def _to_lines(table: Table) -> str:
+    rows = ("\t".join(cell.text for cell in row) for row in table.rows)
+    return "\n".join(filter(None, (*map(_to_line, table.caption), *rows, *map(_to_line, table.after))))
+
+
+def _to_line(markup: str) -> str:
+    return Cell(markup).text
+
+
+def _format_table(table: Table) -> str:
+    captions, after = ([Cell(markup).format(_escape) for markup in texts] for texts in (table.caption, table.after))
+    is_html = any(cell.columns > 1 or cell.rows > 1 for row in table.rows for cell in row)
+    rows = _to_html(table.rows) if is_html else _to_pipes(table.rows)
+    return "\n\n".join(filter(None, [*captions, rows, *after]))
+
+
+def _to_pipes(rows: list[list[Cell]]) -> str:
+    if not rows:
+        return ""
+    num_columns = max(map(len, rows))
+    lines = [
+        "| " + " | ".join([cell.format(_escape) for cell in row] + [""] * (num_columns - len(row))) + " |"
+        for row in rows
+    ]
+    return "\n".join([lines[0], "|" + " --- |" * num_columns, *lines[1:]])
+
+
+def _escape(text: str) -> str:
+    """What markdown would take for its own or for HTML."""
+    text = _TAG_LIKE.sub("&lt;", _ENTITY_LIKE.sub("&amp;", text))
+    return text.replace("\\", "\\\\").replace("|", "\\|")
+
+
+def _to_html(rows: list[list[Cell]]) -> str:
+    lines = ("<tr>" + "".join(map(_cell_to_html, row)) + "</tr>" for row in rows)
+    return "<table>\n" + "\n".join(lines) + "\n</table>"
+
+
+def _cell_to_html(cell: Cell) -> str:
+    name = "th" if cell.is_head else "td"
+    columns = f' colspan="{cell.columns}"' if cell.columns > 1 else ""
+    rows = f' rowspan="{cell.rows}"' if cell.rows > 1 else ""
+    return f"<{name}{columns}{rows}>{cell.format(lambda text: html.escape(text, quote=False))}</{name}>"

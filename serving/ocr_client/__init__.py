@@ -1,0 +1,1 @@
+"""Clients of the OCR service: a library and the bulk command."""

@@ -1,0 +1,365 @@
+"""Many files through the OCR service's jobs, their results into a folder; what was done before is not done again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import glob
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+
+from serving.ocr_client.bulk_state import BulkState, FileState, describe_options, digest_file, join_ranges
+from serving.ocr_client.client import AsyncOcrClient, Options
+from serving.ocr_client.errors import (
+    BusyError,
+    KeyRefusedError,
+    NotFoundError,
+    OcrError,
+    QuotaError,
+    RefusedError,
+    ServiceError,
+)
+from serving.ocr_client.file_names import name_key, safe_place, show_name
+from serving.ocr_client.page_ranges import select_pages
+from serving.ocr_client.results import Job, JobStatus, Page
+
+SUFFIXES = frozenset((".pdf", ".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".gif", ".bmp"))
+"""Of files that are taken from folders; a file that is named is sent whatever its suffix."""
+_FIRST_POLL_S, _LAST_POLL_S = 0.25, 2.0
+_MAX_JOBS_LOST = 3
+"""Of one file in one run, before the service is taken for one that forgets."""
+
+
+class OutputFormat(StrEnum):
+    MARKDOWN = "markdown"
+    TEXT = "text"
+    JSON = "json"
+
+    @property
+    def suffix(self) -> str:
+        return {"markdown": ".md", "text": ".txt", "json": ".json"}[self.value]
+
+
+class SelectionError(Exception):
+    """Files that cannot be taken; the message says which and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    file: Path
+    target: Path
+    """Where its result goes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a file ended."""
+
+    task: Task
+    num_read: int = 0
+    """Pages, by this run or ones before."""
+    failed: dict[int, str] = field(default_factory=dict)
+    """Reasons by page number."""
+    failure: str | None = None
+    """Why the document as a whole was not read."""
+    was_done: bool = False
+    """Whether there was nothing left to do."""
+
+    @property
+    def is_good(self) -> bool:
+        return self.failure is None and not self.failed
+
+
+@dataclass(slots=True)
+class Tally:
+    """What this run has seen so far."""
+
+    num_pages: int = 0
+    """That are known of, of files that were begun."""
+    num_done: int = 0
+    num_failed: int = 0
+    num_tokens: int = 0
+    """Of text."""
+    dollars: float = 0.0
+
+    def add(self, pages: Iterable[Page]) -> None:
+        for page in pages:
+            self.num_done += 1
+            self.num_failed += not page.is_completed
+            self.num_tokens += page.usage.completion_tokens
+            self.dollars += page.usage.estimated_cost
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    files: list[tuple[Path, Path]]
+    """Each with its place under the folder that was named."""
+    unread: dict[Path, str]
+    """Folders that could not be looked into, and why."""
+
+
+def find_files(arguments: Sequence[str], out: Path) -> Found:
+    """Files that are meant, each once.
+
+    Args:
+        arguments: files, folders (searched to the bottom) and glob patterns.
+        out: the folder of the results, where nothing is searched.
+
+    Raises:
+        SelectionError: there is no such file, or nothing to read in a folder or under a pattern.
+    """
+    found: dict[Path, Path] = {}
+    unread: dict[Path, str] = {}
+    for argument in arguments:
+        path = Path(argument)
+        if os.path.isdir(path):
+            inside, failed = _search(path, out)
+            if not inside and not failed:
+                raise SelectionError(
+                    f"{show_name(argument)}: no documents in this folder ({', '.join(sorted(SUFFIXES))})"
+                )
+            found |= {file: file.relative_to(path) for file in inside}
+            unread |= failed
+        elif os.path.exists(path):
+            found[path] = Path(path.name)
+        else:
+            matches = [Path(name) for name in sorted(glob.glob(argument, recursive=True))]
+            failed = _find_closed(argument)
+            if not matches and not failed:
+                raise SelectionError(f"{show_name(argument)}: there is no such file or folder, and no file matches it")
+            found |= {file: Path(file.name) for file in matches if file.is_file()}
+            unread |= failed
+    unique = {file.resolve(): (file, place) for file, place in reversed(found.items())}
+    return Found(list(reversed(unique.values())), unread)
+
+
+def _search(folder: Path, out: Path) -> tuple[list[Path], dict[Path, str]]:
+    """Documents in a folder and all below it, and what could not be looked into."""
+    files: list[Path] = []
+    failed: dict[Path, str] = {}
+    results = out.resolve()
+
+    def note(error: OSError) -> None:
+        failed[Path(error.filename)] = error.strerror or "unreadable"
+
+    for where, folders, names in os.walk(folder, onerror=note):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            file = Path(where, name)
+            if name.startswith(".") or file.suffix.lower() not in SUFFIXES:
+                continue
+            try:
+                if file.is_file() and not file.resolve().is_relative_to(results):
+                    files.append(file)
+            except OSError as error:
+                failed[file] = error.strerror or "unreadable"
+    return sorted(files), failed
+
+
+def _find_closed(pattern: str) -> dict[Path, str]:
+    """Folders that a pattern leads into and that cannot be listed: `glob` passes them over."""
+    folders = Path(pattern).parts[:-1]
+    prefixes = (str(Path(*folders[:count])) for count in range(1, len(folders) + 1))
+    reached = {Path(name) for prefix in prefixes for name in glob.glob(prefix, recursive=True)}
+    closed = (path for path in sorted(reached) if os.path.isdir(path) and not os.access(path, os.R_OK | os.X_OK))
+    return {path: os.strerror(errno.EACCES) for path in closed}
+
+
+def plan_tasks(files: Sequence[tuple[Path, Path]], out: Path, kind: OutputFormat) -> list[Task]:
+    """Name the results: `a.pdf` becomes `a.md`, and `a.pdf.md` where there is an `a.png` too.
+
+    Raises:
+        SelectionError: two files have one name.
+    """
+    stems = [place.with_suffix("") for _, place in files]
+    counts = Counter(stems)
+    tasks = []
+    targets: dict[Path, Path] = {}
+    for (file, place), stem in zip(files, stems, strict=True):
+        name = safe_place(place if counts[stem] > 1 else stem)
+        target = out / name.with_name(name.name + kind.suffix)
+        if target in targets:
+            names = map(show_name, (file, targets[target], target))
+            raise SelectionError("{} and {} would both become {}; read them into two folders".format(*names))
+        targets[target] = file
+        tasks.append(Task(file, target))
+    return tasks
+
+
+class BulkRun:
+    """Takes files through the service, a number of them at once."""
+
+    def __init__(
+        self,
+        client: AsyncOcrClient,
+        state: BulkState,
+        options: Options,
+        kind: OutputFormat,
+        on_change: Callable[[Tally], None] = lambda tally: None,
+        on_outcome: Callable[[Outcome], None] = lambda outcome: None,
+    ) -> None:
+        """Args:
+        client: whose retries wait out a service that restarts.
+        state: of the folder that the results go to.
+        options: for every file; `format` is chosen by `kind`.
+        kind: of the results.
+        on_change: told whenever pages have come.
+        on_outcome: told of every file's end.
+        """
+        asked = {"markdown": "markdown", "text": "text", "json": "layout"}
+        self._options = replace(options, format=asked[kind])  # type: ignore[arg-type]
+        self._client, self._state, self._kind = client, state, kind
+        self._on_change, self._on_outcome = on_change, on_outcome
+        self.tally = Tally()
+
+    async def run(self, tasks: Sequence[Task], num_at_once: int) -> list[Outcome]:
+        """Every file's end, in order.
+
+        Raises:
+            OcrError: the service cannot be used; what was done is kept.
+        """
+        room = asyncio.Semaphore(num_at_once)
+
+        async def do(task: Task) -> Outcome:
+            async with room:
+                outcome = await self._do(task)
+            self._on_outcome(outcome)
+            return outcome
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                running = [group.create_task(do(task)) for task in tasks]
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from errors  # they have one cause: the service
+        return [task.result() for task in running]
+
+    async def _do(self, task: Task) -> Outcome:
+        path = name_key(task.file.resolve())
+        try:
+            digest = await asyncio.to_thread(digest_file, task.file)
+        except OSError as error:
+            return Outcome(task, failure=f"it cannot be read ({error.strerror})")
+        file = self._state.open_file(path, digest, describe_options(self._options.fields()))
+        failed = self._state.numbers(path, is_completed=False)
+        if file.is_over and not failed:
+            if not task.target.exists():
+                self._write(task, path)
+            return replace(self._conclude(task, path, None), was_done=True)
+        if file.is_over:
+            self._state.begin_again(path, join_ranges(failed))
+        try:
+            failure = await self._follow(task, path)
+        except (KeyRefusedError, QuotaError, BusyError, ServiceError, NotFoundError):
+            raise
+        except RefusedError as error:
+            return Outcome(task, failure=str(error))
+        except OSError as error:
+            return Outcome(task, failure=f"it cannot be read ({error.strerror})")
+        return self._conclude(task, path, failure)
+
+    async def _follow(self, task: Task, path: str) -> str | None:
+        """Submit the file if that is still to be done, and take its pages; why the job failed, if it did."""
+        num_lost = 0
+        while True:
+            job_id = await self._find_job(task, path)
+            try:
+                job = await self._take_pages(path, job_id)
+            except NotFoundError:
+                num_lost += 1
+                if num_lost > _MAX_JOBS_LOST:
+                    raise
+                # Expired, or the service has lost it: only what is missing is read again.
+                self._begin_again(path)
+                continue
+            break
+        if job.status != JobStatus.COMPLETED:
+            self._begin_again(path)
+            return job.error.message if job.error is not None else f"its job was {job.status.value}"
+        self._write(task, path)
+        self._state.finish(path)
+        with contextlib.suppress(OcrError):  # it expires by itself
+            await self._client.delete(job_id)
+        return None
+
+    async def _find_job(self, task: Task, path: str) -> str:
+        file = self._state.find(path)
+        if file.job is not None:
+            return file.job
+        options = self._options if file.chosen is None else replace(self._options, pages=file.chosen)
+        # Known before it is sent: a run that is killed in between submits the same again, and gets the same job.
+        job = await self._client.submit(task.file, options, idempotency_key=file.submission)
+        self._state.begin_job(path, job.id)
+        return job.id
+
+    async def _take_pages(self, path: str, job_id: str) -> Job:
+        """Pages as they finish, until the job is over; then the job."""
+        file = self._state.find(path)
+        after, poll_s, num_known = file.after, _FIRST_POLL_S, 0
+        while True:
+            job = await self._client.job(job_id)
+            if job.document is not None and job.document.num_pages and file.num_pages is None:
+                self._state.count_pages(path, job.document.num_pages)
+            if job.pages_total and not num_known:
+                num_known = job.pages_total
+                self.tally.num_pages += num_known - file.after
+            has_more, num_new = True, 0
+            while has_more:
+                pages = await self._client.job_pages(job_id, after=after)
+                after = max((page.seq for page in pages.data if page.seq is not None), default=after)
+                self._state.add_pages(path, pages.data, after)
+                self.tally.add(pages.data)
+                num_new += len(pages.data)
+                has_more = pages.has_more and bool(pages.data)
+            self._on_change(self.tally)
+            if job.status.is_over:
+                return job
+            poll_s = _FIRST_POLL_S if num_new else min(poll_s * 1.5, _LAST_POLL_S)
+            await asyncio.sleep(poll_s)
+
+    def _begin_again(self, path: str) -> None:
+        file = self._state.find(path)
+        self._state.begin_again(path, self._choose_missing(path, file))
+
+    def _choose_missing(self, path: str, file: FileState) -> str | None:
+        """Pages that have not been read yet, as the service wants them; None for all that were asked for."""
+        if file.num_pages is None:
+            return None
+        wanted = [index + 1 for index in select_pages(self._options.pages, file.num_pages, file.num_pages)]
+        done = set(self._state.numbers(path, is_completed=True))
+        return join_ranges([number for number in wanted if number not in done]) or None
+
+    def _conclude(self, task: Task, path: str, failure: str | None) -> Outcome:
+        pages = self._state.pages(path)
+        failed = {p.number: p.error.message if p.error is not None else "" for p in pages if not p.is_completed}
+        return Outcome(task, len(pages) - len(failed), failed, failure)
+
+    def _write(self, task: Task, path: str) -> None:
+        task.target.parent.mkdir(parents=True, exist_ok=True)
+        half = task.target.with_name(f".{task.target.name}.half")
+        half.write_text(render(self._kind, task.file, self._state.pages(path)), encoding="utf-8")
+        os.replace(half, task.target)
+
+
+def render(kind: OutputFormat, file: Path, pages: Sequence[Page]) -> str:
+    """The file of results. Pages of text are parted by form feeds, as pdftotext does; those of markdown by comments."""
+    if kind is OutputFormat.JSON:
+        listed = [page.model_dump(mode="json", exclude={"seq"}, exclude_none=True) for page in pages]
+        dollars = round(sum(page.usage.estimated_cost for page in pages), 9)
+        return json.dumps({"file": show_name(file.name), "estimated_cost": dollars, "pages": listed}, indent=1) + "\n"
+    if kind is OutputFormat.TEXT:
+        return "\f".join(f"{page.content}\n" for page in pages)
+    parts = []
+    for page in pages:
+        if not page.is_completed:
+            reason = (page.error.message if page.error is not None else "").replace("--", "- -")
+            parts.append(f"<!-- page {page.number} could not be read: {reason} -->\n")
+        else:
+            head = f"<!-- page {page.number} -->\n\n" if len(pages) > 1 else ""
+            parts.append(f"{head}{page.content}\n")
+    return "\n".join(parts)

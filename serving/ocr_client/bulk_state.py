@@ -1,0 +1,169 @@
+"""What a run over many files has done, in a SQLite file beside its results, so that the next run goes on.
+
+A file is known by its path; when its content or the options have changed it starts anew. Pages are kept as they come,
+so a page that is here is never read again, whatever becomes of the service or of the run.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import sqlite3
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from serving.ocr_client.results import Page
+
+STATE_NAME = ".serving-ocr.sqlite"
+_LOCK_NAME = ".serving-ocr.lock"
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS files (
+    path TEXT PRIMARY KEY,
+    digest TEXT NOT NULL,
+    options TEXT NOT NULL,
+    submission TEXT NOT NULL,
+    chosen TEXT,
+    job TEXT,
+    after INTEGER NOT NULL DEFAULT 0,
+    num_pages INTEGER,
+    is_over INTEGER NOT NULL DEFAULT 0
+);
+CREATE TABLE IF NOT EXISTS pages (
+    path TEXT NOT NULL,
+    number INTEGER NOT NULL,
+    is_completed INTEGER NOT NULL,
+    page TEXT NOT NULL,
+    PRIMARY KEY (path, number)
+);
+"""
+
+
+class RunningError(Exception):
+    """Another run writes into the same folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """One file's way through the service."""
+
+    submission: str
+    """The Idempotency-Key that it is, or was, submitted with."""
+    chosen: str | None
+    """Pages that are submitted (`1-3,7`); None for all that were asked for."""
+    job: str | None
+    after: int
+    """`seq` of the last page that came from the job."""
+    num_pages: int | None
+    """That the document has, as the first job counted them."""
+    is_over: bool
+    """Whether its job has come to its end, and its pages are all here."""
+
+
+class BulkState:
+    """One folder's. Only one run at a time may have it open."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises:
+        RunningError: another run has it open.
+        OSError: the folder cannot be written.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock: IO[str] = (folder / _LOCK_NAME).open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.close()
+            raise RunningError from error
+        self._database = sqlite3.connect(folder / STATE_NAME, isolation_level=None)
+        # A kill of the process loses nothing; a power cut may lose the last pages, which are then asked for again.
+        self._database.execute("PRAGMA journal_mode = WAL")
+        self._database.execute("PRAGMA synchronous = NORMAL")
+        self._database.executescript(_SCHEMA)
+
+    def close(self) -> None:
+        self._database.close()
+        self._lock.close()
+
+    def open_file(self, path: str, digest: str, options: str) -> FileState:
+        """Where a file stands; at its beginning when it is new, or its content or the options are."""
+        row = self._database.execute("SELECT digest, options FROM files WHERE path = ?", (path,)).fetchone()
+        if row != (digest, options):
+            self._database.execute("BEGIN")
+            self._database.execute("DELETE FROM pages WHERE path = ?", (path,))
+            self._database.execute(
+                "INSERT OR REPLACE INTO files (path, digest, options, submission) VALUES (?, ?, ?, ?)",
+                (path, digest, options, uuid.uuid4().hex),
+            )
+            self._database.execute("COMMIT")
+        return self.find(path)
+
+    def find(self, path: str) -> FileState:
+        """Where a file that was opened stands."""
+        columns = "submission, chosen, job, after, num_pages, is_over"
+        row = self._database.execute(f"SELECT {columns} FROM files WHERE path = ?", (path,)).fetchone()
+        submission, chosen, job, after, num_pages, is_over = row
+        return FileState(submission, chosen, job, after, num_pages, bool(is_over))
+
+    def begin_job(self, path: str, job: str) -> None:
+        """The service has taken it."""
+        self._database.execute("UPDATE files SET job = ? WHERE path = ?", (job, path))
+
+    def count_pages(self, path: str, num_pages: int) -> None:
+        """The service has told how many pages the document has."""
+        self._database.execute("UPDATE files SET num_pages = ? WHERE path = ?", (num_pages, path))
+
+    def begin_again(self, path: str, chosen: str | None) -> None:
+        """Another job is needed, for these pages; pages that are here stay."""
+        self._database.execute(
+            "UPDATE files SET submission = ?, chosen = ?, job = NULL, after = 0, is_over = 0 WHERE path = ?",
+            (uuid.uuid4().hex, chosen, path),
+        )
+
+    def add_pages(self, path: str, pages: tuple[Page, ...], after: int) -> None:
+        """Pages that have come, and the `seq` of the last of them, at once."""
+        rows = [(path, page.number, page.is_completed, page.model_dump_json()) for page in pages]
+        self._database.execute("BEGIN")
+        self._database.executemany("INSERT OR REPLACE INTO pages VALUES (?, ?, ?, ?)", rows)
+        self._database.execute("UPDATE files SET after = ? WHERE path = ?", (after, path))
+        self._database.execute("COMMIT")
+
+    def finish(self, path: str) -> None:
+        """Its job is over."""
+        self._database.execute("UPDATE files SET is_over = 1 WHERE path = ?", (path,))
+
+    def pages(self, path: str) -> list[Page]:
+        """Pages that are here, in the document's order."""
+        rows = self._database.execute("SELECT page FROM pages WHERE path = ? ORDER BY number", (path,))
+        return [Page.model_validate_json(row[0]) for row in rows]
+
+    def numbers(self, path: str, *, is_completed: bool) -> list[int]:
+        """Numbers of pages that were read, or that failed."""
+        query = "SELECT number FROM pages WHERE path = ? AND is_completed = ? ORDER BY number"
+        return [row[0] for row in self._database.execute(query, (path, is_completed))]
+
+
+def digest_file(file: Path) -> str:
+    """Raises:
+    OSError: it cannot be read.
+    """
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def describe_options(fields: dict[str, object]) -> str:
+    """Options in one form, to be compared with those of the run before."""
+    return json.dumps(fields, sort_keys=True)
+
+
+def join_ranges(numbers: list[int]) -> str:
+    """`1-3,7` of [1, 2, 3, 7]."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)

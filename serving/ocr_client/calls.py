@@ -1,0 +1,130 @@
+"""What can be asked of the OCR service, each as a value that either client sends; pure but for opening documents."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic
+
+import httpx
+import pydantic
+
+from serving.ocr_client.errors import from_httpx
+from serving.ocr_client.results import Job, JobList, JobPages, ModelList, OcrResult, Page
+from serving.ocr_client.wire import Answer, Options, Source, build_document, close_document
+
+_OCR, _JOBS = "/v1/ocr", "/v1/ocr/jobs"
+_CONNECT_S = 10.0
+
+
+class Nothing(pydantic.BaseModel):
+    """The answer to what has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[Answer]):
+    """One request, and what its answer is read as."""
+
+    method: str
+    path: str
+    kind: type[Answer]
+    document: tuple[Source, dict[str, Any]] | None = None
+    """With the fields that say how it is to be read."""
+    is_repeatable: bool = True
+    """Whether it may be sent again though it may have been worked on."""
+    is_stream: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Further ones of httpx's."""
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[dict[str, Any]]:
+        """Arguments of `httpx.Client.build_request`, while the document is open. httpx's errors become ours.
+
+        Raises:
+            OSError: the document cannot be read.
+            ConnectionLostError: there was no answer.
+        """
+        body = build_document(*self.document) if self.document is not None else {}
+        try:
+            with own_errors():
+                yield {"method": self.method, "url": self.path, **body, **self.arguments}
+        finally:
+            close_document(body)
+
+
+def models() -> Call[ModelList]:
+    return Call("GET", "/v1/models", ModelList)
+
+
+def read(source: Source, options: Options) -> Call[OcrResult]:
+    return Call("POST", _OCR, OcrResult, (source, options.fields()), is_repeatable=False)
+
+
+def stream(source: Source, options: Options) -> Call[OcrResult]:
+    fields = {**options.fields(), "stream": True}
+    return Call("POST", _OCR, OcrResult, (source, fields), is_repeatable=False, is_stream=True)
+
+
+def submit(source: Source, options: Options, idempotency_key: str | None) -> Call[Job]:
+    """With a key of its own when none is given, so that it may be sent again."""
+    headers = {"idempotency-key": idempotency_key or uuid.uuid4().hex}
+    return Call("POST", _JOBS, Job, (source, options.fields()), arguments={"headers": headers})
+
+
+def job(job_id: str) -> Call[Job]:
+    return Call("GET", f"{_JOBS}/{job_id}", Job)
+
+
+def jobs(limit: int, after: str | None) -> Call[JobList]:
+    params = {"limit": limit, **({"after": after} if after else {})}
+    return Call("GET", _JOBS, JobList, arguments={"params": params})
+
+
+def job_pages(job_id: str, after: int, limit: int) -> Call[JobPages]:
+    return Call("GET", f"{_JOBS}/{job_id}/pages", JobPages, arguments={"params": {"after": after, "limit": limit}})
+
+
+def cancel(job_id: str) -> Call[Job]:
+    return Call("POST", f"{_JOBS}/{job_id}/cancel", Job)
+
+
+def delete(job_id: str) -> Call[Nothing]:
+    return Call("DELETE", f"{_JOBS}/{job_id}", Nothing)
+
+
+@dataclass(slots=True)
+class Follower:
+    """How far the pages of a job have been seen."""
+
+    after: int
+    """`seq` of the last one."""
+    has_more: bool = True
+    """Whether the next ones can be had at once."""
+
+    def take(self, pages: JobPages) -> tuple[Page, ...]:
+        seen = max((page.seq for page in pages.data if page.seq is not None), default=self.after)
+        self.has_more = pages.has_more and seen > self.after
+        self.after = seen
+        return pages.data
+
+
+@contextlib.contextmanager
+def own_errors() -> Iterator[None]:
+    """Raises ConnectionLostError for what httpx raises."""
+    try:
+        yield
+    except (httpx.HTTPError, httpx.StreamError) as error:
+        raise from_httpx(error) from error
+
+
+def client_arguments(base_url: str, api_key: str | None, timeout_s: float) -> dict[str, Any]:
+    """Of httpx's clients."""
+    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+    return {
+        "base_url": base_url.rstrip("/"),
+        "headers": headers,
+        "timeout": httpx.Timeout(timeout_s, connect=_CONNECT_S),
+        "trust_env": False,  # a proxy in the environment gets neither the key nor the document
+    }

@@ -1,0 +1,260 @@
+"""Clients of the OCR service, for threads and for event loops: the same calls, the same types, the same errors.
+
+    with OcrClient("http://127.0.0.1:8000", api_key="sk-...") as client:
+        result = client.read(Path("report.pdf"), Options("nano"))
+        print(result.pages[0].markdown, result.usage.estimated_cost)
+
+Long documents go in jobs, which outlive the connection and the service's process:
+
+        job = client.submit(Path("book.pdf"), Options("nano"), idempotency_key="book-1")
+        for page in client.follow(job.id):
+            print(page.number, page.content)
+
+Requests are sent again as `RetryPolicy` says. One that may have been worked on is only sent again when that costs
+nothing: never a whole document whose answer was lost. Errors: `serving.ocr_client.errors`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
+from typing import Any, Self
+
+import httpx
+import tenacity
+
+from serving.ocr_client import calls
+from serving.ocr_client.calls import Call, Follower
+from serving.ocr_client.results import Job, JobList, JobPages, OcrResult, Page, StreamEvent
+from serving.ocr_client.wire import (
+    Answer,
+    Document,
+    EventReader,
+    Format,
+    Mode,
+    Options,
+    RetryPolicy,
+    Source,
+    build_retrying,
+    check_answer,
+    read_answer,
+)
+
+__all__ = ["AsyncOcrClient", "Document", "Format", "Mode", "OcrClient", "Options", "RetryPolicy", "Source"]
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+_PAGES_AT_ONCE = 100
+
+
+class OcrClient:
+    """For programs without an event loop. May be shared between threads; close it, or use it as a context."""
+
+    def __init__(
+        self,
+        base_url: str = DEFAULT_URL,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 600.0,
+        retry: RetryPolicy = RetryPolicy(),  # noqa: B008  frozen
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        """Args:
+        base_url: of the router or the OCR service, without `/v1`.
+        api_key: where the router wants one.
+        timeout_s: longest silence of the service; a whole document's answer comes at the end of all its pages.
+        retry: when requests are sent again.
+        transport: httpx's, to reach the service some other way.
+        """
+        self._http = httpx.Client(transport=transport, **calls.client_arguments(base_url, api_key, timeout_s))
+        self._retry = retry
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def models(self) -> list[str]:
+        """Names that `Options.model` may have."""
+        return self._ask(calls.models()).names
+
+    def read(self, source: Source, options: Options) -> OcrResult:
+        """Read a document and wait for all of it. Pages that failed say why.
+
+        Raises:
+            OcrError: the document as a whole was not read.
+            OSError: the file cannot be read.
+        """
+        return self._ask(calls.read(source, options))
+
+    def stream(self, source: Source, options: Options) -> Generator[StreamEvent]:
+        """Read a document and see its pages arrive. Whoever closes the generator ends the work.
+
+        Raises:
+            OcrError: the document as a whole was not read, or the stream broke off; never begun again by itself.
+            OSError: the file cannot be read.
+        """
+        events = EventReader()
+        with contextlib.closing(self._send(calls.stream(source, options))) as answer, calls.own_errors():
+            for line in answer.iter_lines():
+                if (event := events.take(line)) is not None:
+                    yield event
+                if events.is_done:
+                    return
+            events.finish()
+
+    def submit(self, source: Source, options: Options, *, idempotency_key: str | None = None) -> Job:
+        """Have a document read in a job.
+
+        Args:
+            source: the document.
+            options: how to read it.
+            idempotency_key: submitted again with the same one, the first job comes back. One is made up if none is
+                given, so that tries of this call make one job.
+
+        Raises:
+            OcrError: it was refused.
+            OSError: the file cannot be read.
+        """
+        return self._ask(calls.submit(source, options, idempotency_key))
+
+    def job(self, job_id: str) -> Job:
+        return self._ask(calls.job(job_id))
+
+    def jobs(self, *, limit: int = 20, after: str | None = None) -> JobList:
+        """Newest first; `after` is the last job of the list before."""
+        return self._ask(calls.jobs(limit, after))
+
+    def job_pages(self, job_id: str, *, after: int = 0, limit: int = _PAGES_AT_ONCE) -> JobPages:
+        """Pages that finished after the one whose `seq` is `after`."""
+        return self._ask(calls.job_pages(job_id, after, limit))
+
+    def follow(self, job_id: str, *, after: int = 0, poll_s: float = 1.0) -> Iterator[Page]:
+        """Pages as they finish, until the job is over; its end is in `job`."""
+        while True:
+            is_over = self.job(job_id).status.is_over  # before its pages, so that none is missed
+            follower = Follower(after)
+            while follower.has_more:
+                yield from follower.take(self.job_pages(job_id, after=follower.after))
+            if is_over:
+                return
+            after = follower.after
+            time.sleep(poll_s)
+
+    def cancel(self, job_id: str) -> Job:
+        """End it; pages that are finished stay."""
+        return self._ask(calls.cancel(job_id))
+
+    def delete(self, job_id: str) -> None:
+        """Forget it, with its document and results."""
+        self._send(calls.delete(job_id))
+
+    def _ask(self, call: Call[Answer]) -> Answer:
+        return read_answer(self._send(call), call.kind)
+
+    def _send(self, call: Call[Any]) -> httpx.Response:
+        retrying = tenacity.Retrying(**build_retrying(self._retry, is_repeatable=call.is_repeatable))
+        return retrying(self._try, call)
+
+    def _try(self, call: Call[Any]) -> httpx.Response:
+        with call.opened() as request:
+            answer = self._http.send(self._http.build_request(**request), stream=True)
+            if not call.is_stream or not answer.is_success:
+                with contextlib.closing(answer):
+                    answer.read()
+        check_answer(answer)
+        return answer
+
+
+class AsyncOcrClient:
+    """`OcrClient` for one event loop: each method as its namesake there."""
+
+    def __init__(
+        self,
+        base_url: str = DEFAULT_URL,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 600.0,
+        retry: RetryPolicy = RetryPolicy(),  # noqa: B008  frozen
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        """As of `OcrClient`."""
+        self._http = httpx.AsyncClient(transport=transport, **calls.client_arguments(base_url, api_key, timeout_s))
+        self._retry = retry
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def models(self) -> list[str]:
+        return (await self._ask(calls.models())).names
+
+    async def read(self, source: Source, options: Options) -> OcrResult:
+        return await self._ask(calls.read(source, options))
+
+    async def stream(self, source: Source, options: Options) -> AsyncGenerator[StreamEvent]:
+        events = EventReader()
+        async with contextlib.aclosing(await self._send(calls.stream(source, options))) as answer:
+            with calls.own_errors():
+                async for line in answer.aiter_lines():
+                    if (event := events.take(line)) is not None:
+                        yield event
+                    if events.is_done:
+                        return
+                events.finish()
+
+    async def submit(self, source: Source, options: Options, *, idempotency_key: str | None = None) -> Job:
+        return await self._ask(calls.submit(source, options, idempotency_key))
+
+    async def job(self, job_id: str) -> Job:
+        return await self._ask(calls.job(job_id))
+
+    async def jobs(self, *, limit: int = 20, after: str | None = None) -> JobList:
+        return await self._ask(calls.jobs(limit, after))
+
+    async def job_pages(self, job_id: str, *, after: int = 0, limit: int = _PAGES_AT_ONCE) -> JobPages:
+        return await self._ask(calls.job_pages(job_id, after, limit))
+
+    async def follow(self, job_id: str, *, after: int = 0, poll_s: float = 1.0) -> AsyncIterator[Page]:
+        while True:
+            is_over = (await self.job(job_id)).status.is_over
+            follower = Follower(after)
+            while follower.has_more:
+                for page in follower.take(await self.job_pages(job_id, after=follower.after)):
+                    yield page
+            if is_over:
+                return
+            after = follower.after
+            await asyncio.sleep(poll_s)
+
+    async def cancel(self, job_id: str) -> Job:
+        return await self._ask(calls.cancel(job_id))
+
+    async def delete(self, job_id: str) -> None:
+        await self._send(calls.delete(job_id))
+
+    async def _ask(self, call: Call[Answer]) -> Answer:
+        return read_answer(await self._send(call), call.kind)
+
+    async def _send(self, call: Call[Any]) -> httpx.Response:
+        retrying = tenacity.AsyncRetrying(**build_retrying(self._retry, is_repeatable=call.is_repeatable))
+        return await retrying(self._try, call)
+
+    async def _try(self, call: Call[Any]) -> httpx.Response:
+        with call.opened() as request:
+            answer = await self._http.send(self._http.build_request(**request), stream=True)
+            if not call.is_stream or not answer.is_success:
+                async with contextlib.aclosing(answer):
+                    await answer.aread()
+        check_answer(answer)
+        return answer

@@ -1,0 +1,1 @@
+"""From an encoded image to the views that the encoder takes."""

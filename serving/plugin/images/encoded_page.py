@@ -1,0 +1,63 @@
+"""A page whose pixels are not decoded before somebody asks for them."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import Any
+
+from PIL import Image
+
+from serving.plugin.images.decoding import Header, Pixels, decode
+from serving.plugin.images.page_views import PageViews
+from serving.plugin.images.picture import Colour
+from serving.plugin.modes.resolution import ResolutionMode
+
+
+class EncodedPage(Image.Image):
+    """An image file that says its size from its header and is a Pillow image in RGB to everybody else.
+
+    Whoever asks for pixels has them decoded, in the asking thread, and gets a DecodeError (a ValueError) when the file
+    is damaged.
+
+    data: the file.
+    formats: names of Pillow's formats that are let in.
+    background: shown behind transparent pixels.
+    order: the views that the image pipeline was asked for, and in which mode.
+    """
+
+    def __init__(self, data: bytes, header: Header, formats: tuple[str, ...], background: Colour) -> None:
+        super().__init__()
+        self._mode = "RGB"
+        self._size = header.size
+        self.data = data
+        self.formats = formats
+        self.background = background
+        self.order: tuple[ResolutionMode, Future[PageViews]] | None = None
+        self._decoded: Pixels | Image.Image | None = None
+
+    def decoded(self) -> Pixels | Image.Image:
+        """The pixels: uint8 of shape (height, width, 3), or a Pillow image; decoded once."""
+        if self._decoded is None:
+            self._decoded = decode(self.data, self.formats, self.background)
+        return self._decoded
+
+    @property
+    def im(self) -> Any:
+        self._fill()
+        return super().im
+
+    @im.setter
+    def im(self, im: Any) -> None:
+        self._im = im
+
+    def load(self) -> Any:
+        """Decode if need be, as every method of Pillow's that needs pixels does first."""
+        self._fill()
+        return super().load()
+
+    def _fill(self) -> None:
+        if self._im is None:
+            page = self.decoded()
+            image = page if isinstance(page, Image.Image) else Image.fromarray(page)
+            self._im = image.im
+            self._size = image.size

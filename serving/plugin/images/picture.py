@@ -1,0 +1,90 @@
+"""From an image that Pillow has opened to what it shows: in RGB, turned, with square pixels.
+
+Both ways to the model go through here: images of chat requests (`decoding`) and pages of documents.
+"""
+
+from __future__ import annotations
+
+from PIL import Image, ImageCms
+
+from serving.plugin.images.geometry import SWAPS_SIDES, orientation_of, pixel_aspect, square_size
+
+Colour = tuple[int, int, int]
+
+_DEEP_MODES = frozenset({"I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
+_WITH_ALPHA = frozenset({"RGBA", "LA", "PA"})
+_PREMULTIPLIED = {"RGBa": "RGBA", "La": "LA"}
+_TURNED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def show(image: Image.Image, background: Colour) -> Image.Image:
+    """What an image shows.
+
+    Args:
+        image: as it was opened, neither decoded nor copied.
+        background: behind transparent pixels.
+    """
+    aspect = pixel_aspect(image)
+    image.load()
+    orientation = orientation_of(image)
+    image = to_rgb(image, background)
+    if orientation in _TURNED:
+        image = image.transpose(_TURNED[orientation])
+    return make_square(image, aspect, orientation)
+
+
+def make_square(image: Image.Image, aspect: float, orientation: int) -> Image.Image:
+    """More pixels along the coarser side.
+
+    Args:
+        image: turned already.
+        aspect: of its pixels before that, width by height.
+        orientation: that it was turned by.
+    """
+    if aspect == 1.0:
+        return image
+    size = square_size(image.size, 1 / aspect if orientation in SWAPS_SIDES else aspect)
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def to_rgb(image: Image.Image, background: Colour) -> Image.Image:
+    """An image in RGB of 8 bits, what shines through it laid over the background.
+
+    Args:
+        image: not turned or copied yet: the numbers of a TIFF mean what its tags say.
+        background: shown behind transparent pixels.
+    """
+    has_key = "transparency" in image.info
+    if image.mode == "RGB" and not has_key:
+        return image
+    if image.mode in _DEEP_MODES:
+        # Late: no ordinary picture needs numpy, and the processes that draw documents do without it.
+        from serving.plugin.images.depth import deep_to_rgb
+
+        return deep_to_rgb(image, background)
+    if image.mode == "LAB":
+        return _lab_to_rgb(image)
+    if image.mode in _PREMULTIPLIED:
+        image = image.convert(_PREMULTIPLIED[image.mode])
+    if image.mode not in _WITH_ALPHA and not has_key:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    flat = Image.new("RGB", image.size, background)
+    flat.paste(image, mask=image.getchannel("A"))
+    return flat
+
+
+def _lab_to_rgb(image: Image.Image) -> Image.Image:
+    """Pillow converts it by colour profiles only."""
+    lab, rgb = (ImageCms.createProfile(name) for name in ("LAB", "sRGB"))
+    converted = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
+    assert converted is not None, "None is for conversion in place"
+    return converted

@@ -1,0 +1,120 @@
+"""From pages to views in the API process: by the pool of workers where there is one, else in the calling thread."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+from PIL import Image
+from vllm.exceptions import RetryableRequestError
+
+from serving.plugin import metrics
+from serving.plugin.images.encoded_page import EncodedPage
+from serving.plugin.images.page_views import PageViews, build_views
+from serving.plugin.images.picture import Colour
+from serving.plugin.images.pool import ImagePool, PoolUnavailableError, Ticket
+from serving.plugin.images.settings import ImageSettings
+from serving.plugin.images.worker_messages import Job
+from serving.plugin.modes.resolution import ResolutionMode
+from serving.plugin.modes.selection import ChosenMode
+
+
+class ImagePipeline:
+    """Makes views of the pages of requests. Thread-safe."""
+
+    def __init__(self, settings: ImageSettings) -> None:
+        self.settings = settings
+        self._pool = ImagePool(settings) if settings.workers else None
+        # One thread is enough to wait for room in the queue: who comes later waits no less long for it.
+        self._admission = ThreadPoolExecutor(1, "serving-image-admission")
+
+    @property
+    def has_workers(self) -> bool:
+        return self._pool is not None
+
+    def start(self) -> None:
+        """Start the workers in the background, if there are any to start."""
+        if self._pool is not None:
+            self._pool.start()
+
+    def close(self) -> None:
+        """End the workers. Pages that wait fail."""
+        self._admission.shutdown(wait=False, cancel_futures=True)
+        if self._pool is not None:
+            self._pool.close()
+
+    async def prepare(self, pages: Sequence[EncodedPage], chosen: Sequence[ChosenMode], padding: Colour) -> None:
+        """Have the workers make views of these pages, all at once; `views` finds them ready.
+
+        Raises:
+            ValueError: a page is damaged.
+            RetryableRequestError: no worker had time for a page (vLLM answers 503).
+        """
+        if self._pool is None:
+            return
+        loop = asyncio.get_running_loop()
+        with _as_retryable():
+            for page, choice in zip(pages, chosen, strict=True):
+                ticket = _ticket(page, choice.mode, padding)
+                page.order = (choice.mode, ticket.views)
+                if not self._pool.offer(ticket):
+                    await loop.run_in_executor(self._admission, self._pool.put, ticket)
+            orders = [page.order[1] for page in pages if page.order is not None]
+            await asyncio.gather(*map(asyncio.wrap_future, orders))
+
+    def views(self, pages: Sequence[Image.Image], chosen: Sequence[ChosenMode], padding: Colour) -> list[PageViews]:
+        """The views of these pages, waiting for the workers where they have them.
+
+        Raises:
+            ValueError: a page is damaged.
+            RetryableRequestError: no worker had time for a page (vLLM answers 503).
+        """
+        with _as_retryable():
+            for page, choice in zip(pages, chosen, strict=True):
+                if isinstance(page, EncodedPage) and self._pool is not None and not _is_ordered(page, choice.mode):
+                    ticket = _ticket(page, choice.mode, padding)
+                    self._pool.put(ticket)
+                    page.order = (choice.mode, ticket.views)
+            views = [self._views_of(page, choice.mode, padding) for page, choice in zip(pages, chosen, strict=True)]
+        for choice in chosen:
+            metrics.PAGES.labels(choice.name).inc()
+        return views
+
+    def _views_of(self, page: Image.Image, mode: ResolutionMode, padding: Colour) -> PageViews:
+        if isinstance(page, EncodedPage) and page.order is not None and page.order[0] == mode:
+            views = page.order[1].result()
+            page.order = None
+            return views
+        with metrics.WORK_SECONDS.time():
+            source = page.decoded() if isinstance(page, EncodedPage) else page
+            return build_views(source, mode, padding)
+
+
+def _is_ordered(page: EncodedPage, mode: ResolutionMode) -> bool:
+    return page.order is not None and page.order[0] == mode
+
+
+def _ticket(page: EncodedPage, mode: ResolutionMode, padding: Colour) -> Ticket:
+    job = Job(page.size, mode, padding, page.background, page.formats)
+    return Ticket(job, page.data)
+
+
+@contextlib.contextmanager
+def _as_retryable() -> Iterator[None]:
+    try:
+        yield
+    except PoolUnavailableError as error:
+        raise RetryableRequestError(f"{error}.") from error
+
+
+@cache
+def image_pipeline() -> ImagePipeline:
+    """This process's pipeline, as the environment sets it. Starts nothing.
+
+    Raises:
+        ValueError: a setting that is wrong.
+    """
+    return ImagePipeline(ImageSettings.from_environ())

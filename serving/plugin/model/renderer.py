@@ -1,0 +1,55 @@
+"""vLLM's renderer, which gives pages to the image workers before it queues their request.
+
+vLLM has one thread for all multimodal processors (their cache must see requests in order). Work done in that thread is
+done for one request at a time, however many workers there are: so the views are made on the way to it, where requests
+still run side by side and their modes are known already.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.multimodal.media.base import MediaWithBytes
+from vllm.renderers.hf import HfRenderer
+
+from serving.plugin.images import media  # noqa: F401 - makes the connector known to vLLM, which first builds a renderer
+from serving.plugin.images.encoded_page import EncodedPage
+from serving.plugin.images.pipeline import image_pipeline
+from serving.plugin.model.processor import DeepseekOCRMultiModalProcessor
+from serving.plugin.repetition import loop_stop as repetition
+from serving.plugin.vllm_internals import read_bodies_with_orjson
+
+
+class PageRenderer(HfRenderer):
+    """vLLM's own for every model but DeepSeek-OCR, and for that too when there are no image workers."""
+
+    def __init__(self, config: Any, tokenizer: Any) -> None:
+        super().__init__(config, tokenizer)
+        self._has_pages = isinstance(self.mm_processor, DeepseekOCRMultiModalProcessor)
+        if self._has_pages:
+            # This constructor runs in API processes only.
+            read_bodies_with_orjson()
+            image_pipeline().start()
+            repetition.count_stops(config.model_config.max_model_len)
+
+    async def _process_tokens_async(self, prompt: Any, **options: Any) -> Any:
+        # With vLLM's processor cache only it knows which of the pages need views.
+        if self._has_pages and self.mm_processor_cache is None:
+            pages = _encoded_pages(prompt.get("multi_modal_data"))
+            if pages:
+                await self.mm_processor.prepare(pages, prompt.get("mm_processor_kwargs") or {})
+        return await super()._process_tokens_async(prompt, **options)
+
+    def shutdown(self) -> None:
+        if self._has_pages:
+            image_pipeline().close()
+        super().shutdown()
+
+
+def _encoded_pages(data: Any) -> list[EncodedPage]:
+    """The images of a request; none when they are not all encoded pages, since modes are chosen for all of them."""
+    images = (data or {}).get("image")
+    items = images if isinstance(images, list) else [images]
+    pages = [item.media if isinstance(item, MediaWithBytes) else item for item in items]
+    encoded = [page for page in pages if isinstance(page, EncodedPage)]
+    return encoded if len(encoded) == len(pages) else []

@@ -1,0 +1,199 @@
+"""DeepEncoder: SAM-style encoder -> 16x convolutional compressor -> CLIP-style encoder -> linear projector.
+
+All sizes come from the checkpoint's `vision_config`; the published values give the published sizes. The layers
+themselves are vLLM's.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CLIPVisionConfig
+from vllm.model_executor.layers.conv import Conv2dLayer
+
+from serving.plugin.model.sam_cpu import EncoderTables, build_tables, run_encoder
+from serving.plugin.vllm_internals import encoder_layers
+
+ImageEncoderViT, DeepCLIPVisionTransformer, MlpProjector = encoder_layers()
+
+_CPU_PATCHES = 4096
+_DEVICE_BIAS_BYTES = 512 * 2**20
+"""Bounds on views that are encoded together: a CPU loses its caches to larger batches, a device its memory to SAM's
+relative position bias, the largest intermediate."""
+
+_HALF = (0.5, 0.5, 0.5)
+Channels = tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class VisionSizes:
+    """Sizes of both encoders. Where the published configuration is silent (window, neck), what vLLM hard-codes."""
+
+    image_size: int
+    """Pixels per side that SAM's position table was made for."""
+    sam_width: int
+    sam_layers: int
+    sam_heads: int
+    sam_global_layers: tuple[int, ...]
+    downsample_channels: tuple[int, int]
+    clip_width: int
+    clip_layers: int
+    clip_heads: int
+    clip_image_size: int
+    clip_patch_size: int
+    sam_window: int
+    sam_neck_channels: int
+    sam_patch_size: int = 16
+
+    @classmethod
+    def from_config(cls, vision_config: Any) -> VisionSizes:
+        """Read a `vision_config` as the published checkpoint nests it (`width: {sam_vit_b, clip-l-14-224}`).
+
+        Raises:
+            ValueError: the configuration lacks a size, or the towers do not fit each other.
+        """
+        towers = vision_config.width
+        try:
+            sam, clip = towers["sam_vit_b"], towers["clip-l-14-224"]
+            sizes = cls(
+                image_size=vision_config.image_size,
+                sam_width=sam["width"],
+                sam_layers=sam["layers"],
+                sam_heads=sam["heads"],
+                sam_global_layers=tuple(sam["global_attn_indexes"]),
+                downsample_channels=tuple(sam["downsample_channels"]),
+                clip_width=clip["width"],
+                clip_layers=clip["layers"],
+                clip_heads=clip["heads"],
+                clip_image_size=clip["image_size"],
+                clip_patch_size=clip["patch_size"],
+                sam_window=sam.get("window_size", 14),
+                sam_neck_channels=sam.get("neck_channels", 256),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"vision_config: `width` lacks {error} of the towers sam_vit_b and clip-l-14-224"
+            ) from error
+        if sizes.downsample_channels[-1] != sizes.clip_width:
+            raise ValueError(
+                f"vision_config: CLIP's width {sizes.clip_width} must be SAM's last of {sizes.downsample_channels}"
+            )
+        return sizes
+
+
+class SamEncoder(ImageEncoderViT):  # type: ignore[misc, valid-type]  # Any to mypy
+    """vLLM's SAM-style encoder, the compressor's channels from the sizes: uint8 (n, 3, s, s) -> (n, c, s/64, s/64)."""
+
+    def __init__(self, sizes: VisionSizes, mean: Channels = _HALF, std: Channels = _HALF) -> None:
+        """mean, std: of each channel, as parts of 255; pixels are normalised by them."""
+        super().__init__(
+            img_size=sizes.image_size,
+            patch_size=sizes.sam_patch_size,
+            embed_dim=sizes.sam_width,
+            depth=sizes.sam_layers,
+            num_heads=sizes.sam_heads,
+            mlp_ratio=4,
+            out_chans=sizes.sam_neck_channels,
+            qkv_bias=True,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            use_rel_pos=True,
+            window_size=sizes.sam_window,
+            global_attn_indexes=sizes.sam_global_layers,
+        )
+        first, second = sizes.downsample_channels
+        halve = partial(Conv2dLayer, kernel_size=3, stride=2, padding=1, bias=False)
+        self.net_2 = halve(sizes.sam_neck_channels, first)
+        self.net_3 = halve(first, second)
+        self._mean, self._std = mean, std
+        self._positions: dict[tuple[int, int, int], torch.Tensor] = {}
+        self._tables: tuple[tuple[tuple[int, int], ...], dict[int, EncoderTables]] = (), {}
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        if self.is_ours(pixels.device):
+            return run_encoder(self, pixels, self._tables_for(pixels.shape[-1]))
+        return super().forward(normalise(pixels, self._mean, self._std, self.patch_embed.proj.weight.dtype))
+
+    def is_ours(self, device: torch.device) -> bool:
+        """Whether `sam_cpu` does the arithmetic there, and not vLLM's own layers."""
+        return device.type == "cpu" and self.patch_embed.proj.weight.dtype == torch.float32
+
+    def _tables_for(self, side: int) -> EncoderTables:
+        """What the weights come to at a size of views, made once per size and not for every batch.
+
+        Addresses and versions tell weights that were loaded anew or changed in place.
+        """
+        distances = ((block.attn.rel_pos_h, block.attn.rel_pos_w) for block in self.blocks)
+        weights = (self.pos_embed, *self.patch_embed.parameters(), *itertools.chain.from_iterable(distances))
+        now = tuple((weight.data_ptr(), weight._version) for weight in weights)
+        known, tables = self._tables  # both at once: several threads may be here
+        if known != now:
+            tables = {}
+            self._tables = now, tables
+        if side not in tables:
+            tables[side] = build_tables(self, side, self._mean, self._std)
+        return tables[side]
+
+    def get_abs_pos(self, abs_pos: torch.Tensor, tgt_size: int) -> torch.Tensor:
+        """The position table at another size, resampled once per size and not for every batch.
+
+        The key tells weights that were loaded anew or changed in place.
+        """
+        key = (tgt_size, abs_pos.data_ptr(), abs_pos._version)
+        positions = self._positions.get(key)
+        if positions is None:
+            positions = super().get_abs_pos(abs_pos, tgt_size)
+            self._positions = {old: value for old, value in self._positions.items() if old[1:] == key[1:]}
+            self._positions[key] = positions
+        return positions
+
+
+def build_clip(sizes: VisionSizes, quant_config: Any, prefix: str) -> nn.Module:
+    """vLLM's CLIP-style encoder; it runs on SAM's compressed features in the place of patches of its own."""
+    config = CLIPVisionConfig(
+        hidden_size=sizes.clip_width,
+        intermediate_size=4 * sizes.clip_width,
+        num_attention_heads=sizes.clip_heads,
+        num_hidden_layers=sizes.clip_layers,
+        image_size=sizes.clip_image_size,
+        patch_size=sizes.clip_patch_size,
+        projection_dim=512,
+        layer_norm_eps=1e-5,
+    )
+    return DeepCLIPVisionTransformer(config=config, quant_config=quant_config, prefix=prefix)
+
+
+def project_views(clip: nn.Module, projector: nn.Module, views: torch.Tensor, compressed: torch.Tensor) -> torch.Tensor:
+    """Features of square views of one size, from what SAM made of them.
+
+    Args:
+        views: uint8 (n, 3, s, s).
+        compressed: (n, c, s/64, s/64).
+
+    Returns:
+        (n, (s/64)^2, hidden).
+    """
+    semantic = clip(views, compressed)
+    features = torch.cat((semantic[:, 1:], compressed.flatten(2).permute(0, 2, 1)), dim=-1)
+    return projector(features)
+
+
+def views_per_batch(sizes: VisionSizes, view_size: int, dtype: torch.dtype, device: torch.device) -> int:
+    """How many views of this many pixels per side go through the encoder together within the bounds."""
+    num_patches = (view_size // sizes.sam_patch_size) ** 2
+    if device.type == "cpu":
+        return max(1, _CPU_PATCHES // num_patches)
+    return max(1, _DEVICE_BIAS_BYTES // (sizes.sam_heads * num_patches**2 * dtype.itemsize))
+
+
+def normalise(pixels: torch.Tensor, mean: Channels, std: Channels, dtype: torch.dtype) -> torch.Tensor:
+    """uint8 (n, 3, h, w) to the encoder's floats, in float32 first so that a narrow dtype rounds once."""
+    shape = (1, 3, 1, 1)
+    # (x / 255 - mean) / std in two passes over the pixels instead of three.
+    scale = torch.tensor([1 / (255 * value) for value in std], device=pixels.device).view(shape)
+    offset = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=pixels.device).view(shape)
+    return pixels.to(torch.float32).mul_(scale).add_(offset).to(dtype)

@@ -1,0 +1,1 @@
+"""Resolution modes: their sizes, and which one a page is read in."""

@@ -1,0 +1,135 @@
+"""Which resolution mode each image of a request is read in. Pure; the router asks it too, to say what an answer used.
+
+A request chooses with vLLM's `mm_processor_kwargs`: `{"mode": "base"}` for all of its images, or a list with one entry
+per image. What it does not choose is the server's default, and at last the checkpoint's own mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from serving.plugin.modes.resolution import ResolutionMode
+
+# The published modes, fewest tokens first (DeepSeek-OCR paper, table 1).
+MODES = {
+    "tiny": ResolutionMode(512, 512, False),
+    "small": ResolutionMode(640, 640, False),
+    "base": ResolutionMode(1024, 1024, False),
+    "large": ResolutionMode(1280, 1280, False),
+    "gundam": ResolutionMode(1024, 640, True),
+}
+AUTO = "auto"
+DEFAULT = "default"
+"""In a list: this image in the server's default mode."""
+NAMES = (*MODES, AUTO, DEFAULT)
+MODE_FOR_DETAIL = {"low": "small", "high": "gundam", "auto": AUTO}
+"""OpenAI's `image_url.detail`."""
+OPTIONS = frozenset({"mode", "min_tiles", "max_tiles"})
+
+Size = tuple[int, int]
+"""Width and height of a page in pixels."""
+
+
+class SelectionError(ValueError):
+    """Options that cannot be followed; `option` names the one at fault."""
+
+    def __init__(self, message: str, option: str) -> None:
+        super().__init__(message)
+        self.option = option
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenMode:
+    name: str
+    """One of `MODES`, or `default` for a checkpoint whose own mode has no name."""
+    mode: ResolutionMode
+
+
+@dataclass(frozen=True, slots=True)
+class ModeRules:
+    """What the checkpoint and the server say about modes."""
+
+    own: ResolutionMode
+    """The checkpoint's mode."""
+    min_scale: float = 0.5
+    """`auto` takes the smallest mode that shrinks the page's longer side to no less than this part of it.
+
+    0.5 keeps 10-point text of a 200 dpi scan at 14 pixels. The checkpoint may name another
+    (`auto_min_scale`) for a model that reads smaller or larger glyphs.
+    """
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ModeRules:
+        """Read a checkpoint's image settings (`serving.plugin.modes.image_config`)."""
+        return cls(own=ResolutionMode.from_config(config), min_scale=config.get("auto_min_scale", 0.5))
+
+    def as_config(self) -> tuple[tuple[str, Any], ...]:
+        """Everything that decides, whether the checkpoint said it or not; `from_config` takes it back."""
+        return (("auto_min_scale", self.min_scale), *asdict(self.own).items())
+
+    def choose(self, request: Mapping[str, Any], server: Mapping[str, Any], sizes: Sequence[Size]) -> list[ChosenMode]:
+        """The mode of every image of a request.
+
+        Args:
+            request: the request's own `mm_processor_kwargs`.
+            server: the server's; they are the default, and their `max_tiles` is the most that a request may ask for.
+            sizes: of the request's images, in their order.
+
+        Raises:
+            SelectionError: an option that is unknown, of the wrong type or out of range.
+        """
+        options = {**server, **request}
+        unknown = set(options) - OPTIONS
+        if unknown:
+            raise SelectionError(f"only {', '.join(sorted(OPTIONS))} can be set for this model", min(unknown))
+        names = _names(options.get("mode", DEFAULT), len(sizes))
+        chosen = [self._named(name, size, options) for name, size in zip(names, sizes, strict=True)]
+        most = server.get("max_tiles", self.own.max_tiles)
+        if any(choice.mode.max_tiles > most for choice in chosen if choice.mode.crop_mode):
+            raise SelectionError(f"max_tiles may be {most} at most here", "max_tiles")
+        return chosen
+
+    def _named(self, name: str, size: Size, options: Mapping[str, Any]) -> ChosenMode:
+        if name == AUTO:
+            name = self._smallest_legible(size)
+        mode = self.own if name == DEFAULT else MODES[name]
+        if mode.crop_mode:
+            mode = _with_tiles(mode, options, self.own)
+        if name == DEFAULT:
+            bare = (mode.base_size, mode.image_size, mode.crop_mode)
+            same = (key for key, known in MODES.items() if (known.base_size, known.image_size, known.crop_mode) == bare)
+            name = next(same, DEFAULT)
+        return ChosenMode(name, mode)
+
+    def _smallest_legible(self, size: Size) -> str:
+        needed = self.min_scale * max(size)
+        untiled = (name for name, mode in MODES.items() if not mode.crop_mode and mode.base_size >= needed)
+        return next(untiled, "gundam")
+
+    def largest(self, server: Mapping[str, Any]) -> tuple[str, ResolutionMode]:
+        """The mode that makes the most tokens of all that a request may choose, and the name to choose it by."""
+        modes = {name: self._named(name, (1, 1), server).mode for name in (DEFAULT, *MODES)}
+        return max(modes.items(), key=lambda named: named[1].num_tokens(*named[1].largest_page()))
+
+
+def _names(mode: Any, num_images: int) -> Sequence[str]:
+    names = mode if isinstance(mode, list | tuple) else [mode] * num_images
+    if len(names) != num_images:
+        raise SelectionError(f"mode names {len(names)} images, the request has {num_images}", "mode")
+    for name in names:
+        if not isinstance(name, str) or name not in NAMES:
+            raise SelectionError(f"mode must be one of {', '.join(NAMES)}", "mode")
+    return names
+
+
+def _with_tiles(mode: ResolutionMode, options: Mapping[str, Any], own: ResolutionMode) -> ResolutionMode:
+    bounds = {key: options.get(key, getattr(own, key)) for key in ("min_tiles", "max_tiles")}
+    for key, value in bounds.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise SelectionError(f"{key} must be a whole number", key)
+    try:
+        return replace(mode, **bounds)
+    except ValueError as error:
+        raise SelectionError(str(error), "max_tiles") from error

@@ -1,0 +1,126 @@
+"""The door of a router: whose request it is, whether the tenant may have one more, and room for its body.
+
+Every route goes through it, whoever answers behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+
+from starlette.types import Receive, Scope
+
+from serving.billing.credits import CREDIT_HEADER, CreditReader
+from serving.errors import OverloadedError, ServingError
+from serving.http.bodies import BodyBudget, discard_body
+from serving.http.origins import FORM, JSON, HostRules, build_rules, check_content_type, check_source
+from serving.http.reply import Reply
+from serving.router.access.auth import Authenticator
+from serving.router.access.limits import Charge, TenantLimits
+from serving.settings.stack import Settings
+from serving.settings.tenants import Identity
+
+_CREDIT_HEADER = CREDIT_HEADER.encode()
+_STOPPING_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """One HTTP request at the door."""
+
+    request_id: str
+    path: str
+    """In its usual form: no slash at its end, and DeepInfra's prefix replaced."""
+    is_deepinfra: bool
+    """Whether it came under DeepInfra's prefix."""
+    headers: Mapping[bytes, bytes]
+    scope: Scope
+    receive: Receive
+    reply: Reply
+
+
+@dataclass(slots=True)
+class Door:
+    """One per router process."""
+
+    settings: Settings
+    keys: Authenticator
+    limits: TenantLimits
+    is_stopping: bool = False
+    """Whether the whole stack is going down."""
+    bodies: BodyBudget = field(init=False)
+    """Of all requests that this router holds, whatever they are for."""
+    _credits: CreditReader = field(init=False)
+    _hosts: HostRules = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.bodies = BodyBudget(self.settings.router.limits.max_held_bytes)
+        router, ocr = self.settings.router, self.settings.ocr
+        self._hosts = build_rules(router.host, router.allowed_hosts)
+        self._credits = CreditReader(ocr.secret, ocr.secret_file)
+
+    async def check_source(self, incoming: Incoming, *, is_page: bool = False, takes_forms: bool = False) -> None:
+        """Where nobody is asked for a key, refuse what a foreign web page may have sent.
+
+        Raises:
+            PermissionDeniedError: another site's, or addressed to a name that is none of this router's.
+            InvalidRequestError: a body of a type that browsers send for anybody.
+        """
+        if not self.keys.is_open:
+            return
+        try:
+            check_source(incoming.headers, self._hosts, is_page=is_page)
+            check_content_type(incoming.headers, JSON, *((FORM,) if takes_forms else ()))
+        except ServingError:
+            await discard_body(incoming.receive, self.settings.router.limits)
+            raise
+
+    async def check_open(self, incoming: Incoming) -> None:
+        """Refuse new work when the whole stack is going down, but for the pages of documents that are being read.
+
+        Raises:
+            OverloadedError: it is, and this would begin something.
+        """
+        if not self.is_stopping or incoming.scope["method"] != "POST" or self.read_credit(incoming) is not None:
+            return
+        await discard_body(incoming.receive, self.settings.router.limits)
+        raise OverloadedError("This service is shutting down; try again shortly.", _STOPPING_S, code="shutting_down")
+
+    async def identify(self, incoming: Incoming) -> Identity:
+        """Whose request this is; the body of a stranger's is read no further than politeness wants.
+
+        Raises:
+            AuthenticationError: nobody's that is known.
+        """
+        try:
+            return self.keys.identify(incoming.headers)
+        except ServingError:
+            await discard_body(incoming.receive, self.settings.router.limits)
+            raise
+
+    @contextlib.asynccontextmanager
+    async def admitted(self, incoming: Incoming, identity: Identity, charge: Charge) -> AsyncIterator[None]:
+        """Count a request while it is served.
+
+        Raises:
+            RateLimitError: the tenant has too many at once or in this minute.
+        """
+        now_s = time.monotonic()
+        try:
+            self.limits.admit(identity, now_s, charge)
+        except ServingError:
+            incoming.reply.headers += self.limits.headers(identity, now_s)
+            await discard_body(incoming.receive, self.settings.router.limits)
+            raise
+        try:
+            yield
+        finally:
+            self.limits.leave(identity, charge)
+
+    def read_credit(self, incoming: Incoming) -> int | None:
+        """What an OCR service of this stack says that the request was charged before, in nanodollars; None when the
+        request is no such service's."""
+        value = incoming.headers.get(_CREDIT_HEADER)
+        return self._credits.read(incoming.request_id, value.decode("latin-1")) if value is not None else None

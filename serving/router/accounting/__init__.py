@@ -1,0 +1,1 @@
+"""What a request may cost, did cost, and where that is recorded."""

@@ -1,0 +1,1 @@
+"""Routes that generate nothing: models, quotes, usage, state, the API's description."""

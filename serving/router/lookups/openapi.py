@@ -1,0 +1,195 @@
+"""The router's own OpenAPI document: what it checks itself, and every status that it answers with."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Any
+
+from serving.router.lookups.openapi_ocr import describe_document_body, describe_documents
+from serving.settings.stack import Settings
+
+_STATUSES = {
+    "400": "The request is at fault; `error.param` says where",
+    "401": "No key, or one that is not known",
+    "403": "The key may not do this; or, without keys, a foreign web page may have asked",
+    "404": "No such model",
+    "405": "Another method answers here",
+    "408": "The body stopped, or came too slowly",
+    "413": "The body is too large",
+    "429": "A limit of the tenant's is reached, or its budget spent; Retry-After says when to come back",
+    "431": "The headers are too large",
+    "500": "The model failed",
+    "502": "The replica was lost, and no other could take the request",
+    "503": "Overloaded, or no replica is ready; Retry-After says when to come back",
+    "504": "Not complete within the request's time",
+}
+_LOOK_UPS = ("400", "401", "403", "404", "405", "429", "431")
+
+
+def build_document(settings: Settings) -> dict[str, Any]:
+    """OpenAPI 3.1, served at `GET /openapi.json`."""
+    names = [name for key, model in settings.models.items() for name in (key, *model.aliases)]
+    limits = settings.router.limits
+    chat = _chat_schema(names, limits.max_messages)
+    quoted = {"oneOf": [chat, describe_document_body(names)]} if settings.ocr.enabled else chat
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "serving", "version": importlib.metadata.version("serving")},
+        "paths": {
+            "/v1/chat/completions": {"post": _generating("Chat", chat)},
+            "/v1/completions": {"post": _generating("Completion", _completion_schema(names))},
+            "/v1/models": {"get": _looking_up("Every name that a request may use")},
+            "/v1/models/{model}": {
+                "get": _looking_up("One of them"),
+                "parameters": [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}],
+            },
+            **(describe_documents(names) if settings.ocr.enabled else {}),
+            "/v1/tenant": {"get": _looking_up("Whose key it is")},
+            "/v1/quote": {"post": _quoting(quoted)},
+            "/v1/usage": {"get": _reporting("Your requests, tokens, pages and costs; an admin's: everybody's", _USAGE)},
+            "/v1/organization/usage/completions": {
+                "get": _reporting("The same in daily buckets, as OpenAI has it; needs an admin key", _OPENAI_USAGE)
+            },
+            "/admin/costs": {"get": _reporting("What the stack itself costs; needs an admin key", _WINDOW)},
+            "/health": {"get": _looking_up("The router is up", ("405", "431"))},
+            "/ready": {"get": _looking_up("At least one replica can serve", ("405", "431", "503"))},
+            "/metrics/targets": {"get": _listing("What Prometheus is to scrape; needs an admin key")},
+            "/admin/state": {"get": _looking_up("Replicas, queues and tenants; needs an admin key")},
+        },
+        "components": {
+            "schemas": {"Error": _ERROR},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{"key": []}] if settings.router.keys_file is not None else [],
+    }
+
+
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+
+
+def _errors(statuses: tuple[str, ...]) -> dict[str, Any]:
+    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    return {status: {"description": _STATUSES[status], "content": content} for status in statuses}
+
+
+def _generating(summary: str, schema: dict[str, Any]) -> dict[str, Any]:
+    answers = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}}
+    return {
+        "summary": summary,
+        "parameters": [
+            {
+                "name": "x-request-timeout-ms",
+                "in": "header",
+                "description": "Longest time for the whole request, waiting included",
+                "schema": {"type": "integer", "minimum": 1, "maximum": 999_999_999_999},
+            },
+            {"name": "x-request-id", "in": "header", "schema": {"type": "string", "maxLength": 128}},
+        ],
+        "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
+        "responses": {
+            "200": {"description": "The answer; with `stream` server-sent events", "content": answers},
+            **_errors(tuple(_STATUSES)),
+        },
+    }
+
+
+def _looking_up(summary: str, statuses: tuple[str, ...] = _LOOK_UPS) -> dict[str, Any]:
+    found = {"description": summary, "content": {"application/json": {"schema": {"type": "object"}}}}
+    return {"summary": summary, "responses": {"200": found, **_errors(statuses)}}
+
+
+def _listing(summary: str) -> dict[str, Any]:
+    found = {"description": summary, "content": {"application/json": {"schema": {"type": "array"}}}}
+    return {"summary": summary, "responses": {"200": found, **_errors(_LOOK_UPS)}}
+
+
+def _quoting(schema: dict[str, Any]) -> dict[str, Any]:
+    statuses = ("400", "401", "403", "404", "405", "408", "413", "429", "431", "503")
+    found = {"description": "Tokens and dollars, from the least to the most", "content": _JSON_OBJECT}
+    return {
+        "summary": "What a request would cost, without running it",
+        "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
+        "responses": {"200": found, **_errors(statuses)},
+    }
+
+
+def _reporting(summary: str, parameters: tuple[str, ...]) -> dict[str, Any]:
+    content = {**_JSON_OBJECT, "text/csv": {"schema": _TEXT}}
+    return {
+        "summary": summary,
+        "parameters": [{"name": name, "in": "query", "schema": _PARAMETERS[name]} for name in parameters],
+        "responses": {"200": {"description": summary, "content": content}, **_errors((*_LOOK_UPS, "503"))},
+    }
+
+
+def _common(names: list[str]) -> dict[str, Any]:
+    return {
+        "model": {"type": "string", "enum": names},
+        "max_tokens": {"type": ["integer", "null"], "minimum": 1},
+        "temperature": {"type": ["number", "null"], "minimum": 0, "maximum": 2},
+        "top_p": {"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": 1},
+        "n": {"type": ["integer", "null"], "minimum": 1, "maximum": 16},
+        "stop": {"type": ["string", "array", "null"], "items": {"type": "string"}},
+        "seed": {"type": ["integer", "null"]},
+        "stream": {"type": ["boolean", "null"]},
+        "stream_options": {"type": ["object", "null"], "properties": {"include_usage": {"type": "boolean"}}},
+        "mm_processor_kwargs": {"type": ["object", "null"], "description": "Resolution modes: {'mode': 'base'}"},
+        "vllm_xargs": {"type": ["object", "null"]},
+    }
+
+
+def _chat_schema(names: list[str], max_messages: int) -> dict[str, Any]:
+    text = {"type": "object", "required": ["type", "text"], "properties": {"type": {"const": "text"}, "text": _TEXT}}
+    url = {"type": "object", "required": ["url"], "properties": {"url": _TEXT, "detail": {"enum": _DETAILS}}}
+    image = {
+        "type": "object",
+        "required": ["type", "image_url"],
+        "properties": {"type": {"const": "image_url"}, "image_url": url},
+    }
+    content = {"oneOf": [_TEXT, {"type": "array", "minItems": 1, "items": {"oneOf": [text, image]}}]}
+    message = {
+        "type": "object",
+        "required": ["role", "content"],
+        "properties": {"role": {"enum": ["system", "user", "assistant"]}, "content": content},
+    }
+    messages = {"type": "array", "minItems": 1, "maxItems": max_messages, "items": message}
+    properties = {**_common(names), "messages": messages}
+    return {"type": "object", "required": ["model", "messages"], "properties": properties}
+
+
+def _completion_schema(names: list[str]) -> dict[str, Any]:
+    prompt = {"oneOf": [_TEXT, {"type": "array", "minItems": 1, "items": _TEXT}]}
+    return {"type": "object", "required": ["model", "prompt"], "properties": {**_common(names), "prompt": prompt}}
+
+
+_TEXT: dict[str, Any] = {"type": "string"}
+_JSON_OBJECT: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
+_WINDOW = ("month", "since", "until")
+_USAGE = (*_WINDOW, "group_by", "tenant", "format")
+_OPENAI_USAGE = ("start_time", "end_time", "group_by")
+_PARAMETERS: dict[str, dict[str, Any]] = {
+    "month": {"type": "string", "pattern": "^[0-9]{4}-[0-9]{2}$"},
+    "since": {"type": "string", "format": "date"},
+    "until": {"type": "string", "format": "date"},
+    "group_by": {"type": "string"},
+    "tenant": {"type": "string"},
+    "format": {"enum": ["json", "csv"]},
+    "start_time": {"type": "integer", "minimum": 0},
+    "end_time": {"type": "integer", "minimum": 0},
+}
+_DETAILS = ["low", "high", "auto"]

@@ -1,0 +1,1 @@
+"""Bytes to a replica or an OCR service and back."""

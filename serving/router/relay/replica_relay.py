@@ -1,0 +1,111 @@
+"""One request to one replica, and its answer back to the client as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import orjson
+
+from serving.cluster.directory import ReplicaRecord
+from serving.errors import InternalError, ReplicaUnreachableError, UpstreamError, from_engine
+from serving.http.reply import Reply
+from serving.router.accounting.answer_usage import StreamAnnotator, UsageNotes, annotate_answer
+from serving.router.relay.http_client import Answer, Upstream
+from serving.router.request.parsing import RoutedRequest, blame
+from serving.settings.router import RouterSettings
+
+_MAX_ERROR_BYTES = 256 * 1024
+_USAGE_TIMEOUT_S = 5.0
+_NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+
+
+class Relay:
+    """Keeps the connections to the replicas. One per router process."""
+
+    def __init__(self, router: RouterSettings, api_key: str | None) -> None:
+        self._router = router
+        # Answers are passed on and looked into as they come, so they must not be compressed.
+        self._headers = {"content-type": "application/json", "accept-encoding": "identity"}
+        if api_key is not None:
+            self._headers["authorization"] = f"Bearer {api_key}"
+        self._upstream: Upstream | None = None
+
+    async def start(self) -> None:
+        """Must run inside the event loop that relays."""
+        # Admission bounds what is under way; a limit on connections here would only add a second, invisible queue.
+        router = self._router
+        self._upstream = Upstream(connect_timeout_s=router.connect_timeout_s, read_timeout_s=router.read_timeout_s)
+
+    async def close(self) -> None:
+        if self._upstream is not None:
+            await self._upstream.close()
+
+    async def relay(
+        self,
+        request: RoutedRequest,
+        request_id: str,
+        replica: ReplicaRecord,
+        notes: UsageNotes,
+        reply: Reply,
+        trace_headers: Mapping[str, str] = _NO_HEADERS,
+    ) -> None:
+        """Ask the replica and send its answer on.
+
+        Cancelling this closes the connection to the replica, on which vLLM aborts the request.
+
+        Raises:
+            ServingError: the reply has not begun (a retryable error may be tried on another replica), or it is a
+                stream that broke, which is left without its end.
+        """
+        if self._upstream is None:
+            raise InternalError("The router has not started.")
+        headers = {**self._headers, "x-request-id": request_id, **trace_headers}
+        url = replica.base_url + request.path
+        async with self._upstream.ask("POST", url, headers, request.body) as answer:
+            if answer.status >= 400:
+                raise blame(request, from_engine(answer.status, await _read_error(answer)))
+            if request.is_stream:
+                shows, in_last = request.wants_stream_usage, request.usage_in_last_chunk
+                annotator = StreamAnnotator(notes, shows_usage=shows, usage_in_last=in_last)
+                await _relay_stream(answer, annotator, reply)
+            else:
+                await reply.send_body(200, annotate_answer(await answer.read(), notes))
+
+    async def fetch_usage(self, replica: ReplicaRecord, request_id: str) -> dict[str, Any] | None:
+        """What the replica's engine counted for a request whose answer did not say; None when it cannot tell."""
+        assert self._upstream is not None
+        url = f"{replica.base_url}/usage/{request_id}"
+        try:
+            async with self._upstream.ask("GET", url, self._headers, read_timeout_s=_USAGE_TIMEOUT_S) as answer:
+                found = orjson.loads(await answer.read()) if answer.status == 200 else None
+        except (UpstreamError, orjson.JSONDecodeError):
+            return None
+        return found if isinstance(found, dict) else None
+
+
+async def _relay_stream(answer: Answer, annotator: StreamAnnotator, reply: Reply) -> None:
+    """Send frames as they come. Nothing is sent before the first, so that until then another replica may be tried."""
+    out = annotator.feed(await answer.read_some())
+    if annotator.error is not None:
+        raise annotator.error
+    await reply.start_stream()
+    if out:
+        await reply.write(out)
+    while chunk := await answer.read_some():
+        out = annotator.feed(chunk)
+        if out:
+            await reply.write(out)
+    last = annotator.flush()
+    if not annotator.is_done:
+        raise annotator.error or ReplicaUnreachableError("The replica ended this answer before it was complete.")
+    await reply.end(last)
+
+
+async def _read_error(answer: Answer) -> Any:
+    """The engine's error answer as decoded JSON, None when it is something else."""
+    try:
+        return orjson.loads(await answer.read(_MAX_ERROR_BYTES))
+    except orjson.JSONDecodeError:
+        return None

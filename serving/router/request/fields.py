@@ -1,0 +1,353 @@
+"""Which fields a public request may have, and what each may hold. Pure.
+
+The engine's own checks come later and say more; here stands what it must not be asked at all:
+- fields that reach into the engine (`priority`, `request_id`, `kv_transfer_params`, `cache_salt`, ...), that make it
+  run code of the client's (`chat_template`) or fetch things (`media_io_kwargs`), or that let a small request take all
+  memory (`prompt_logprobs`: a row of the whole vocabulary per prompt token; `use_beam_search`);
+- types and sizes on which vLLM 0.32 fails with a 5xx, or that grow beyond what they cost to send (schemas).
+
+So this is a list of what is let through, and a field that a later vLLM invents is unknown until it stands here; OpenAI
+too refuses parameters that it does not know.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import orjson
+
+from serving.errors import InvalidRequestError
+from serving.router.request.json_schemas import is_circular
+
+Check = Callable[[str, Any], None]
+"""Raises InvalidRequestError for a value that the field may not have; null never comes here."""
+
+_MAX_INT = 2**31 - 1
+_MAX_SPEC_BYTES = 64 * 1024
+"""JSON of tools, schemas and grammars."""
+_MAX_REPEAT = 1000
+_MAX_REPEATS = 100_000
+"""Repetition counts of one pattern, multiplied: `(a{1000}){1000}` is 15 characters and a million states."""
+_REPEAT = re.compile(r"\{\s*(\d*)\s*(?:,\s*(\d*)\s*)?\}")
+_SIZED = re.compile(r"(?:min|max)(?:Items|Length|Properties|Contains)")
+_XARGS = frozenset({"ngram_size", "window_size", "whitelist_token_ids", "repeated_tokens"})
+"""The plugin's; any other name may be one of vLLM's own connectors."""
+_KINDS = ("json", "regex", "choice", "json_object")
+"""Not `grammar`: vLLM answers 500 to one that is none or that nothing fits, and only its compilers can tell."""
+_STRUCTURED = frozenset({*_KINDS, "whitespace_pattern", "disable_any_whitespace", "disable_additional_properties"})
+_FORMATS = ("text", "json_object", "json_schema")
+_MAX_TOOLS = 128
+
+
+def check_fields(payload: Mapping[str, Any], checks: Mapping[str, Check]) -> None:
+    """Refuse fields that are unknown and values that cannot be meant.
+
+    Raises:
+        InvalidRequestError: with the field as `param`.
+    """
+    for key, value in payload.items():
+        check = checks.get(key)
+        if check is None:
+            if value is not None:
+                shown = key[:100]
+                raise InvalidRequestError(f"Unknown parameter: '{shown}'.", param=shown, code="unknown_parameter")
+        elif value is not None:
+            check(key, value)
+
+
+def refuse(key: str, reason: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{key} must be {reason}.", param=key)
+
+
+def _anything(key: str, value: Any) -> None:
+    """Checked elsewhere, or neither used nor answered."""
+
+
+def _flag(key: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise refuse(key, "true or false")
+
+
+def _whole(low: int, high: int) -> Check:
+    """Numbers in other clothes (1e6, "1000000", true) are refused too, since the engine would read them."""
+
+    def check(key: str, value: Any) -> None:
+        if type(value) is not int or not low <= value <= high:
+            raise refuse(key, f"a whole number from {low} to {high}")
+
+    return check
+
+
+def _number(low: float, high: float, *, is_open: bool = False) -> Check:
+    """Up to and including `high`; from `low`, which `is_open` leaves out."""
+
+    def check(key: str, value: Any) -> None:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_number or not low <= value <= high or (is_open and value == low):
+            raise refuse(key, f"a number from {low:g} to {high:g}" + (f", not {low:g} itself" if is_open else ""))
+
+    return check
+
+
+def _text(max_chars: int) -> Check:
+    def check(key: str, value: Any) -> None:
+        if not isinstance(value, str) or len(value) > max_chars:
+            raise refuse(key, f"a text of at most {max_chars} characters")
+
+    return check
+
+
+def _one_of(*allowed: str) -> Check:
+    def check(key: str, value: Any) -> None:
+        if not isinstance(value, str) or value not in allowed:
+            raise refuse(key, f"one of {', '.join(allowed)}")
+
+    return check
+
+
+def _texts(max_items: int, max_chars: int) -> Check:
+    def check(key: str, value: Any) -> None:
+        is_list = isinstance(value, list) and len(value) <= max_items
+        if not is_list or not all(isinstance(text, str) and 0 < len(text) <= max_chars for text in value):
+            raise refuse(key, f"a list of at most {max_items} texts of 1 to {max_chars} characters")
+
+    return check
+
+
+def _token_ids(max_items: int) -> Check:
+    def check(key: str, value: Any) -> None:
+        is_list = isinstance(value, list) and len(value) <= max_items
+        if not is_list or not all(type(token) is int and 0 <= token <= _MAX_INT for token in value):
+            raise refuse(key, f"a list of at most {max_items} token ids")
+
+    return check
+
+
+def _stop(key: str, value: Any) -> None:
+    _texts(16, 256)(key, [value] if isinstance(value, str) else value)
+
+
+def _logit_bias(key: str, value: Any) -> None:
+    if not isinstance(value, dict) or len(value) > 1024:
+        raise refuse(key, "an object with at most 1024 token ids")
+    bias = _number(-100, 100)
+    for token, number in value.items():
+        if not (token.isascii() and token.isdigit() and len(token) <= 10 and int(token) <= _MAX_INT):
+            raise refuse(key, "an object with token ids for keys")
+        bias(key, number)
+
+
+def _stream_options(key: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        raise refuse(key, "an object")
+    for name, wanted in value.items():
+        if name not in ("include_usage", "include_obfuscation", "continuous_usage_stats"):
+            raise refuse(key, "an object with include_usage")
+        if wanted is not None and not isinstance(wanted, bool):
+            raise refuse(f"{key}.{name}", "true or false")
+
+
+def _xargs(key: str, value: Any) -> None:
+    if not isinstance(value, dict) or not _XARGS.issuperset(value):
+        raise refuse(key, f"an object with {', '.join(sorted(_XARGS))}")
+    for name, given in value.items():
+        numbers = given if isinstance(given, list) else [given]
+        if len(numbers) > 1024 or not all(type(number) is int and 0 <= number <= _MAX_INT for number in numbers):
+            raise refuse(f"{key}.{name}", "a whole number or, for token ids, a list of them")
+
+
+def _repetition(key: str, value: Any) -> None:
+    names = ("max_pattern_size", "min_pattern_size", "min_count")
+    if not isinstance(value, dict) or not set(value) <= set(names):
+        raise refuse(key, f"an object with {', '.join(names)}")
+    for name, number in value.items():
+        _whole(0, 4096)(f"{key}.{name}", number)
+
+
+def _response_format(key: str, value: Any) -> None:
+    if not isinstance(value, dict) or value.get("type") not in _FORMATS:
+        raise InvalidRequestError(f"{key}.type must be one of {', '.join(_FORMATS)}.", param=f"{key}.type")
+    if value["type"] == "json_schema":
+        spec = value.get("json_schema")
+        if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
+            raise refuse(f"{key}.json_schema", "an object with a name and a schema")
+        if not isinstance(spec.get("schema"), dict):
+            raise refuse(f"{key}.json_schema.schema", "an object")
+        check_references(f"{key}.json_schema.schema", spec["schema"])
+    _spec(key, value)
+
+
+def _structured_outputs(key: str, value: Any) -> None:
+    if not isinstance(value, dict) or not _STRUCTURED.issuperset(value):
+        raise refuse(key, f"an object with {', '.join(sorted(_STRUCTURED))}")
+    if sum(value.get(kind) is not None for kind in _KINDS) != 1:
+        raise refuse(key, f"an object with exactly one of {', '.join(_KINDS)}")
+    for name, given in value.items():
+        param = f"{key}.{name}"
+        if given is None:
+            continue
+        if name == "choice":
+            _texts(1024, 1024)(param, given)
+            if not given:
+                raise refuse(param, "a list with at least one text")
+        elif name == "json":
+            schema = _parse_schema(param, given)
+            _spec(param, schema)
+            check_references(param, schema)
+        elif name in ("regex", "whitespace_pattern"):
+            _text(_MAX_SPEC_BYTES)(param, given)
+            _pattern(param, given)
+        else:
+            _flag(param, given)
+
+
+def _parse_schema(key: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, str) and len(value) <= _MAX_SPEC_BYTES:
+        try:
+            value = orjson.loads(value)
+        except orjson.JSONDecodeError as error:
+            raise refuse(key, "a JSON schema") from error
+    if not isinstance(value, dict):
+        raise refuse(key, "a JSON schema")
+    return value
+
+
+def _spec(key: str, value: Any) -> None:
+    """A schema in whatever it comes: bounded in size, and in what its counts and patterns would grow to."""
+    if len(orjson.dumps(value)) > _MAX_SPEC_BYTES:
+        raise refuse(key, f"at most {_MAX_SPEC_BYTES} bytes of JSON")
+    values: list[Any] = [value]
+    largest = 0.0
+    while values:
+        found = values.pop()
+        if isinstance(found, list):
+            values.extend(found)
+        elif isinstance(found, dict):
+            for name, inner in found.items():
+                if name == "pattern" and isinstance(inner, str):
+                    _pattern(key, inner)
+                elif _SIZED.fullmatch(name) and isinstance(inner, int | float):
+                    largest = max(largest, inner)
+                else:
+                    values.append(inner)
+    if largest > _MAX_REPEATS:
+        raise refuse(key, f"a schema with lengths and counts of at most {_MAX_REPEATS}")
+
+
+def _pattern(key: str, text: str) -> None:
+    product = 1
+    for least, most in _REPEAT.findall(text):
+        count = max((int(digits[:10]) for digits in (least, most) if digits), default=0)
+        if least or most:
+            product *= max(1, count)
+            if count > _MAX_REPEAT or product > _MAX_REPEATS:
+                raise refuse(key, f"a pattern with repetitions of at most {_MAX_REPEAT}, {_MAX_REPEATS} multiplied")
+
+
+def check_references(key: str, schema: Mapping[str, Any]) -> None:
+    """Refuse a schema that nothing fits since it is only itself: vLLM answers 500 to it."""
+    if is_circular(schema):
+        raise refuse(key, "a schema that does not refer to itself with nothing in between")
+
+
+def _tools(key: str, value: Any) -> None:
+    if not isinstance(value, list) or not 0 < len(value) <= _MAX_TOOLS:
+        raise refuse(key, f"a list of 1 to {_MAX_TOOLS} tools")
+    for i, tool in enumerate(value):
+        check_function(f"{key}[{i}]", tool)
+    _spec(key, value)
+
+
+def check_function(key: str, tool: Any) -> None:
+    """A tool, or a call of one: `{"type": "function", "function": {"name": ...}}`."""
+    function = tool.get("function") if isinstance(tool, dict) and tool.get("type", "function") == "function" else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise refuse(key, "an object of type function with a named function")
+    if not isinstance(function.get("parameters", {}), dict | None):
+        raise refuse(f"{key}.function.parameters", "an object")
+    check_references(f"{key}.function.parameters", function.get("parameters") or {})
+
+
+def _tool_choice(key: str, value: Any) -> None:
+    if value not in ("none", "auto", "required"):
+        check_function(key, value)
+
+
+def _object(key: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        raise refuse(key, "an object")
+
+
+_penalty = _number(-2, 2)
+
+_BOTH: dict[str, Check] = {
+    "model": _anything,
+    "n": _anything,
+    "best_of": _anything,
+    "stream": _flag,
+    "stream_options": _stream_options,
+    "max_tokens": _whole(1, _MAX_INT),
+    "temperature": _number(0, 2),
+    "top_p": _number(0, 1, is_open=True),
+    "top_k": _whole(-1, _MAX_INT),
+    "min_p": _number(0, 1),
+    "frequency_penalty": _penalty,
+    "presence_penalty": _penalty,
+    "repetition_penalty": _number(0, 100, is_open=True),
+    "seed": _whole(-(2**63), 2**63 - 1),
+    "stop": _stop,
+    "stop_token_ids": _token_ids(256),
+    "bad_words": _texts(256, 256),
+    "allowed_token_ids": _token_ids(4096),
+    "logit_bias": _logit_bias,
+    "min_tokens": _whole(0, _MAX_INT),
+    "ignore_eos": _flag,
+    "include_stop_str_in_output": _flag,
+    "skip_special_tokens": _flag,
+    "spaces_between_special_tokens": _flag,
+    "add_special_tokens": _flag,
+    "truncate_prompt_tokens": _whole(-1, _MAX_INT),
+    "return_token_ids": _flag,
+    "return_tokens_as_token_ids": _flag,
+    "stream_interval": _whole(1, 1024),
+    "repetition_detection": _repetition,
+    "response_format": _response_format,
+    "structured_outputs": _structured_outputs,
+    "vllm_xargs": _xargs,
+    "mm_processor_kwargs": _object,
+    "user": _text(_MAX_INT),
+    "metadata": _object,
+}
+
+CHAT_FIELDS: Mapping[str, Check] = {
+    **_BOTH,
+    "messages": _anything,
+    "max_completion_tokens": _whole(1, _MAX_INT),
+    "logprobs": _flag,
+    "top_logprobs": _whole(0, 20),
+    "tools": _tools,
+    "tool_choice": _tool_choice,
+    "parallel_tool_calls": _flag,
+    "add_generation_prompt": _flag,
+    "continue_final_message": _flag,
+    "reasoning_effort": _one_of("none", "minimal", "low", "medium", "high", "xhigh", "max"),
+    "include_reasoning": _flag,
+    # OpenAI's, without meaning here; official clients send them.
+    "store": _flag,
+    "service_tier": _text(64),
+    "safety_identifier": _text(512),
+    "prompt_cache_key": _text(512),
+    "verbosity": _one_of("low", "medium", "high"),
+    "modalities": _texts(4, 16),
+}
+
+TEXT_FIELDS: Mapping[str, Check] = {
+    **_BOTH,
+    "prompt": _anything,
+    "logprobs": _whole(0, 20),
+    "echo": _flag,
+    "suffix": _text(4096),
+}

@@ -1,0 +1,107 @@
+"""What an image must be before a replica is asked to decode it: format and size are read from the header alone."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from typing import Any
+
+import pybase64
+from PIL import Image, UnidentifiedImageError
+
+from serving.errors import ImageTooLargeError, InvalidImageError, InvalidRequestError
+from serving.plugin.images.geometry import shown_size
+from serving.plugin.images.repairs import read_tolerantly
+from serving.settings.router import RouterSettings
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF")
+"""Formats that are read, by content; what the data URL claims to be does not matter."""
+
+_HEAD = re.compile(r"""data:[A-Za-z0-9!#$&^_.+*/;="-]{0,255};base64""")
+"""Before the comma."""
+_MAX_URL_CHARS = 8192
+_HEAD_CHARS = 64 * 1024  # a multiple of four, so that it is base64 by itself
+
+
+def check_image_url(url: Any, param: str, router: RouterSettings) -> tuple[int, int] | None:
+    """Refuse what no replica should see; give the image's width and height (None for a remote one).
+
+    Args:
+        url: the part's URL as it was sent.
+        param: where it stands in the request, for the error.
+        router: limits, and whether remote URLs are allowed.
+
+    Raises:
+        RequestError: not a data URL, no image, or one over the pixel limit.
+    """
+    if not isinstance(url, str) or not url:
+        raise InvalidRequestError("image_url must hold a URL.", param=param)
+    if not url.startswith("data:"):
+        if router.remote_images.enabled and url.startswith(("http://", "https://")) and len(url) <= _MAX_URL_CHARS:
+            return None
+        raise InvalidImageError(
+            "Only data: URLs are read (data:image/png;base64,...); remote images are switched off.", param=param
+        )
+    head, _, encoded = url.partition(",")
+    if not _HEAD.fullmatch(head):
+        raise InvalidImageError("The image's data URL must be base64: data:image/png;base64,...", param=param)
+    size = _read_encoded_size(encoded, param)
+    check_size(size, param, router)
+    return size
+
+
+def check_size(size: tuple[int, int], param: str, router: RouterSettings) -> None:
+    """Refuse an image over the pixel limit.
+
+    Raises:
+        ImageTooLargeError: it is.
+    """
+    width, height = size
+    if width * height > router.limits.max_image_pixels:
+        raise ImageTooLargeError(
+            f"The image has {width} x {height} pixels; {router.limits.max_image_pixels} pixels are allowed.",
+            param=param,
+        )
+
+
+def _read_encoded_size(encoded: str, param: str) -> tuple[int, int]:
+    """Most headers stand within the first kilobytes; the whole is decoded only when they do not (TIFF, long EXIF)."""
+    if len(encoded) > _HEAD_CHARS:
+        try:
+            return read_size(_decode(encoded[:_HEAD_CHARS], param), param)
+        except ImageTooLargeError:
+            raise
+        except InvalidImageError:
+            pass
+    return read_size(_decode(encoded, param), param)
+
+
+def _decode(encoded: str, param: str) -> bytes:
+    try:
+        return pybase64.b64decode(encoded, validate=True)
+    except ValueError as error:
+        raise InvalidImageError("The image's data URL is not valid base64.", param=param) from error
+
+
+def read_size(data: bytes, param: str) -> tuple[int, int]:
+    """Width and height from the header, as the engine will show the image; no pixel is decoded.
+
+    Raises:
+        InvalidImageError: it is no image of a format that is read.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of large images and odd metadata; our own limit decides, and the engine meets the rest.
+            warnings.simplefilter("ignore")
+            return read_tolerantly(_read_shown_size, data)
+    except Image.DecompressionBombError as error:
+        raise ImageTooLargeError("The image has far too many pixels.", param=param) from error
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, TypeError, KeyError) as error:
+        known = ", ".join(FORMATS)
+        raise InvalidImageError(f"This is not an image that can be read ({known}).", param=param) from error
+
+
+def _read_shown_size(data: bytes) -> tuple[int, int]:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        return shown_size(image)

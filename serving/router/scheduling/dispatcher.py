@@ -1,0 +1,407 @@
+"""From an admitted request to a replica: the one place where queue, balance and breakers meet the event loop.
+
+What decides is in `admission`, `balance`, `breaker` and `work`; here are only the futures that requests wait on, one
+timer per model for whatever comes next without an event (a deadline, the end of a breaker's pause), and the books of
+what is under way. A request that finds room costs neither a task nor a timer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+from serving.billing.records import TokenCounts
+from serving.cluster.directory import EMPTY, ReplicaRecord, RouterReport, Snapshot
+from serving.errors import EngineError, OverloadedError, ReplicaUnreachableError, ServingError, UpstreamError
+from serving.router.request.parsing import RoutedRequest
+from serving.router.scheduling.balance import Fleet, Load, Need, choose
+from serving.router.scheduling.circuit_breaker import NO_PROBE, Breakers, BreakerState
+from serving.router.scheduling.model_pool import Pool, Waiting, no_replica, refuse
+from serving.router.scheduling.queue import AdmissionQueue, check_deadline, retry_after_s
+from serving.router.scheduling.work_estimate import OutputForecast, Work, estimate_work, read_images
+from serving.settings.stack import Settings
+from serving.settings.tenants import Identity, Priority
+
+_MIN_DELAY_S = 0.001  # a timer that rings a hair early must not ring again in the same moment
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """A place on a replica. Whoever has one closes it, whatever happens."""
+
+    replica: ReplicaRecord
+    modes: tuple[str, ...]
+    """Resolution mode in which this replica reads every image, empty where only it can know."""
+    num_image_tokens: int | None
+    waited_s: float
+    work: Work
+    """As it was admitted; it does not change when the request moves to another replica."""
+    num_tries: int
+    _dispatcher: Dispatcher
+    _request: RoutedRequest
+    _label: str
+    _load: Load
+    _probe: int
+    _started_s: float
+    _failed: tuple[str, ...] = ()
+    _has_verdict: bool = False
+    _is_closed: bool = False
+
+    def fail(self, error: ServingError) -> bool:
+        """The replica did not answer but failed with `error`; move to another one that was not tried yet.
+
+        The request keeps its admission: it does not wait again, and may put more on a replica than its capacity.
+
+        Returns:
+            False when the error is not one to retry, no replica is left, or the tries are used up: the slot is then to
+            be closed.
+        """
+        return not self._is_closed and self._dispatcher.move(self, error)
+
+    async def outlive(self, error: ServingError) -> bool:
+        """After `fail` found nobody to move to: wait for another replica, as those do whom none has had yet.
+
+        Only for what was lost with its replica; one that says that it is overloaded lives, and stands for the others.
+
+        Returns:
+            False when the error is another, the tries are used up, or none came within `replica_wait_s`.
+        """
+        return not self._is_closed and await self._dispatcher.wait_for_successor(self, error)
+
+    def succeed(self) -> None:
+        """The replica has begun to answer."""
+        if not self._has_verdict and not self._is_closed:
+            self._has_verdict = True
+            self._dispatcher.breakers.succeed(self._load.replica_id, self._probe)
+
+    def close(self, used: TokenCounts | None, *, is_whole: bool = True) -> None:
+        """Give the place back. Calling it again changes nothing.
+
+        Args:
+            used: what the engine counted, None when nothing was answered.
+            is_whole: whether the answer went to its end. One that was cut tells nothing of how long answers are.
+        """
+        if not self._is_closed:
+            self._is_closed = True
+            self._dispatcher.release(self, used, is_whole)
+
+
+class Dispatcher:
+    """Lets requests wait for a replica, gives them one, and keeps the books. One per router process."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        read_snapshot: Callable[[], Snapshot],
+        *,
+        router_id: str,
+        clock: Callable[[], float] = time.monotonic,
+        rng: Random | None = None,
+    ) -> None:
+        """`read_snapshot` gives the replica list as it is now, the same object as long as it has not changed."""
+        self._router = settings.router
+        self._read_snapshot = read_snapshot
+        self._lease_s = settings.engine.lease_s
+        self._router_id = router_id
+        self._clock = clock
+        self._rng = rng or Random()  # chance between equals, no secret
+        self._snapshot: Snapshot = EMPTY
+        admission = settings.router.admission
+        self._pools = {model: Pool(AdmissionQueue(admission.max_queue)) for model in settings.models}
+        self._fleet = Fleet(admission.work_per_replica, admission.high_reserve)
+        self._num_slots = 0
+        self._forecast = OutputForecast(admission.expected_output_tokens)
+        self.breakers = Breakers(settings.router.breaker)
+
+    async def enter(self, request: RoutedRequest, identity: Identity, *, deadline_s: float) -> Slot:
+        """Wait for a place on a replica. Cancelling it leaves the queue at once.
+
+        Args:
+            request: what is asked; its model must be one of the settings'.
+            identity: who asks: the tenant decides the priority class, and shares with the others inside it.
+            deadline_s: on the dispatcher's clock, when the client's patience is over.
+
+        Raises:
+            OverloadedError: too many wait, or the deadline cannot be met, or it passed.
+            NoReplicaError: no replica of the model came within `replica_wait_s`.
+        """
+        slot = self.try_enter(request, identity, deadline_s=deadline_s)
+        if slot is not None:
+            return slot
+        pool = self._pools[request.model]
+        return await self._wait(pool, request, self._estimate(pool, request), identity, deadline_s, self._clock())
+
+    def try_enter(self, request: RoutedRequest, identity: Identity, *, deadline_s: float) -> Slot | None:
+        """A place at once, or None when the request would have to wait: `enter` does that."""
+        self._look()
+        now_s = self._clock()
+        pool = self._pools[request.model]
+        priority = identity.tenant.priority
+        if deadline_s <= now_s or pool.queue.has_ahead(priority):
+            return None
+        work = self._estimate(pool, request)
+        load = self._find(pool, work, request, priority, now_s)
+        return self._place(request, work, load, now_s, now_s) if load is not None else None
+
+    def sample(self, model: str) -> ReplicaRecord | None:
+        """A replica that stands for all of a model's, the last one known while there is none."""
+        self._look()
+        return self._pools[model].sample
+
+    def estimate(self, request: RoutedRequest) -> Work:
+        """What a request would be admitted as now."""
+        self._look()
+        return self._estimate(self._pools[request.model], request)
+
+    def _estimate(self, pool: Pool, request: RoutedRequest) -> Work:
+        sample = pool.sample
+        reading = read_images(request, sample)
+        return estimate_work(request, reading, self._forecast, sample.max_model_len if sample is not None else 0)
+
+    async def _wait(
+        self, pool: Pool, request: RoutedRequest, work: Work, identity: Identity, deadline_s: float, now_s: float
+    ) -> Slot:
+        tenant_id, priority = identity.tenant_id, identity.tenant.priority
+        pool.check_presence(self.breakers.blocked(now_s), now_s)
+        wait_s = None
+        if pool.absent_since_s is None:
+            ahead = pool.queue.work_ahead(tenant_id, priority, work.total)
+            wait_s = pool.wait_s(ahead + work.total)
+        elif self._router.admission.replica_wait_s <= 0:
+            self._settle(pool, now_s)
+            raise no_replica()
+        check_deadline(wait_s, pool.service_s(request, work), deadline_s - now_s)
+        placed: asyncio.Future[Slot] = asyncio.get_running_loop().create_future()
+        waiter = Waiting(tenant_id, priority, work.total, now_s, deadline_s, request, work, placed)
+        try:
+            pushed_out = pool.queue.push(waiter)
+        except OverloadedError as error:
+            error.retry_after_s = retry_after_s(wait_s)
+            raise
+        if pushed_out is not None:
+            refuse(pushed_out, OverloadedError("Others wait with more right to a place.", retry_after_s(wait_s)))
+        self._pump(pool, now_s)  # sets the timer; and if who left was next, another one may fit now
+        try:
+            return await placed
+        except asyncio.CancelledError:
+            if pool.queue.remove(waiter):
+                self._pump(pool, self._clock())
+            elif not placed.cancelled() and placed.exception() is None:
+                placed.result().close(None)  # the place came in the moment in which the client left
+            raise
+
+    def move(self, slot: Slot, error: ServingError) -> bool:
+        """See `Slot.fail`."""
+        now_s = self._clock()
+        load = slot._load
+        if isinstance(error, EngineError):
+            slot.succeed()  # it refused the request, and is well
+        elif isinstance(error, UpstreamError) and not slot._has_verdict and not load.is_gone:
+            slot._has_verdict = True
+            self.breakers.fail(load.replica_id, slot._probe, now_s)
+        if not error.is_retryable or slot.num_tries >= self._router.max_tries:
+            return False
+        self._look()
+        pool = self._pools[slot._request.model]
+        has_moved = self._transfer(slot, pool, now_s)
+        if has_moved:
+            self._pump(pool, now_s)
+        return has_moved
+
+    async def wait_for_successor(self, slot: Slot, error: ServingError) -> bool:
+        """See `Slot.outlive`."""
+        patience_s = self._router.admission.replica_wait_s
+        if not isinstance(error, ReplicaUnreachableError) or slot.num_tries >= self._router.max_tries:
+            return False
+        pool = self._pools[slot._request.model]
+        moved: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        pool.stranded[slot] = moved
+        try:
+            self._pump(pool, self._clock())  # sets the timer
+            await asyncio.wait([moved], timeout=min(patience_s, self._lease_s))
+            failed = (*slot._failed, slot._load.replica_id)
+            # Whoever is listed after a whole lease was not lost, and no successor comes. Nor may it get the request
+            # again: an engine's counts are known by the request's id.
+            if not moved.done() and not any(load.replica_id in failed for load in pool.loads):
+                await asyncio.wait([moved], timeout=max(0.0, patience_s - self._lease_s))
+            return moved.done() and moved.result()
+        finally:
+            if pool.stranded.pop(slot, None) is not None:
+                self._settle(pool, self._clock())
+
+    def _transfer(self, slot: Slot, pool: Pool, now_s: float) -> bool:
+        """Let a request that its replica has failed go on on another one, if there is any."""
+        failed = (*slot._failed, slot._load.replica_id)
+        excluded = self.breakers.blocked(now_s).union(failed)
+        need = self._need(slot.work, slot._request, Priority.HIGH)  # it is let in already
+        target = choose(pool.loads, need, excluded, self._rng) or choose(pool.loads, None, excluded, self._rng)
+        if target is None:
+            return False
+        self._leave(slot)
+        target.add(slot.work.total, max(1, slot._request.num_choices))
+        reading = read_images(slot._request, target.record)
+        slot.replica, slot._load, slot._probe = target.record, target, self.breakers.begin(target.replica_id)
+        slot.modes, slot.num_image_tokens, slot._label = reading.modes, reading.num_tokens, reading.label
+        slot.num_tries += 1
+        slot._failed, slot._has_verdict, slot._started_s = failed, False, now_s
+        return True
+
+    def release(self, slot: Slot, used: TokenCounts | None, is_whole: bool) -> None:
+        """See `Slot.close`."""
+        self._leave(slot)
+        self._num_slots -= 1
+        request = slot._request
+        pool = self._pools[request.model]
+        now_s = self._clock()
+        if used is not None and is_whole and used.num_completion_tokens > 0:
+            per_choice = used.num_completion_tokens / max(1, request.num_choices)
+            self._forecast.observe(request.model, slot._label, len(request.image_sizes), per_choice)
+            pool.rate.finish(pool.share(slot.work.total), now_s - slot._started_s, round(per_choice))
+        if pool.queue:
+            self._pump(pool, now_s)
+
+    def refresh(self) -> None:
+        """The replica list may have changed: give what it offers to those that wait, forget who left."""
+        self._look()
+        self._pump_all()
+
+    def absorb(self, reports: tuple[RouterReport, ...]) -> None:
+        """Take in what the other routers have under way: all of their reports, every time."""
+        self._fleet.absorb([report for report in reports if report.router_id != self._router_id])
+        self._pump_all()
+
+    def tick(self) -> None:
+        """To be called about every second: follows what no event told of."""
+        self.refresh()
+
+    def close(self) -> None:
+        """Refuse whoever still waits and stop all timers."""
+        for pool in self._pools.values():
+            for waiter in pool.queue.take_older(math.inf):
+                refuse(waiter, OverloadedError("The router is going down; try again."))
+            for moved in pool.stranded.values():
+                moved.set_result(False)
+            pool.stranded.clear()
+            self._settle(pool, self._clock())
+
+    def queued_work(self) -> dict[str, int]:
+        """Work that waits, in tokens by model; models without any are left out."""
+        return {model: pool.queue.work for model, pool in self._pools.items() if pool.queue}
+
+    def replica_work(self) -> dict[str, int]:
+        """Work under way through this router, in tokens by replica id; replicas without any are left out."""
+        return self._fleet.work()
+
+    def queue_lengths(self) -> dict[tuple[str, Priority], int]:
+        """Requests that wait, by model and class, zeros included."""
+        return {(model, p): pool.queue.num_waiting(p) for model, pool in self._pools.items() for p in Priority}
+
+    def breaker_states(self) -> dict[str, BreakerState]:
+        """By id of every replica that is listed."""
+        now_s = self._clock()
+        return {record.replica_id: self.breakers.state(record.replica_id, now_s) for record in self._snapshot.records}
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits and no slot is open."""
+        return not self._num_slots and not any(pool.queue for pool in self._pools.values())
+
+    def _need(self, work: Work, request: RoutedRequest, priority: Priority) -> Need:
+        return Need(work.total, max(1, request.num_choices), priority is Priority.HIGH, self._fleet.num_routers)
+
+    def _find(self, pool: Pool, work: Work, request: RoutedRequest, priority: Priority, now_s: float) -> Load | None:
+        return choose(pool.loads, self._need(work, request, priority), self.breakers.blocked(now_s), self._rng)
+
+    def _place(self, request: RoutedRequest, work: Work, load: Load, entered_s: float, now_s: float) -> Slot:
+        load.add(work.total, max(1, request.num_choices))
+        reading = read_images(request, load.record)
+        self._num_slots += 1
+        return Slot(
+            load.record,
+            reading.modes,
+            reading.num_tokens,
+            now_s - entered_s,
+            work,
+            1,
+            self,
+            request,
+            reading.label,
+            load,
+            self.breakers.begin(load.replica_id),
+            now_s,
+        )
+
+    def _leave(self, slot: Slot) -> None:
+        """Take a slot's work off its replica. One that has left the list is forgotten with its last request."""
+        load = slot._load
+        load.add(-slot.work.total, -max(1, slot._request.num_choices))
+        if slot._probe != NO_PROBE and not slot._has_verdict:
+            self.breakers.release(load.replica_id, slot._probe)
+        self._fleet.forget(load)
+
+    def _look(self) -> None:
+        """Take over the replica list if it has changed."""
+        snapshot = self._read_snapshot()
+        if snapshot is self._snapshot:
+            return
+        self._snapshot = snapshot
+        self.breakers.retain({record.replica_id for record in snapshot.records})
+        ready = self._fleet.follow(snapshot)
+        for model in ready.keys() - self._pools.keys():
+            self._pools[model] = Pool(AdmissionQueue(self._router.admission.max_queue))
+        for model, pool in self._pools.items():
+            pool.offer(ready.get(model, []))
+        self._pump_all()
+
+    def _pump_all(self) -> None:
+        now_s = self._clock()
+        for pool in self._pools.values():
+            self._pump(pool, now_s)
+
+    def _pump(self, pool: Pool, now_s: float) -> None:
+        """Give places to those that wait, in their order, as long as the next one fits; refuse those that are late."""
+        # Those that were let in once go before any that waits.
+        for slot in [slot for slot in pool.stranded if self._transfer(slot, pool, now_s)]:
+            pool.stranded.pop(slot).set_result(True)
+        for late in pool.queue.take_expired(now_s):
+            refuse(late, pool.too_late())
+        while (waiter := pool.queue.head()) is not None:
+            if waiter.placed.done():  # cancelled, its coroutine has not run yet
+                pool.queue.remove(waiter)
+                continue
+            if now_s + pool.service_s(waiter.request, waiter.estimate) > waiter.deadline_s:
+                pool.queue.remove(waiter)  # a replica would work on it for nothing
+                refuse(waiter, pool.too_late())
+                continue
+            load = self._find(pool, waiter.estimate, waiter.request, waiter.priority, now_s)
+            if load is None:
+                break
+            pool.queue.pop(waiter)
+            waiter.placed.set_result(self._place(waiter.request, waiter.estimate, load, waiter.entered_s, now_s))
+        pool.check_presence(self.breakers.blocked(now_s), now_s)
+        patience_s = self._router.admission.replica_wait_s
+        if pool.absent_since_s is not None and pool.absent_since_s + patience_s <= now_s:
+            for late in pool.queue.take_older(now_s - patience_s):
+                refuse(late, no_replica())
+        self._settle(pool, now_s)
+
+    def _settle(self, pool: Pool, now_s: float) -> None:
+        """Note whether requests wait, and set the timer for what comes next without an event."""
+        next_s = pool.note(now_s, self.breakers.next_change_s(now_s), self._router.admission.replica_wait_s)
+        if pool.timer_s <= next_s < math.inf:
+            return  # it rings early, finds nothing and is set anew: cheaper than to set it for everybody who comes
+        if pool.timer is not None:
+            pool.timer.cancel()
+            pool.timer = None
+        pool.timer_s = next_s
+        if next_s < math.inf:
+            delay_s = max(_MIN_DELAY_S, next_s - now_s)
+            pool.timer = asyncio.get_running_loop().call_later(delay_s, self._ring, pool)
+
+    def _ring(self, pool: Pool) -> None:
+        pool.timer, pool.timer_s = None, math.inf
+        self._pump(pool, self._clock())

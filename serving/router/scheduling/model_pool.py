@@ -1,0 +1,107 @@
+"""The replicas of one model, the requests that wait for them, and what comes next without an event.
+
+Nothing here waits or looks at a clock; futures and the timer are only kept for the dispatcher.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from serving.cluster.directory import ReplicaRecord
+from serving.errors import NoReplicaError, OverloadedError, ServingError
+from serving.router.request.parsing import RoutedRequest
+from serving.router.scheduling.balance import Load
+from serving.router.scheduling.queue import AdmissionQueue, ServiceRate, Waiter, retry_after_s
+from serving.router.scheduling.work_estimate import Work
+
+if TYPE_CHECKING:
+    from serving.router.scheduling.dispatcher import Slot
+
+
+@dataclass(slots=True, eq=False)
+class Waiting(Waiter):
+    """A request in the queue, and the future that its coroutine sleeps on."""
+
+    request: RoutedRequest
+    estimate: Work
+    placed: asyncio.Future[Slot]
+
+
+@dataclass(slots=True)
+class Pool:
+    """One model."""
+
+    queue: AdmissionQueue[Waiting]
+    loads: list[Load] = field(default_factory=list)
+    """Of the replicas that are ready."""
+    capacity: int = 0
+    """Of all of them, in tokens."""
+    sample: ReplicaRecord | None = None
+    """Stands for all of them when work is estimated; the last one known while there is none."""
+    rate: ServiceRate = field(default_factory=ServiceRate)
+    absent_since_s: float | None = None
+    """Since when waiting requests have had no replica that may be used, full or not."""
+    stranded: dict[Slot, asyncio.Future[bool]] = field(default_factory=dict)
+    """Requests whose replica was lost with no other to go on on, and where to say whether one has come."""
+    timer: asyncio.TimerHandle | None = None
+    timer_s: float = math.inf
+    """When it rings."""
+
+    def offer(self, loads: list[Load]) -> None:
+        """These replicas are ready from now on."""
+        self.loads = loads
+        self.capacity = sum(load.capacity for load in loads)
+        self.sample = loads[0].record if loads else self.sample
+
+    def share(self, work: int) -> float:
+        """Work relative to the capacity of all replicas."""
+        return work / max(1, self.capacity)
+
+    def wait_s(self, work: int) -> float | None:
+        """How long until so much work has ended, None while that is not known."""
+        return self.rate.wait_s(self.share(work), self.share(sum(load.work for load in self.loads)))
+
+    def service_s(self, request: RoutedRequest, work: Work) -> float:
+        """How long its answer takes once it has begun; 0 while that is not known."""
+        return self.rate.service_s(work.output_tokens // max(1, request.num_choices))
+
+    def check_presence(self, blocked: Collection[str], now_s: float) -> None:
+        """Note whether any replica may be used; `blocked` are those that circuit breakers hold back."""
+        if any(load.replica_id not in blocked for load in self.loads):
+            self.absent_since_s = None
+        elif self.absent_since_s is None:
+            self.absent_since_s = now_s
+
+    def note(self, now_s: float, breaker_change_s: float | None, patience_s: float) -> float:
+        """Note whether requests wait; gives the time of the next thing that comes without an event: a deadline, the
+        end of a breaker's pause, or of the patience for a replica to come. Infinity when nobody waits."""
+        self.rate.mark(len(self.queue) > 0 and self.absent_since_s is None, now_s)
+        if not self.queue:
+            self.absent_since_s = None
+            return breaker_change_s if self.stranded and breaker_change_s is not None else math.inf
+        next_s = self.queue.next_deadline_s()
+        if breaker_change_s is not None:
+            next_s = min(next_s, breaker_change_s)
+        if self.absent_since_s is not None:
+            oldest_s = next(iter(self.queue)).entered_s
+            next_s = min(next_s, max(oldest_s, self.absent_since_s) + patience_s)
+        return next_s
+
+    def too_late(self) -> OverloadedError:
+        """For a request that has waited for so long that it could not be answered any more."""
+        message = "The time that this request allows was spent waiting for a replica."
+        return OverloadedError(message, retry_after_s(self.wait_s(self.queue.work)), code="deadline_unmeetable")
+
+
+def no_replica() -> NoReplicaError:
+    return NoReplicaError("No replica of this model is ready; try again shortly.")
+
+
+def refuse(waiting: Waiting, error: ServingError) -> None:
+    """Wake the request with an error, unless its client has left."""
+    if not waiting.placed.done():
+        waiting.placed.set_exception(error)

@@ -1,0 +1,1 @@
+"""`serving up`: Ray's start, the run file, the supervisor, the Serve applications."""
