@@ -104,12 +104,18 @@ def test_a_stop_before_it_is_ready_does_not_wait(tmp_path: Path) -> None:
 
 
 def test_of_two_that_start_at_once_one_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
     first = build_scripted_stack(tmp_path, SCRIPT)
-    first.spawn()
+    stacks = (first, ScriptedStack(tmp_path / "other", first.settings, first.port))
     try:
-        refused = first.command("up", "--config", str(first.config))
-        assert refused.returncode == 1
-        assert f"port {first.port} is taken by another `serving up`" in refused.stdout
-        wait_until(lambda: "Ready on" in first.log, 240, "the first one is ready")
+        for stack in stacks:
+            stack.spawn()
+        wait_until(lambda: any(stack.running.poll() is not None for stack in stacks), 60, "one has ended")
+        (refused,) = (stack for stack in stacks if stack.running.poll() is not None)
+        (kept,) = (stack for stack in stacks if stack is not refused)
+        assert refused.running.poll() == 1
+        assert f"port {first.port} is taken by another `serving up`" in refused.log
+        wait_until(lambda: "Ready on" in kept.log, 240, "the other one is ready")
     finally:
-        first.stop()
+        for stack in stacks:
+            stack.stop()
