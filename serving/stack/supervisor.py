@@ -18,7 +18,6 @@ import ctypes
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Collection
@@ -34,17 +33,41 @@ _ASK_STOP, _ASK_URGENT_STOP, _ASK_RELOAD = signal.SIGUSR1, signal.SIGUSR2, signa
 _WATCHED = frozenset({*_STOP, signal.SIGHUP, signal.SIGCHLD})
 _MASKED = _WATCHED | {_ASK_STOP, _ASK_URGENT_STOP}
 _POLL_S = 0.5
+_FLAG_POLL_S = 0.05
 _SWEEP_S = 5.0
+
+
+class Flag:
+    """Set by signal handlers. `threading.Event` takes a lock, which the code that a signal interrupts may hold."""
+
+    def __init__(self) -> None:
+        self._is_set = False
+
+    def set(self) -> None:
+        self._is_set = True
+
+    def clear(self) -> None:
+        self._is_set = False
+
+    def is_set(self) -> bool:
+        return self._is_set
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it is set within `timeout_s`; looks every 50 ms."""
+        deadline_s = time.monotonic() + timeout_s
+        while not self._is_set and (left_s := deadline_s - time.monotonic()) > 0:
+            time.sleep(min(_FLAG_POLL_S, left_s))
+        return self._is_set
 
 
 @dataclass(slots=True)
 class SignalRequests:
     """What signals have asked the stack process for."""
 
-    stop: threading.Event = field(default_factory=threading.Event)
-    urgent: threading.Event = field(default_factory=threading.Event)
+    stop: Flag = field(default_factory=Flag)
+    urgent: Flag = field(default_factory=Flag)
     """Do not wait for running requests: a second signal came, or the supervisor has died."""
-    reload: threading.Event = field(default_factory=threading.Event)
+    reload: Flag = field(default_factory=Flag)
     supervisor_pid: int = field(default_factory=os.getppid)
 
     def listen(self) -> None:

@@ -203,3 +203,25 @@ def test_orphans_do_not_stay_as_zombies(start: Callable[..., Run]) -> None:
     wait_until(lambda: child.status() == psutil.STATUS_ZOMBIE)
     run.process.terminate()
     assert run.wait() == 7
+
+
+def test_signals_that_interrupt_each_other_do_not_lock_up() -> None:
+    """A service manager's SIGTERM and the supervisor's word come at once; a lock in a handler would be taken twice."""
+    code = """
+import os, signal, threading
+from serving.stack.supervisor import SignalRequests
+requests = SignalRequests()
+requests.listen()
+def send():
+    for _ in range(20_000):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR1)
+sender = threading.Thread(target=send)
+sender.start()
+while sender.is_alive():
+    requests.stop.clear()
+    requests.stop.wait(0.0001)
+print("through")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "through\n"
