@@ -6,7 +6,7 @@ ambiguous framing (Content-Length twice or together with Transfer-Encoding, bare
 through of RFC 9112, sections 3.2 and 6.1, is refused here.
 
 Built on methods of uvicorn's protocol class that are no public interface. Written for uvicorn 0.54; nothing else in the
-project knows them, and tests/unit/test_http_protocol.py fails when one moves. Nothing is done per piece of an answer.
+project knows them, and tests/unit/http/test_protocol.py fails when one moves. Nothing is done per piece of an answer.
 """
 
 from __future__ import annotations

@@ -16,9 +16,9 @@ from pathlib import Path
 import openai
 import psutil
 import pytest
-from collector import Collector, run_collector
+from support.collector import Collector, run_collector
+from support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 READY_WITHIN_S = 300
 STOPPED_WITHIN_S = 60
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 import yaml
-from unit.router.stack import Engine
+from support.router_stack import Engine
 
 from e2e.conftest import ROOT, free_port
 

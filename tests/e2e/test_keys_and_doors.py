@@ -18,7 +18,7 @@ import httpx
 import openai
 import psutil
 import pytest
-from unit.ocr.papers import write_pdf
+from support.papers import write_pdf
 
 from e2e.scripted_stack import SERVING, ScriptedStack, run_scripted_stack, wait_until
 

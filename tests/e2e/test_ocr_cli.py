@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from unit.ocr.papers import office_file
+from support.papers import office_file
 
 from e2e.conftest import ROOT, Stack, free_port
 from e2e.scripted_stack import SERVING, wait_until

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import orjson
 import psutil
-from unit.ocr.papers import write_pdf
-from unit.ocr.service import BODY_BYTES, frame, reads, tail
-from unit.router.stack import Engine, Exchange, answers, build_settings, eventually, run_router
+from support.ocr_service import BODY_BYTES, frame, reads, tail
+from support.papers import write_pdf
+from support.router_stack import Engine, Exchange, answers, build_settings, eventually, run_router
 
 from e2e.ocr_processes import WITHIN_S, count_asked, read_pages, service_process, wait_for_job
 from serving.settings.billing import BillingSettings

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from playwright.sync_api import expect
-from unit.web.browser import run_chromium, visit
+from support.browser import run_chromium, visit
 
 from e2e.conftest import ROOT, Stack, free_port
 from e2e.scripted_stack import SERVING, wait_until

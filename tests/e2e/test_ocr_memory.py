@@ -13,8 +13,8 @@ import fpdf
 import httpx
 import psutil
 import pytest
-from unit.ocr.service import BODY_BYTES, reads
-from unit.router.stack import Engine, Exchange, build_settings, run_router
+from support.ocr_service import BODY_BYTES, reads
+from support.router_stack import Engine, Exchange, build_settings, run_router
 
 from e2e.ocr_processes import service_process
 from serving.settings.router import LimitSettings

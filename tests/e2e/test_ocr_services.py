@@ -15,8 +15,8 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from unit.ocr.papers import write_pdf
-from unit.ocr.test_hostile_documents import raw_pdf, stream
+from support.papers import write_pdf
+from unit.ocr.rendering.test_hostile_documents import raw_pdf, stream
 
 from e2e.scripted_stack import ScriptedStack, run_scripted_stack, wait_until
 

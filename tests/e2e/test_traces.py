@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import openai
-from collector import Collector, SeenSpan
+from support.collector import Collector, SeenSpan
 
 from e2e.conftest import Stack
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from unit.router.pictures import encode_image, image_part, to_url
+from support.request_pictures import encode_image, image_part, to_url
 
-from .fields import FIELDS, FOR_ENGINE
-from .pictures import PICTURES_FOR_ENGINE, PICTURES_REFUSED, PICTURES_SERVED
+from hostile.fields import FIELDS, FOR_ENGINE
+from hostile.pictures import PICTURES_FOR_ENGINE, PICTURES_REFUSED, PICTURES_SERVED
 
 MODEL = "nano"
 CHAT = "/v1/chat/completions"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from unit.router.pictures import encode_image, image_part, to_url
+from support.request_pictures import encode_image, image_part, to_url
 
 GOOD_PNG = to_url(encode_image("PNG"))
 

@@ -8,7 +8,7 @@ import struct
 import zlib
 
 from PIL import Image, PngImagePlugin
-from unit.router.pictures import animate_image, encode_image, png_header
+from support.request_pictures import animate_image, encode_image, png_header
 
 
 def png_block(name: bytes, data: bytes) -> bytes:

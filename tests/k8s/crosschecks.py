@@ -10,10 +10,9 @@ from typing import Any
 
 import yaml
 
+from k8s.kuberay import check_kuberay, check_open_files, check_probes, check_weights, read_resources
+from k8s.manifests import K8S, Manifests, PodTemplate, flags, named_secrets
 from serving.settings.router import LimitSettings
-
-from .kuberay import check_kuberay, check_open_files, check_probes, check_weights, read_resources
-from .manifests import K8S, Manifests, PodTemplate, flags, named_secrets
 
 _CLUSTERS_OWN = {"kube-root-ca.crt"}  # Kubernetes puts it into every namespace
 _KUBERAYS_OWN = {"serving-serve-svc": {"serve"}, "serving-head-svc": {"dashboard", "serve"}}

@@ -10,7 +10,7 @@ from typing import Any
 
 from ray.autoscaler._private.kuberay.autoscaling_config import _get_ray_resources_from_group_spec
 
-from .manifests import Manifests
+from k8s.manifests import Manifests
 
 _KUBERAYS_LABELS = {"app.kubernetes.io/name", "app.kubernetes.io/created-by"}
 _KUBERAYS_OPEN_FILES = 65_536  # `ulimit -n` before its `ray start`

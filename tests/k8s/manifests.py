@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 K8S = ROOT / "k8s"
 OVERLAYS = ("cpu-dev", "gpu-prod")
 BIN = ROOT / ".venv/bin"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from .manifests import K8S, ROOT
+from k8s.manifests import K8S, ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 

@@ -14,10 +14,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from k8s.crosschecks import CHECKS
+from k8s.manifests import BIN, K8S, OVERLAYS, ROOT, Manifests, named_secrets, read_manifests, render
 from serving.settings.stack import load_settings
-
-from .crosschecks import CHECKS
-from .manifests import BIN, K8S, OVERLAYS, ROOT, Manifests, named_secrets, read_manifests, render
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's own

@@ -8,10 +8,9 @@ import promql_parser
 import pytest
 import yaml
 
+from monitoring.test_rules import RULES
 from serving.telemetry import catalogue
 from serving.telemetry.dashboards import DASHBOARDS, FOLDER, RATE, Panel, render_dashboards
-
-from .test_rules import RULES
 
 PANELS = [(name, panel) for name, panels in DASHBOARDS.items() for panel in panels]
 

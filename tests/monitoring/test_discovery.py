@@ -16,9 +16,8 @@ import psutil
 import pytest
 from e2e.scripted_stack import ScriptedStack, run_scripted_stack, wait_until
 
+from monitoring.prometheus import Prometheus, needs_prometheus
 from serving.cli.demo_metrics import build_config, free_port, run_prometheus
-
-from .prometheus import Prometheus, needs_prometheus
 
 SCRIPT = {"tokens_per_s": 500, "output_tokens": 10}
 TOKENS = 7

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import yaml
+from support.paths import ROOT
 
-RULES = Path(__file__).resolve().parents[2] / "k8s/monitoring/rules"
+RULES = ROOT / "k8s/monitoring/rules"
 PROMTOOL = shutil.which("promtool")
 # CI installs it: there its absence is a failure, not a reason to skip.
 needs_promtool = pytest.mark.skipif(

@@ -6,10 +6,10 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.billing_samples import RECORDS, SAMPLE, make_record
 
 from serving.billing.journal_frames import MAGIC, MAX_PAYLOAD_BYTES, clean_record, decode_frames, encode_frame
 from serving.billing.records import RequestRecord
-from unit.billing.samples import RECORDS, SAMPLE, make_record
 
 FRAMES = [encode_frame(make_record(number)) for number in range(5)]
 SIZE = len(FRAMES[0])

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 from sqlalchemy import func, select
+from support.billing_samples import make_record
+from support.paths import ROOT
 
 from serving.billing.database import Database, ReplicaLife
 from serving.billing.journal_frames import decode_frames
@@ -24,7 +26,6 @@ from serving.billing.spool import Spool, open_spool, read_spools
 from serving.errors import ServingError
 from serving.settings.billing import BillingSettings, PriceSettings, SpoolSettings
 from unit.billing.conftest import MakeSettings
-from unit.billing.samples import make_record
 from unit.billing.test_spool import die
 
 NUM_KILLS = 20
@@ -378,9 +379,9 @@ async def test_a_router_killed_again_and_again_loses_and_doubles_nothing(
 def run_writers(settings: BillingSettings, url: str | None) -> list[str]:
     """What they have said."""
     ended = subprocess.run(
-        [sys.executable, "-m", "unit.billing.ledger_writer", settings.directory, url or "", str(NUM_KILLS)],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+        [sys.executable, "-m", "support.ledger_writer", settings.directory, url or "", str(NUM_KILLS)],
+        cwd=ROOT / "tests",
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=True,

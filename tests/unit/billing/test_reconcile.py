@@ -2,13 +2,13 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
+from support.billing_samples import SAMPLE, make_record
 
 from serving.billing.database import Database
 from serving.billing.periods import Window
 from serving.billing.queries import sum_by_replica
 from serving.billing.reconcile import Finding, LedgerTotals, Reading, Totals, compare
 from serving.billing.records import LostTry, TokenCounts
-from unit.billing.samples import SAMPLE, make_record
 
 EVER = Window(0, 2**63 - 1)
 TOTALS = st.builds(Totals, st.integers(0, 10), st.integers(0, 10), st.integers(0, 10))

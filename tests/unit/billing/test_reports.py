@@ -16,6 +16,7 @@ from openai.types.admin.organization.usage_completions_response import (
     DataResultOrganizationUsageCompletionsResult,
     UsageCompletionsResponse,
 )
+from support.billing_samples import NOON_NS, RECORDS, make_record
 
 from serving.billing.database import Database
 from serving.billing.periods import NS_PER_DAY, Window, day_of, month_window, parse_time_ns
@@ -37,7 +38,6 @@ from serving.billing.reports import (
 from serving.billing.schema import REQUESTS, row_of
 from serving.billing.stack_costs import CostLine
 from serving.settings.billing import BillingSettings
-from unit.billing.samples import NOON_NS, RECORDS, make_record
 
 NOVEMBER = month_window("2026-11")
 DAY_NS = NS_PER_DAY

@@ -7,6 +7,7 @@ import hypothesis
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.billing_samples import NOON_NS, make_record
 
 from serving.billing.database import Database, ReplicaLife
 from serving.billing.periods import NS_PER_HOUR, Window
@@ -14,7 +15,6 @@ from serving.billing.queries import read_uptimes, sum_work
 from serving.billing.records import TokenCounts
 from serving.billing.stack_costs import Uptime, Work, cost_of_time, report_costs, split
 from serving.settings.billing import BillingSettings
-from unit.billing.samples import NOON_NS, make_record
 
 DOLLAR = 10**9
 HOUR = NS_PER_HOUR

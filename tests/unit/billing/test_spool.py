@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.billing_samples import make_record
 
 from serving.billing import spool as spools
 from serving.billing.journal_frames import encode_frame
 from serving.billing.records import RequestRecord
 from serving.billing.spool import Spool, adopt_spool, open_spool, read_spools, sync_and_close
 from serving.settings.billing import SpoolSettings
-from unit.billing.samples import make_record
 
 SIZE = len(encode_frame(make_record(0)))
 SETTINGS = SpoolSettings(segment_bytes=4096, alarm_bytes=8192, max_bytes=2**20)

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
 from serving.errors import SettingsError
 from serving.planning.figures import Basis, Figures, load_figures, weakest
 
-ROOT = Path(__file__).resolve().parents[3]
 FIGURES = json.loads((ROOT / "serving/planning/figures.json").read_text())
 
 

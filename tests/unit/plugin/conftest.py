@@ -9,7 +9,7 @@ import pytest
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's and torch's imports warn of themselves; ours are not meant here
-    from unit.plugin.stock import import_stock
+    from support.stock_model import import_stock
 
     _STOCK = import_stock()
 

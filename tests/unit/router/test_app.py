@@ -12,15 +12,8 @@ import orjson
 import pytest
 import pytest_asyncio
 from starlette.types import Message
-
-from serving.cluster.directory import ReplicaState
-from serving.errors import BodyTooLargeError
-from serving.http.bodies import ClientGoneError, read_body
-from serving.router.app import RouterApp
-from serving.settings.router import LimitSettings
-
-from .pictures import encode_image, image_part, png_header, to_url
-from .stack import (
+from support.request_pictures import encode_image, image_part, png_header, to_url
+from support.router_stack import (
     ALIAS,
     COST,
     HEAD,
@@ -43,6 +36,12 @@ from .stack import (
     streams,
     streams_and_waits,
 )
+
+from serving.cluster.directory import ReplicaState
+from serving.errors import BodyTooLargeError
+from serving.http.bodies import ClientGoneError, read_body
+from serving.router.app import RouterApp
+from serving.settings.router import LimitSettings
 
 # One router for all tests of the module: starting and stopping one takes longer than most tests.
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -13,18 +13,8 @@ from typing import Any
 import orjson
 import pytest
 from starlette.types import Message
-
-from serving.billing.records import LostTry, Outcome, RequestRecord, TokenCounts
-from serving.cluster.directory import Snapshot
-from serving.http.server import HttpServer
-from serving.router.access.keys_file import KeysFile, make_key, write_keys
-from serving.router.app import RouterApp
-from serving.settings.router import AdmissionSettings
-from serving.settings.stack import Settings
-from serving.settings.tenants import Priority, Tenant
-
-from .pictures import encode_image, image_part, to_url
-from .stack import (
+from support.request_pictures import encode_image, image_part, to_url
+from support.router_stack import (
     HEAD,
     USAGE,
     Engine,
@@ -41,6 +31,15 @@ from .stack import (
     streams,
     streams_and_waits,
 )
+
+from serving.billing.records import LostTry, Outcome, RequestRecord, TokenCounts
+from serving.cluster.directory import Snapshot
+from serving.http.server import HttpServer
+from serving.router.access.keys_file import KeysFile, make_key, write_keys
+from serving.router.app import RouterApp
+from serving.settings.router import AdmissionSettings
+from serving.settings.stack import Settings
+from serving.settings.tenants import Priority, Tenant
 
 ANSWER = {"choices": [{"message": {"content": "a"}, "finish_reason": "stop"}], "usage": USAGE}
 TEXT = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n'

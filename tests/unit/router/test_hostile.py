@@ -11,13 +11,12 @@ import pytest
 import pytest_asyncio
 from hostile.corpus import CORPUS, Entry, Judge, chat
 from hostile.wire import send
+from support.router_stack import MAX_BODY_BYTES, MODEL, USAGE, Engine, answers, build_settings
 
 from serving.cluster.directory import Snapshot
 from serving.http.server import HttpServer
 from serving.router.app import RouterApp
 from serving.settings.router import LimitSettings
-
-from .stack import MAX_BODY_BYTES, MODEL, USAGE, Engine, answers, build_settings
 
 # One router and one engine for the whole corpus: what an entry leaves behind has to show in the ones after it.
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -9,15 +9,14 @@ from typing import Any
 import orjson
 import pytest
 from pydantic import SecretStr
+from support.router_stack import Engine, RunningRouter, answers, build_settings, chat_body, run_router
 
 from serving.billing.credits import CREDIT_HEADER, CreditSigner
 from serving.cluster.directory import ServiceRecord, Snapshot
 from serving.router.app import METHODS
 from serving.router.lookups.routes import QUOTE
 from serving.settings.ocr import OcrSettings
-
-from .stack import Engine, RunningRouter, answers, build_settings, chat_body, run_router
-from .test_generation import ANSWER, DONE, LAST, TEXT
+from unit.router.test_generation import ANSWER, DONE, LAST, TEXT
 
 
 def stop(router: RunningRouter) -> None:

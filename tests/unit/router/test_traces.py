@@ -8,12 +8,20 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from collector import Collector, run_collector
+from support.collector import Collector, run_collector
+from support.router_stack import (
+    Engine,
+    answers,
+    build_settings,
+    chat_body,
+    hang_up,
+    run_router,
+    streams,
+    streams_and_waits,
+)
 
 from serving.settings.stack import Settings
 from serving.settings.telemetry import TelemetrySettings
-
-from .stack import Engine, answers, build_settings, chat_body, hang_up, run_router, streams, streams_and_waits
 
 TRACE_ID, SPAN_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 ANSWER = b'{"choices":[],"usage":{"prompt_tokens":1000,"total_tokens":1500,"completion_tokens":500}}'

@@ -1,8 +1,7 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+from support.paths import ROOT
 
 from serving.telemetry.catalogue import OCR, ROUTER, Kind, Metric, render_table, render_tables
 
@@ -35,5 +34,5 @@ def test_the_table_has_a_row_for_each() -> None:
 
 
 def test_the_readme_holds_the_catalogue() -> None:
-    readme = Path(__file__).resolve().parents[3] / "README.md"
+    readme = ROOT / "README.md"
     assert render_tables() in readme.read_text(), "paste what `python -m serving.telemetry.catalogue` prints"

@@ -1,15 +1,15 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
+from support.paths import ROOT
 
 from serving.web.app import HEADERS, build_routes
 
-STATIC = Path(__file__).resolve().parents[3] / "serving/web/static"
+STATIC = ROOT / "serving/web/static"
 FILES = sorted(file.name for file in STATIC.iterdir())
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, expect
+from support.browser import Visit, run_chromium, visit
+from support.ocr_service_double import OcrDouble, run_double
 
 from serving.nano.documents import sample_sheet, write_document
-from unit.ocr.service_double import OcrDouble, run_double
-from unit.web.browser import Visit, run_chromium, visit
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,333 @@
+"""`serving ocr` against a service on a socket."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+
+import pytest
+from support.ocr_service_double import OcrDouble, run_double
+from support.papers import write_image, write_pdf
+from typer.testing import CliRunner, Result
+
+from serving.cli.main import app
+from serving.ocr_client.bulk import OutputFormat, plan_tasks
+
+SERVING = [sys.executable, "-m", "serving.cli.main"]
+
+
+@pytest.fixture
+def service() -> Iterator[OcrDouble]:
+    with run_double() as double:
+        yield double
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+def run(service: OcrDouble, out: Path, *arguments: str | Path, wait: float = 10) -> Result:
+    words = ["ocr", *map(str, arguments), "--out", str(out), "--url", service.url, "--wait", str(wait)]
+    return CliRunner().invoke(app, words, env={"COLUMNS": "200"})
+
+
+def submissions(service: OcrDouble) -> int:
+    return service.requests.count(("POST", "/v1/ocr/jobs"))
+
+
+def test_files_folders_and_patterns_are_read(service: OcrDouble, out: Path, tmp_path: Path) -> None:
+    one = write_pdf(tmp_path / "one.pdf", 2)
+    scans = tmp_path / "scans"
+    (scans / "deep").mkdir(parents=True)
+    write_image(scans / "deep/two.png", "PNG")
+    write_pdf(scans / "three.pdf", 1)
+    (scans / "notes.txt").write_text("not a document")
+    (scans / ".hidden.pdf").write_text("not meant")
+    pattern = tmp_path / "pattern"
+    pattern.mkdir()
+    write_pdf(pattern / "four.pdf", 1)
+    result = run(service, out, one, scans, f"{pattern}/f*.pdf", "--mode", "auto")
+    assert result.exit_code == 0, result.output
+    assert (out / "one.md").read_text() == "<!-- page 1 -->\n\n# Page 1\n\n<!-- page 2 -->\n\n# Page 2\n"
+    assert (out / "deep/two.md").read_text() == "# Page 1\n"
+    found = {file.relative_to(out).as_posix() for file in out.rglob("*") if file.is_file() and file.name[0] != "."}
+    assert found == {"one.md", "deep/two.md", "three.md", "four.md"}
+    assert "4 files; 5 pages" in result.output
+    assert "tokens/s, $0.000050" in result.output
+    assert not service.jobs  # nothing of the documents stays with the service
+
+
+def test_text_and_json_are_written(service: OcrDouble, out: Path, tmp_path: Path) -> None:
+    paper = write_pdf(tmp_path / "one.pdf", 2)
+    assert run(service, out, paper, "--format", "text").exit_code == 0
+    assert (out / "one.txt").read_text() == "# Page 1\n\f# Page 2\n"
+    assert run(service, out, paper, "--format", "json", "--pages", "2").exit_code == 0
+    (page,) = json.loads((out / "one.json").read_text())["pages"]
+    assert page["number"] == 2
+    assert page["blocks"][0] == {"label": "title", "text": "# Page 2", "boxes": [[51, 26, 461, 51]]}
+
+
+def test_files_of_one_name_are_told_apart(service: OcrDouble, out: Path, tmp_path: Path) -> None:
+    write_pdf(tmp_path / "a.pdf", 1)
+    write_image(tmp_path / "a.png", "PNG")
+    assert run(service, out, tmp_path / "a.pdf", tmp_path / "a.png").exit_code == 0
+    assert (out / "a.pdf.md").exists()
+    assert (out / "a.png.md").exists()
+
+
+def test_names_that_are_not_utf8_are_read_and_written_under_names_of_their_own(
+    service: OcrDouble, out: Path, tmp_path: Path
+) -> None:
+    scans = tmp_path / "scans"
+    names = [
+        b"caf\xe9.png",
+        b"caf\xe8.png",
+        "café.png".encode(),
+        b"caf%e9.png",
+        b"caf\\xe9.png",
+        b"\x8a" * 200 + b".png",
+    ]
+    for folder in (b"\xfc", b"plain"):
+        for name in names:
+            file = Path(os.fsdecode(os.path.join(os.fsencode(scans), folder, name)))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_image(file, "PNG")
+    result = run(service, out, scans)
+    assert result.exit_code == 0, result.output
+    written = [file for file in out.rglob("*.md") if file.name[0] != "."]
+    assert len(written) == len({file.read_text() and file for file in written}) == 2 * len(names)
+    for file in written:
+        assert str(file.relative_to(out)).encode().decode().isprintable()
+    assert (out / "plain/café.md").exists()
+    assert (out / "plain/caf%e9.md").exists()
+    assert len(list((out / "plain").glob("caf%e9-????????.md"))) == 1
+    assert "caf\\xe9.png -> " in result.output
+    again = run(service, out, scans)
+    assert (again.exit_code, submissions(service)) == (0, 2 * len(names))
+    assert f"{2 * len(names)} of them done before" in again.output
+
+
+def test_a_name_that_is_not_utf8_is_taken_in_every_other_way_too(service: OcrDouble, out: Path, tmp_path: Path) -> None:
+    odd = write_image(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")), "PNG")
+    assert run(service, out, odd, "--format", "json").exit_code == 0
+    (file,) = out.glob("*.json")
+    assert json.loads(file.read_text())["file"] == "caf\\xe9.png"
+    assert run(service, Path(os.fsdecode(os.fsencode(tmp_path) + b"/o\xe9t")), tmp_path / "caf*").exit_code == 0
+    (tmp_path / "other").mkdir()
+    twin = write_image(Path(os.fsdecode(os.fsencode(tmp_path) + b"/other/caf\xe9.png")), "PNG")
+    wrong = run(service, tmp_path / "third", odd, twin)
+    assert (wrong.exit_code, "would both become" in wrong.output) == (2, True)
+    none = run(service, out, os.fsdecode(b"none\xe9.png"))
+    assert (none.exit_code, "none\\xe9.png: there is no such file" in none.output) == (2, True)
+
+
+@pytest.mark.parametrize("argument", ["scans", "scans/**/*.png", "scans/*/*.png", "scans/locked/one.png"])
+def test_folders_that_cannot_be_looked_into_are_told_and_are_status_one(
+    service: OcrDouble, out: Path, tmp_path: Path, argument: str
+) -> None:
+    for folder in ("scans/open", "scans/locked"):
+        (tmp_path / folder).mkdir(parents=True)
+        write_image(tmp_path / folder / "one.png", "PNG")
+    (tmp_path / "scans/locked").chmod(0)
+    # To root no folder is locked, unless it gives that up.
+    humble = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.getuid() == 0 else []
+    command = [*humble, *SERVING, "ocr", tmp_path / argument, "--out", out, "--url", service.url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    (tmp_path / "scans/locked").chmod(0o700)
+    assert done.returncode == 1, done.stderr
+    assert "locked: it cannot be looked into (Permission denied)" in done.stderr
+    assert [file.name for file in out.rglob("*.md")] == ([] if "locked" in argument else ["one.md"])
+
+
+def test_many_names_are_planned_with_few_comparisons(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [(Path(f"scans/{n}.pdf"), Path(f"{n}.pdf")) for n in range(500)]
+    num_compared = 0
+    equal = PurePath.__eq__
+
+    def count(one: PurePath, other: object) -> bool:
+        nonlocal num_compared
+        num_compared += 1
+        return equal(one, other)
+
+    monkeypatch.setattr(PurePath, "__eq__", count)
+    assert len(plan_tasks(files, Path("out"), OutputFormat.TEXT)) == len(files)
+    assert num_compared < 10 * len(files)
+
+
+def test_what_is_done_is_not_done_again(service: OcrDouble, out: Path, tmp_path: Path) -> None:
+    papers = [write_pdf(tmp_path / f"{n}.pdf", 2) for n in range(3)]
+    assert run(service, out, *papers).exit_code == 0
+    (out / "0.md").unlink()
+    again = run(service, out, *papers)
+    assert (again.exit_code, submissions(service)) == (0, 3)
+    assert "3 of them done before" in again.output
+    assert (out / "0.md").exists()
+    write_pdf(papers[1], 3)  # it has changed
+    assert run(service, out, *papers).exit_code == 0
+    assert submissions(service) == 4
+    assert "# Page 3" in (out / "1.md").read_text()
+    assert run(service, out, papers[2], "--mode", "large").exit_code == 0
+    assert submissions(service) == 5
+
+
+def test_pages_that_failed_are_told_and_tried_again(service: OcrDouble, out: Path, tmp_path: Path) -> None:
+    paper = write_pdf(tmp_path / "one.pdf", 5)
+    service.bad_pages = {2, 4}
+    result = run(service, out, paper)
+    assert result.exit_code == 1
+    assert "one.pdf, page 2: The page is damaged." in result.output
+    assert "<!-- page 2 could not be read: The page is damaged. -->" in (out / "one.md").read_text()
+    service.bad_pages = {4}
+    assert run(service, out, paper).exit_code == 1
+    assert service.reads == {
+        ("one.pdf", 1): 1,
+        ("one.pdf", 2): 2,
+        ("one.pdf", 3): 1,
+        ("one.pdf", 4): 2,
+        ("one.pdf", 5): 1,
+    }
+    assert "# Page 2" in (out / "one.md").read_text()
+    service.bad_pages = set()
+    assert run(service, out, paper).exit_code == 0
+    assert "could not be read" not in (out / "one.md").read_text()
+
+
+def test_a_document_that_is_refused_leaves_the_others_alone(service: OcrDouble, out: Path, tmp_path: Path) -> None:
+    good = write_pdf(tmp_path / "good.pdf", 1)
+    (tmp_path / "bad.pdf").write_text("no document")
+    result = run(service, out, tmp_path / "bad.pdf", good)
+    assert result.exit_code == 1
+    assert "bad.pdf: This is no document that can be read." in result.output
+    assert (out / "good.md").exists()
+
+
+def test_a_job_that_the_service_has_lost_costs_only_the_missing_pages(
+    service: OcrDouble, out: Path, tmp_path: Path
+) -> None:
+    service.page_s = 0.3
+    paper = write_pdf(tmp_path / "one.pdf", 6)
+    lost = threading.Timer(1.2, lambda: (service.jobs.clear(), service.keys.clear()))
+    lost.start()
+    result = run(service, out, paper)
+    lost.join()
+    assert result.exit_code == 0, result.output
+    assert submissions(service) == 2
+    assert all(f"# Page {number}\n" in (out / "one.md").read_text() for number in range(1, 7))
+    assert service.reads["one.pdf", 1] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["none.pdf"], "no such file"),
+        (["one.pdf", "--mode", "huge"], "there are tiny"),
+        (["."], "no documents in this folder"),
+        (["one.pdf", "other/one.pdf"], "would both become"),
+    ],
+)
+def test_a_wrong_command_is_told_before_anything_is_asked(
+    service: OcrDouble, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty" if arguments == ["."] else tmp_path)
+    if arguments != ["."]:
+        (tmp_path / "other").mkdir()
+        write_pdf(tmp_path / "one.pdf", 1)
+        write_pdf(tmp_path / "other/one.pdf", 2)
+    result = run(service, out, *arguments)
+    assert result.exit_code == 2
+    assert words in result.output
+    assert not service.requests
+
+
+def test_a_service_that_cannot_be_used_is_status_three(service: OcrDouble, out: Path, tmp_path: Path) -> None:
+    paper = write_pdf(tmp_path / "one.pdf", 1)
+    service.key = "sk-1"
+    result = run(service, out, paper, "--model", "nano")
+    assert result.exit_code == 3
+    assert "SERVING_API_KEY" in result.output
+    good = CliRunner().invoke(
+        app, ["ocr", str(paper), "--out", str(out)], env={"SERVING_API_KEY": "sk-1", "SERVING_URL": service.url}
+    )
+    assert good.exit_code == 0, good.output
+    service.stop()
+    gone = run(service, tmp_path / "other", paper, wait=0.1)
+    assert gone.exit_code == 3
+    assert "could not be reached" in gone.output
+
+
+def test_two_runs_do_not_share_a_folder(service: OcrDouble, out: Path, tmp_path: Path) -> None:
+    service.page_s = 2
+    paper = write_pdf(tmp_path / "one.pdf", 2)
+    first = subprocess.Popen([*SERVING, "ocr", paper, "--out", out, "--url", service.url], stderr=subprocess.DEVNULL)
+    wait_for(lambda: submissions(service) == 1)
+    assert run(service, out, paper).exit_code == 2
+    first.kill()
+    first.wait()
+
+
+def wait_for(is_so: object, timeout_s: float = 30) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not is_so():  # type: ignore[operator]
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+
+
+def test_a_file_is_never_given_the_pages_of_another(service: OcrDouble, out: Path, tmp_path: Path) -> None:
+    """The first job is over and gone while the second still runs and the third is submitted."""
+    service.page_s = 0.05
+    papers = [write_pdf(tmp_path / f"{n}.pdf", num_pages) for n, num_pages in enumerate((1, 20, 9))]
+    assert run(service, out, *papers, "--jobs", "2").exit_code == 0
+    assert set(service.reads.values()) == {1}
+    assert len(service.reads) == 30
+
+
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_that_was_ended_goes_on_where_it_was(
+    service: OcrDouble, out: Path, tmp_path: Path, ending: signal.Signals
+) -> None:
+    service.page_s = 0.15
+    papers = [write_pdf(tmp_path / f"{n}.pdf", 8) for n in range(3)]
+    command = [*SERVING, "ocr", *papers, "--out", out, "--url", service.url, "--jobs", "2"]
+    # A shell's background jobs, and all below them, are started deaf to Ctrl-C.
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "COLUMNS": "200"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    wait_for(lambda: len(service.reads) >= 6)
+    process.send_signal(ending)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == (130 if ending == signal.SIGINT else -signal.SIGKILL), told
+    assert run(service, out, *papers).exit_code == 0
+    assert submissions(service) <= 5  # one that was under way may be sent again, with its old key
+    assert len(service.reads) == 24
+    assert set(service.reads.values()) == {1}
+
+
+def test_a_service_that_is_away_for_a_while_is_waited_for(service: OcrDouble, out: Path, tmp_path: Path) -> None:
+    service.page_s = 0.1
+    paper = write_pdf(tmp_path / "one.pdf", 10)
+
+    def restart() -> None:
+        wait_for(lambda: len(service.reads) >= 4)
+        service.stop()
+        time.sleep(0.5)
+        service.start()
+
+    away = threading.Thread(target=restart)
+    away.start()
+    result = run(service, out, paper, wait=30)
+    away.join()
+    assert result.exit_code == 0, result.output
+    assert len(service.reads) == 10
+    assert set(service.reads.values()) == {1}

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.papers import office_file
+
+from serving.errors import InvalidRequestError
+from serving.ocr.rendering.formats import Format, find_format
+from serving.ocr_client.page_ranges import select_pages
+
+
+@pytest.mark.parametrize(
+    ("head", "found"),
+    [
+        (b"%PDF-1.7\n", Format.PDF),
+        (b"\n\xef\xbb\xbfjunk %PDF-1.4", Format.PDF),
+        (b"\xff\xd8\xff\xe0", Format.JPEG),
+        (b"\x89PNG\r\n\x1a\n%PDF-1.4", Format.PNG),
+        (b"RIFF\0\0\0\0WEBPVP8 ", Format.WEBP),
+        (b"II*\0", Format.TIFF),
+        (b"MM\0*", Format.TIFF),
+        (b"GIF89a", Format.GIF),
+        (b"BM\x10\0\0\0\0\0\0\0", Format.BMP),
+    ],
+)
+def test_the_first_bytes_say_what_it_is(head: bytes, found: Format) -> None:
+    assert find_format(head) is found
+
+
+@pytest.mark.parametrize("head", [office_file(), b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", b"{\\rtf1"])
+def test_office_files_are_refused_with_advice(head: bytes) -> None:
+    with pytest.raises(InvalidRequestError, match="save the document as PDF") as refused:
+        find_format(head)
+    assert refused.value.code == "unsupported_document"
+
+
+@pytest.mark.parametrize(
+    "head",
+    [b"", b"hello", b"<html>", b"BMW is a car", b"PK\x03\x04 %PDF-1.4", b"x" * 1100 + b"%PDF-1.4", b"RIFF\0\0\0\0WAVE"],
+)
+def test_other_files_are_refused(head: bytes) -> None:
+    with pytest.raises(InvalidRequestError, match="no document that can be read"):
+        find_format(head)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_format_or_refused(head: bytes) -> None:
+    with contextlib.suppress(InvalidRequestError):
+        assert find_format(head) in Format
+
+
+@pytest.mark.parametrize(
+    ("selection", "pages"),
+    [
+        (None, [0, 1, 2, 3, 4, 5, 6, 7]),
+        ("1-3,7", [0, 1, 2, 6]),
+        (" 2 , 1 ", [0, 1]),
+        ("3-5,4-6,5", [2, 3, 4, 5]),
+        ("8", [7]),
+    ],
+)
+def test_pages_are_selected(selection: str | None, pages: list[int]) -> None:
+    assert select_pages(selection, 8, 8) == pages
+
+
+@pytest.mark.parametrize(
+    "selection",
+    ["", "0", "9", "3-2", "1-", "-1", "a", "1,,2", "1-999999999", "9" * 50, "1," * 3000, "1.5", "\u0661-\u0662,x"],
+)
+def test_what_is_no_selection_is_refused(selection: str) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        select_pages(selection, 8, 8)
+    assert refused.value.param == "pages"
+
+
+def test_a_long_document_has_to_be_chosen_from() -> None:
+    with pytest.raises(InvalidRequestError, match="10000 pages and 1000"):
+        select_pages(None, 10_000, 1000)
+    assert select_pages("9001-10000,9500", 10_000, 1000) == list(range(9000, 10_000))
+
+
+@given(st.text(alphabet="0123456789-, ", max_size=20), st.integers(1, 50))
+def test_a_selection_stays_within_the_document(selection: str, num_pages: int) -> None:
+    try:
+        pages = select_pages(selection, num_pages, 20)
+    except InvalidRequestError:
+        return
+    assert pages == sorted(set(pages))
+    assert 0 < len(pages) <= 20
+    assert 0 <= pages[0] <= pages[-1] < num_pages
