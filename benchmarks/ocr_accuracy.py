@@ -22,7 +22,7 @@ from rich.table import Table
 
 from benchmarks.fastpath.rows import Row
 from benchmarks.load.__main__ import find_stack
-from serving.nano.documents import Kind, Sheet, sample_sheet, write_document
+from serving.nano.documents import BookKind, BookPage, sample_sheet, write_document
 from serving.nano.training.metrics import character_error_rate
 from serving.ocr_client.client import DEFAULT_URL, Mode, OcrClient, Options
 from serving.ocr_client.results import Page
@@ -64,7 +64,7 @@ class Measured:
         return float(np.mean(list(chars))) / _VISION_TOKENS[self.mode]
 
 
-def measure(client: OcrClient, book: Path, sheets: Sequence[Sheet], options: Options) -> Measured:
+def measure(client: OcrClient, book: Path, sheets: Sequence[BookPage], options: Options) -> Measured:
     """Read a book in one mode. A page that failed counts as wholly wrong."""
     began_s = time.monotonic()
     result = client.read(book, options)
@@ -75,7 +75,7 @@ def measure(client: OcrClient, book: Path, sheets: Sequence[Sheet], options: Opt
     return Measured(str(options.mode), rates, chars, seconds, result.usage.estimated_cost, num_failed)
 
 
-def _rate(page: Page, sheet: Sheet) -> float:
+def _rate(page: Page, sheet: BookPage) -> float:
     return character_error_rate(page.content, sheet.text) if page.is_completed else 1.0
 
 
@@ -102,7 +102,7 @@ def build_rows(found: Sequence[Measured]) -> list[Row]:
     return rows
 
 
-def to_json(found: Sequence[Measured], seed: int, kind: Kind) -> dict[str, Any]:
+def to_json(found: Sequence[Measured], seed: int, kind: BookKind) -> dict[str, Any]:
     """All of it, for a file."""
     modes = [
         {
@@ -159,7 +159,7 @@ def main(
     mode: Annotated[list[str] | None, typer.Option(help="Modes; all of them if none is given.")] = None,
     pages: Annotated[int, typer.Option(min=1, help="Pages of the book.")] = 50,
     seed: Annotated[int, typer.Option(help="Of its text.")] = 100,
-    kind: Annotated[Kind, typer.Option(help="Of its text.")] = Kind.PROSE,
+    kind: Annotated[BookKind, typer.Option(help="Of its text.")] = BookKind.PROSE,
     output: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     """Measure how well, how quickly and how cheaply a stack reads pages that the model never saw."""

@@ -27,8 +27,8 @@ from benchmarks.stock import NAME, import_stock
 from serving.plugin.images.decoding import decode
 from serving.plugin.images.page_views import WHITE, PageViews, build_views
 from serving.plugin.images.pool import ImagePool, Ticket
-from serving.plugin.images.settings import ImageSettings
-from serving.plugin.images.worker_messages import Job
+from serving.plugin.images.settings import ImagePipelineSettings
+from serving.plugin.images.worker_messages import ViewJob
 from serving.plugin.model.vision import normalise
 from serving.plugin.modes.resolution import ResolutionMode
 
@@ -141,7 +141,7 @@ def _repeat(work: Callable[[], object]) -> list[float]:
 
 def measure_pool(data: bytes, stock_ms: float) -> Iterator[Row]:
     """Pages per second by wall clock, and by CPU time: what the processes would give with a core each to themselves."""
-    pools = {count: ImagePool(ImageSettings(workers=count, queue=POOL_PAGES)) for count in (1, 2)}
+    pools = {count: ImagePool(ImagePipelineSettings(workers=count, queue=POOL_PAGES)) for count in (1, 2)}
     try:
         for count, pool in pools.items():
             _warm_up(pool, data, count)
@@ -173,7 +173,7 @@ def _warm_up(pool: ImagePool, data: bytes, count: int) -> None:
 def _run_pool(pool: ImagePool, data: bytes) -> tuple[float, float, float]:
     """Pages per second by wall clock; the same if every worker had a core; milliseconds of this process per page."""
     begin, own, workers = time.perf_counter(), time.process_time(), sum(map(_cpu_of, pool.pids))
-    tickets = [Ticket(Job(SIZE, MODE, GREY, WHITE, FORMATS), data) for _ in range(POOL_PAGES)]
+    tickets = [Ticket(ViewJob(SIZE, MODE, GREY, WHITE, FORMATS), data) for _ in range(POOL_PAGES)]
     for ticket in tickets:
         pool.put(ticket)
     for ticket in tickets:

@@ -33,7 +33,7 @@ from benchmarks.fastpath.running import (
 from benchmarks.stock import SIZES_FILE
 from serving.nano.build import build_checkpoint
 from serving.nano.config import NANO
-from serving.nano.pages import CORE, Page, sample_page, with_chars
+from serving.nano.pages import CORE, RenderedPage, sample_page, with_chars
 from serving.nano.training.metrics import mean_error_rate
 
 SEED, NUM_PAGES, NUM_MIXED, ROUNDS = 100, 100, 32, 2
@@ -54,7 +54,7 @@ def run() -> Iterator[Row]:
             yield from compare_modes(ours, pages[:NUM_MIXED])
 
 
-def compare_accuracy(ours: Server, stock: Server, pages: Sequence[Page]) -> Iterator[Row]:
+def compare_accuracy(ours: Server, stock: Server, pages: Sequence[RenderedPage]) -> Iterator[Row]:
     """The checkpoint's own mode, which is tiny, through both servers."""
     urls, truths = [encode(page, 1) for page in pages], [page.text for page in pages]
     reads = apply_load(ours, urls, None, {}).texts, apply_load(stock, urls, None, GUARD_REQUEST).texts
@@ -64,7 +64,7 @@ def compare_accuracy(ours: Server, stock: Server, pages: Sequence[Page]) -> Iter
     yield Row.of_rates("nano checkpoint, answers equal to stock's", equal, len(pages), STOCK_NAME, None, "answers")
 
 
-def compare_modes(server: Server, pages: Sequence[Page]) -> Iterator[Row]:
+def compare_modes(server: Server, pages: Sequence[RenderedPage]) -> Iterator[Row]:
     """One server, the mix in two modes, in turns."""
     urls = [encode(page, 1 + number % 2) for number, page in enumerate(pages)]
     truths = [page.text for page in pages]
@@ -80,7 +80,7 @@ def compare_modes(server: Server, pages: Sequence[Page]) -> Iterator[Row]:
         yield Row.of_costs(f"nano checkpoint, a mix in mode auto: CER{name}", *rates, _MODE_PEER, None, "%")
 
 
-def encode(page: Page, scale: int) -> str:
+def encode(page: RenderedPage, scale: int) -> str:
     """A page as a PNG data URL, printed at so many times its resolution."""
     image = Image.fromarray(page.pixels)
     file = io.BytesIO()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from random import Random
 
 from serving.planning.curve import CurvePoint, Fit, ServiceCurve, fit_curve
-from serving.planning.simulation import Pages, Run, percentile, run_closed, run_trace
+from serving.planning.simulation import Pages, SimulatedRun, percentile, run_closed, run_trace
 
 GRID = ((1, 8), (1, 96), (4, 8), (4, 96), (12, 8), (12, 96))
 """Concurrency and tokens per answer of the calibration."""
@@ -120,7 +120,9 @@ def slow_down(curve: ServiceCurve, factor: float) -> ServiceCurve:
     )
 
 
-def compare_times(load: str, predicted: Sequence[Run], measured: Sequence[Sequence[Reading]]) -> list[Comparison]:
+def compare_times(
+    load: str, predicted: Sequence[SimulatedRun], measured: Sequence[Sequence[Reading]]
+) -> list[Comparison]:
     """Times of pages, all slices of a kind together."""
     ours = sorted(time_s for run in predicted for time_s in run.times_s)
     theirs = sorted(reading.took_s for readings in measured for reading in readings)
@@ -129,7 +131,9 @@ def compare_times(load: str, predicted: Sequence[Run], measured: Sequence[Sequen
     return [Comparison(load, name, our_s, their_s, "s") for name, our_s, their_s in figures]
 
 
-def compare_throughput(load: str, predicted: Sequence[Run], measured: Sequence[Sequence[Reading]]) -> Comparison:
+def compare_throughput(
+    load: str, predicted: Sequence[SimulatedRun], measured: Sequence[Sequence[Reading]]
+) -> Comparison:
     """Tokens per second from first question to last answer."""
     num_tokens = sum(reading.num_output for readings in measured for reading in readings)
     took_s = sum(

@@ -50,13 +50,13 @@ SinceOption = Annotated[str | None, typer.Option(help="In the place of a month: 
 UntilOption = Annotated[str | None, typer.Option(help="With --since: the end, not included; now by default.")]
 
 
-class Format(StrEnum):
+class TableFormat(StrEnum):
     TABLE = "table"
     CSV = "csv"
     JSON = "json"
 
 
-FormatOption = Annotated[Format, typer.Option("--format", "-f", help="How to print it.")]
+FormatOption = Annotated[TableFormat, typer.Option("--format", "-f", help="How to print it.")]
 
 
 @app.command()
@@ -81,7 +81,7 @@ def report(
     until: UntilOption = None,
     by: Annotated[str, typer.Option(help="day, model, mode, key, tenant, outcome; several between commas.")] = "model",
     tenant: Annotated[str | None, typer.Option(help="Of this tenant only.")] = None,
-    output: FormatOption = Format.TABLE,
+    output: FormatOption = TableFormat.TABLE,
 ) -> None:
     """Print requests, pages, tokens and cost by day, model, mode, key, tenant or outcome."""
     settings = _load(config)
@@ -105,7 +105,7 @@ def costs(
     month: MonthOption = None,
     since: SinceOption = None,
     until: UntilOption = None,
-    output: FormatOption = Format.TABLE,
+    output: FormatOption = TableFormat.TABLE,
 ) -> None:
     """Print what the stack itself costs by model and tenant: spend, idle time, margin, per page and per token."""
     settings = _load(config)
@@ -222,10 +222,10 @@ def _parse_replicas(given: Sequence[str]) -> dict[str, str]:
     return replicas
 
 
-def _print_usage(usage: UsageReport, output: Format) -> None:
-    if output is Format.JSON:
+def _print_usage(usage: UsageReport, output: TableFormat) -> None:
+    if output is TableFormat.JSON:
         typer.echo(json.dumps(usage_to_json(usage), indent=2))
-    elif output is Format.CSV:
+    elif output is TableFormat.CSV:
         typer.echo(usage_to_csv(usage), nl=False)
     else:
         columns = ("requests", "pages", "prompt", "image", "cached", "completion", "wasted", "cost $")
@@ -239,10 +239,10 @@ def _print_usage(usage: UsageReport, output: Format) -> None:
         _console().print(table)
 
 
-def _print_costs(lines: Sequence[CostLine], window: Window, output: Format) -> None:
-    if output is Format.JSON:
+def _print_costs(lines: Sequence[CostLine], window: Window, output: TableFormat) -> None:
+    if output is TableFormat.JSON:
         typer.echo(json.dumps(costs_to_json(window, lines), indent=2))
-    elif output is Format.CSV:
+    elif output is TableFormat.CSV:
         typer.echo(costs_to_csv(lines), nl=False)
     else:
         columns = ("requests", "revenue $", "spend $", "of it idle $", "margin $", "$/M tokens", "$/1000 pages")

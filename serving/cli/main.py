@@ -18,7 +18,7 @@ from serving.errors import ServingError, SettingsError
 from serving.settings.stack import Settings, dump_settings, load_settings
 
 if typing.TYPE_CHECKING:
-    from serving.stack.run_file import Run
+    from serving.stack.run_file import StackRun
 
 app = typer.Typer(
     help="A serving stack for DeepSeek-OCR: vLLM engines in Ray Serve replicas behind an OpenAI-compatible router.",
@@ -159,7 +159,7 @@ def _load(file: Path) -> Settings:
         _refuse(str(error))
 
 
-def _find_run(config: Path | None) -> Run | None:
+def _find_run(config: Path | None) -> StackRun | None:
     """The `serving up` that is meant, None when it does not run."""
     from serving.stack.run_file import find_run_at, find_runs
 

@@ -16,8 +16,8 @@ from rich.table import Table
 from serving.errors import SettingsError
 from serving.planning.curve import ServiceCurve
 from serving.planning.figures import Basis, Figures, load_figures
-from serving.planning.plan import MeasuredCurve, Question, build_plan
-from serving.planning.sheet import Sheet
+from serving.planning.plan import MeasuredCurve, PlanQuestion, build_plan
+from serving.planning.sheet import PlanSheet
 from serving.planning.sizing import PlanError
 
 _UNITS = {"": 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
@@ -81,7 +81,7 @@ def plan(
     try:
         figures = load_figures(figures_file).with_values({**_parse_given(given or []), **named})
         measured = _load_curve(curve) if curve else None
-        question = Question(pages_per_day, mode, _parse_seconds(slo_p95), _parse_curve(daily_curve), measured)
+        question = PlanQuestion(pages_per_day, mode, _parse_seconds(slo_p95), _parse_curve(daily_curve), measured)
         with console.status("planning") as status:
             sheet = build_plan(question, figures, status.update)
             rows = _vary(question, figures, sheet, status.update) if varies else []
@@ -127,7 +127,7 @@ def _load_curve(file: Path) -> MeasuredCurve:
         raise PlanError(f"{file}: is no curve of `python -m benchmarks.planning calibrate`: {error!r}") from error
 
 
-def _vary(question: Question, figures: Figures, sheet: Sheet, say: Callable[[str], None]) -> list[_Variation]:
+def _vary(question: PlanQuestion, figures: Figures, sheet: PlanSheet, say: Callable[[str], None]) -> list[_Variation]:
     """The answer under other assumptions, one changed at a time."""
     rows = []
     for key, factor in _VARIATIONS:
@@ -152,7 +152,7 @@ class _Variation:
     reason: str = ""
 
 
-def _to_json(question: Question, sheet: Sheet, rows: list[_Variation]) -> dict[str, Any]:
+def _to_json(question: PlanQuestion, sheet: PlanSheet, rows: list[_Variation]) -> dict[str, Any]:
     asked = {"pages_per_day": question.pages_per_day, "mode": question.mode, "slo_p95_s": question.slo_p95_s}
     return {
         "question": asked,
@@ -164,7 +164,7 @@ def _to_json(question: Question, sheet: Sheet, rows: list[_Variation]) -> dict[s
     }
 
 
-def _print(question: Question, sheet: Sheet, rows: list[_Variation]) -> None:
+def _print(question: PlanQuestion, sheet: PlanSheet, rows: list[_Variation]) -> None:
     console = Console()
     results = Table(
         title=f"{question.pages_per_day:,.0f} pages a day in {question.mode} mode, p95 within {question.slo_p95_s:g} s",

@@ -23,7 +23,7 @@ _MIN_WINDOW_S = 1.0
 
 
 @dataclass(frozen=True)
-class Load:
+class ModelLoad:
     """The work of a model, waiting and under way, and what one of its replicas can have under way. In tokens."""
 
     work: float
@@ -36,7 +36,7 @@ class Load:
 
 def measure_load(
     model: str, snapshot: Snapshot, reports: Iterable[RouterReport], work_per_replica: int | None
-) -> Load | None:
+) -> ModelLoad | None:
     """The load of a model; None when nobody could know it: no router has reported, or no replica is ready.
 
     Work on replicas that drain is left out, it needs no other replica.
@@ -48,7 +48,7 @@ def measure_load(
         return None
     work = sum(tokens for report in told for name, tokens in report.queued_work if name == model)
     work += sum(tokens for report in told for replica_id, tokens in report.replica_work if replica_id in ready)
-    return Load(work, sum(capacities) / len(capacities))
+    return ModelLoad(work, sum(capacities) / len(capacities))
 
 
 class WorkPolicy:
@@ -67,7 +67,7 @@ class WorkPolicy:
         self._work_per_replica = work_per_replica
         self._asked: Any = None
         self._asked_s = 0.0
-        self._loads: deque[tuple[float, Load]] = deque()
+        self._loads: deque[tuple[float, ModelLoad]] = deque()
 
     def __call__(self, context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
         """Replicas wanted (as many as there are when that is not known), and no state to keep."""
@@ -79,7 +79,7 @@ class WorkPolicy:
         if not self._loads:
             return context.target_num_replicas, {}
         mean = sum(load.work for _, load in self._loads) / len(self._loads)
-        return Load(mean, self._loads[-1][1].capacity).wanted_replicas(self._target_load), {}
+        return ModelLoad(mean, self._loads[-1][1].capacity).wanted_replicas(self._target_load), {}
 
     def _ask(self, now_s: float) -> None:
         if self._asked is not None or now_s - self._asked_s < _SURVEY_S:

@@ -98,23 +98,23 @@ async def _run_vllm(
     say("importing vLLM")
     if model.checkpoint == NANO:
         await asyncio.to_thread(_build_checkpoint, Path(checkpoint))
-    private = await asyncio.to_thread(_import_vllm)
+    vllm_internals = await asyncio.to_thread(_import_vllm)
     flags = build_arguments(name, model, settings.engine, checkpoint, settings.telemetry.traces_url)
-    arguments = _parse(private, flags)
+    arguments = _parse(vllm_internals, flags)
     with keep_serve_log():
-        private.configure_logging(arguments)
+        vllm_internals.configure_logging(arguments)
     say("starting the engine process and loading weights")
-    private.end_streams_with_usage()
-    private.write_text_chunks()
-    async with private.run_engine(arguments) as (client, app):
-        private.remember_environment()
+    vllm_internals.end_streams_with_usage()
+    vllm_internals.write_text_chunks()
+    async with vllm_internals.run_engine(arguments) as (client, app):
+        vllm_internals.remember_environment()
         usage = EngineUsage()
-        private.watch_sequences(client, _Watcher(usage, private.sequence_counts))
+        vllm_internals.watch_sequences(client, _Watcher(usage, vllm_internals.sequence_counts))
         config = client.vllm_config
         multimodal = config.model_config.multimodal_config
         facts = {
             "max_num_seqs": config.scheduler_config.max_num_seqs,
-            "capacity_tokens": private.kv_cache_tokens(config),
+            "capacity_tokens": vllm_internals.kv_cache_tokens(config),
             "max_model_len": config.model_config.max_model_len,
             "image_config": _describe_images(config.model_config),
             "image_options": _scalars(multimodal.mm_processor_kwargs or {}),
@@ -165,12 +165,12 @@ def _import_vllm() -> ModuleType:
     """Takes seconds, so a thread does it while the event loop goes on."""
     import vllm  # noqa: F401
 
-    from serving.plugin import vllm_internals as private
+    from serving.plugin import vllm_internals
 
-    return private
+    return vllm_internals
 
 
-def _parse(private: ModuleType, flags: list[str]) -> Any:
+def _parse(vllm_internals: ModuleType, flags: list[str]) -> Any:
     """vLLM's namespace for its command line.
 
     Raises:
@@ -179,7 +179,7 @@ def _parse(private: ModuleType, flags: list[str]) -> Any:
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return private.parse_server_args(flags)
+            return vllm_internals.parse_server_args(flags)
     except SystemExit:
         last = (complaint.getvalue().strip().splitlines() or ["no reason given"])[-1]
         raise SettingsError(f"engine_args: vLLM does not accept them: {last.partition('error: ')[2] or last}") from None

@@ -220,7 +220,7 @@ def _without_number(name: str, known: dict[str, _Entry]) -> str:
     return stem if number.isdigit() and stem in known else name
 
 
-class Usage(Protocol):
+class UsageSource(Protocol):
     """What `UsageApp` tells of requests, and asks; `EngineUsage` says what each means."""
 
     def open(self, request_id: str) -> None: ...
@@ -239,7 +239,7 @@ class UsageApp:
     """
 
     def __init__(
-        self, app: ASGIApp, usage: Usage, api_key: str | None, telemetry: TelemetrySettings | None = None
+        self, app: ASGIApp, usage: UsageSource, api_key: str | None, telemetry: TelemetrySettings | None = None
     ) -> None:
         """Put it together.
 

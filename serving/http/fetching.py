@@ -30,11 +30,11 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 _HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*")
 
 
-class RefusedError(Exception):
+class FetchRefusedError(Exception):
     """Whatever kept something from being fetched; the reason stays here."""
 
 
-FETCH_ERRORS = (RefusedError, aiohttp.ClientError, OSError, ValueError)
+FETCH_ERRORS = (FetchRefusedError, aiohttp.ClientError, OSError, ValueError)
 """All that `Fetcher.fetch` may raise for what a client asked for."""
 
 
@@ -130,15 +130,15 @@ class Fetcher:
                 encoding = answer.headers.get("content-encoding", "identity")
                 too_large = (answer.content_length or 0) > self._settings.max_bytes
                 if answer.status != 200 or encoding.lower() != "identity" or too_large:
-                    raise RefusedError
+                    raise FetchRefusedError
                 num_left = self._settings.max_bytes
                 while part := await answer.content.read(_READ_BYTES):
                     num_left -= len(part)
                     if num_left < 0:
-                        raise RefusedError
+                        raise FetchRefusedError
                     yield part
                 return
-        raise RefusedError
+        raise FetchRefusedError
 
     def _checked(self, text: str, base: URL | None = None) -> URL:
         """A URL that may be connected to, as far as it says itself; names are checked again when they are resolved."""
@@ -147,17 +147,17 @@ class Fetcher:
             url = base.join(url)
         host = url.raw_host
         if url.scheme not in _PORTS or not host or url.raw_user is not None or url.raw_password is not None:
-            raise RefusedError
+            raise FetchRefusedError
         try:
             ipaddress.ip_address(host)
         except ValueError:
             if not _HOST_NAME.fullmatch(host):
-                raise RefusedError from None
+                raise FetchRefusedError from None
         else:
             if not self._check_address(host):  # aiohttp resolves names only, and connects to an address as it is
-                raise RefusedError
+                raise FetchRefusedError
         if not self._is_listed(host.lower(), url.port or 0, _PORTS[url.scheme]):
-            raise RefusedError
+            raise FetchRefusedError
         return url.with_fragment(None)
 
     def _is_listed(self, host: str, port: int, usual_port: int) -> bool:

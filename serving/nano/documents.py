@@ -30,7 +30,7 @@ _MIN_CHARS, _MAX_CHARS = 100, 350
 _MIN_LINES, _MAX_LINES = 4, 13
 
 
-class Kind(StrEnum):
+class BookKind(StrEnum):
     """What a book says."""
 
     PROSE = "prose"
@@ -38,7 +38,7 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True)
-class Sheet:
+class BookPage:
     """One page's text and where its first character's cell is, in cells of the grid."""
 
     lines: tuple[str, ...]
@@ -50,19 +50,19 @@ class Sheet:
         return "\n".join(self.lines)
 
 
-def sample_sheet(seed: int, index: int, kind: Kind = Kind.PROSE) -> Sheet:
+def sample_sheet(seed: int, index: int, kind: BookKind = BookKind.PROSE) -> BookPage:
     """Page `index` of the endless book that `seed` and `kind` define."""
-    sample = sample_prose if kind is Kind.PROSE else sample_lines
+    sample = sample_prose if kind is BookKind.PROSE else sample_lines
     random = np.random.default_rng((seed, 1, index))
     while True:
         num_lines = int(random.integers(_MIN_LINES, _MAX_LINES + 1))
         left, top = int(random.integers(0, 4)), int(random.integers(0, 3))
         lines = sample(random, "test", num_lines, _COLUMNS - left)
         if _MIN_CHARS <= sum(map(len, lines)) <= _MAX_CHARS:
-            return Sheet(tuple(lines), left, top)
+            return BookPage(tuple(lines), left, top)
 
 
-def write_document(file: Path, sheets: list[Sheet]) -> None:
+def write_document(file: Path, sheets: list[BookPage]) -> None:
     """Write a PDF with a page for each sheet.
 
     Raises:
@@ -90,7 +90,7 @@ def main(
     out: Annotated[Path, typer.Option("--out", "-o", help="The PDF; its text goes beside it, as .json.")],
     pages: Annotated[int, typer.Option("--pages", min=1, max=10_000, help="Pages.")] = 50,
     seed: Annotated[int, typer.Option(help="Another seed is another text.")] = 100,
-    kind: Annotated[Kind, typer.Option(help="Running text alone, or forms and lists as well.")] = Kind.PROSE,
+    kind: Annotated[BookKind, typer.Option(help="Running text alone, or forms and lists as well.")] = BookKind.PROSE,
 ) -> None:
     """Write a PDF of words that training never saw, in what the nano checkpoint can read, and its true text."""
     sheets = [sample_sheet(seed, index, kind) for index in range(pages)]

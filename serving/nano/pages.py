@@ -72,7 +72,7 @@ class PageStyle:
 
 
 @dataclass(frozen=True)
-class Page:
+class RenderedPage:
     """A rendered page and what is on it."""
 
     pixels: GreyPage
@@ -137,7 +137,7 @@ def _finish(coverage: GreyPage, style: PageStyle, random: Random) -> GreyPage:
 
 def render_page(
     lines: list[str], style: PageStyle, offsets: NDArray[np.int64], random: Random, size_px: int = 512
-) -> Page:
+) -> RenderedPage:
     """Draw `lines` from the top, each shifted by its row of `offsets` ([len(lines), 2], x and y in pixels)."""
     coverage = np.zeros((size_px, size_px), np.uint8)
     boxes: list[Box] = []
@@ -151,7 +151,7 @@ def render_page(
         right, bottom = x + len(line) * PITCH_PX, top + LINE_PX
         boxes.append((max(0, x), max(0, top), min(size_px, right), min(size_px, bottom)))
     pixels = _finish(coverage, style, random)
-    return Page(pixels, "\n".join(lines), boxes, np.array(centers, np.float32).reshape(-1, 2), style)
+    return RenderedPage(pixels, "\n".join(lines), boxes, np.array(centers, np.float32).reshape(-1, 2), style)
 
 
 def _sample_style(spec: PageSpec, random: Random) -> PageStyle:
@@ -200,7 +200,7 @@ def _with_full_lines(lines: list[str], width: int, split: Split, random: Random)
     ]
 
 
-def sample_page(spec: PageSpec, split: Split, seed: int, index: int) -> Page:
+def sample_page(spec: PageSpec, split: Split, seed: int, index: int) -> RenderedPage:
     """Return page number `index` of the endless series that `spec`, `split` and `seed` define."""
     random = np.random.default_rng((seed, split == "test", index))
     style = _sample_style(spec, random)

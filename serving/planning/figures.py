@@ -52,7 +52,7 @@ _MAY_BE_ZERO = frozenset(
 _AT_MOST_ONE = frozenset({"max_utilisation", "cpu_utilisation", "streamed_share"})
 
 
-class Figure(Frozen):
+class PlanFigure(Frozen):
     """One number."""
 
     key: Annotated[str, Field(min_length=1)]
@@ -69,16 +69,16 @@ class Figure(Frozen):
     """What the row's value is multiplied with."""
 
 
-_FIGURES = TypeAdapter(tuple[Figure, ...])
+_FIGURES = TypeAdapter(tuple[PlanFigure, ...])
 
 
 class Figures:
     """Figures by key."""
 
-    def __init__(self, figures: Iterable[Figure]) -> None:
+    def __init__(self, figures: Iterable[PlanFigure]) -> None:
         self._figures = {figure.key: figure for figure in figures}
 
-    def __getitem__(self, key: str) -> Figure:
+    def __getitem__(self, key: str) -> PlanFigure:
         return self._figures[key]
 
     def value(self, key: str) -> float:
@@ -103,7 +103,7 @@ class Figures:
         }
         return Figures({**self._figures, **changed}.values())
 
-    def with_figures(self, others: Iterable[Figure]) -> Figures:
+    def with_figures(self, others: Iterable[PlanFigure]) -> Figures:
         """The same with others in the place of those with their keys.
 
         Raises:
@@ -146,7 +146,7 @@ def load_figures(file: Path | None = None) -> Figures:
         raise SettingsError(f"{file}: cannot be read: {error}") from error
 
 
-def _parse(text: str, name: str) -> tuple[Figure, ...]:
+def _parse(text: str, name: str) -> tuple[PlanFigure, ...]:
     try:
         return _FIGURES.validate_python(json.loads(text))
     except ValidationError as error:

@@ -12,8 +12,8 @@ from decimal import Decimal
 
 from serving.billing.prices import Price
 from serving.planning.curve import ServiceCurve
-from serving.planning.figures import Basis, Figure, Figures
-from serving.planning.sheet import Sheet
+from serving.planning.figures import Basis, Figures, PlanFigure
+from serving.planning.sheet import PlanSheet
 from serving.planning.simulation import Pages
 from serving.planning.sizing import CELL, PlanError, Sizing
 from serving.plugin.modes.selection import MODES
@@ -41,7 +41,7 @@ class MeasuredCurve:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class PlanQuestion:
     """What is asked for."""
 
     pages_per_day: float
@@ -53,13 +53,13 @@ class Question:
     """Engines that somebody has measured, in the place of the published ones."""
 
 
-def build_plan(question: Question, figures: Figures, say: Callable[[str], None] = lambda _: None) -> Sheet:
+def build_plan(question: PlanQuestion, figures: Figures, say: Callable[[str], None] = lambda _: None) -> PlanSheet:
     """The whole plan.
 
     Raises:
         PlanError: it cannot be done, or the question makes no sense.
     """
-    sheet = Sheet(figures)
+    sheet = PlanSheet(figures)
     loads = _add_load(sheet, question)
     sizing = _add_engines(sheet, question, say)
     hours = _add_replicas(sheet, question, sizing, loads)
@@ -70,7 +70,7 @@ def build_plan(question: Question, figures: Figures, say: Callable[[str], None] 
     return sheet
 
 
-def _add_load(sheet: Sheet, question: Question) -> Sequence[float]:
+def _add_load(sheet: PlanSheet, question: PlanQuestion) -> Sequence[float]:
     """Gives the load of the parts of a day relative to the day's mean."""
     if question.pages_per_day <= 0 or question.slo_p95_s <= 0:
         raise PlanError("pages per day and the promised time must be above zero")
@@ -124,7 +124,7 @@ def sine_day(peak_to_mean: float) -> tuple[float, ...]:
     return tuple(1 + (peak_to_mean - 1) * math.cos(2 * math.pi * hour / DAY_H) for hour in range(DAY_H))
 
 
-def build_curve(sheet: Sheet, overhead_s: float) -> ServiceCurve:
+def build_curve(sheet: PlanSheet, overhead_s: float) -> ServiceCurve:
     """The published rate as a curve, through two points: so many tokens per second with so many sequences, and alone.
 
     Raises:
@@ -147,13 +147,13 @@ def build_curve(sheet: Sheet, overhead_s: float) -> ServiceCurve:
     )
 
 
-def _add_engines(sheet: Sheet, question: Question, say: Callable[[str], None]) -> Sizing:
+def _add_engines(sheet: PlanSheet, question: PlanQuestion, say: Callable[[str], None]) -> Sizing:
     page_ms, router_ms = f"page_cpu_ms_{question.mode}", "router_page_cpu_ms"
     overhead_s = (sheet[page_ms] + sheet[router_ms]) / 1e3
     rests: tuple[str, ...] = ("curve",)
     if question.measured is not None:
         curve = question.measured.curve
-        sheet.use(Figure(key="curve", value=1.0, unit="", basis=Basis.MEASURED, source=question.measured.source))
+        sheet.use(PlanFigure(key="curve", value=1.0, unit="", basis=Basis.MEASURED, source=question.measured.source))
     else:
         curve, rests = build_curve(sheet, overhead_s), (*_CURVE_KEYS, page_ms, router_ms)
     how = (
@@ -187,7 +187,7 @@ class _Hours:
         return sum(self.num_replicas) / len(self.num_replicas)
 
 
-def _add_replicas(sheet: Sheet, question: Question, sizing: Sizing, loads: Sequence[float]) -> _Hours:
+def _add_replicas(sheet: PlanSheet, question: PlanQuestion, sizing: Sizing, loads: Sequence[float]) -> _Hours:
     peak = sheet["peak_rate"]
     needed = sizing.num_replicas(peak)
     sheet.add("replicas", "replicas at peak", needed, "", "peak load / a replica's rate", "peak_rate", "replica_rate")
@@ -212,7 +212,7 @@ def _add_replicas(sheet: Sheet, question: Question, sizing: Sizing, loads: Seque
     return _Hours(tuple(sizing.num_replicas(mean * load) if load else 0 for load in loads))
 
 
-def _add_cpu(sheet: Sheet, question: Question) -> None:
+def _add_cpu(sheet: PlanSheet, question: PlanQuestion) -> None:
     peak, most = sheet["peak_rate"], sheet["cpu_utilisation"]
     page = f"page_cpu_ms_{question.mode}"
     cores = peak * sheet[page] / 1e3 / most
@@ -247,7 +247,7 @@ def _add_cpu(sheet: Sheet, question: Question) -> None:
     sheet.add("routers", "router processes", math.ceil(router) + spare, "", how, "cores_routers", "spare_routers")
 
 
-def _add_network(sheet: Sheet, question: Question) -> None:
+def _add_network(sheet: PlanSheet, question: PlanQuestion) -> None:
     peak, size = sheet["peak_rate"], sheet["request_bytes"]
     how = f"peak load x {size / 1e6:.2f} MB (a JPEG in base64); the same again from routers to engines"
     sheet.add("net_in", "network into the routers", peak * size * 8 / 1e9, "Gbit/s", how, "peak_rate", "request_bytes")
@@ -261,7 +261,7 @@ def _add_network(sheet: Sheet, question: Question) -> None:
     sheet.add("pixels", "memory traffic of pixels, per node", memory, "GB/s", how, "peak_rate", "nodes", pixels)
 
 
-def _add_ledger(sheet: Sheet) -> None:
+def _add_ledger(sheet: PlanSheet) -> None:
     rows = sheet["mean_rate"] * DAY_S / sheet["pages_per_request"]
     how = f"a row per request, {sheet['pages_per_request']:g} pages each"
     sheet.add("rows", "ledger", rows, "rows/day", how, "pages_per_request")
@@ -275,7 +275,7 @@ def _add_ledger(sheet: Sheet) -> None:
     sheet.add("journal_bytes", "routers' journals", rows * size / 1e9, "GB/day", how, "rows", "journal_row_bytes")
 
 
-def _add_money(sheet: Sheet, hours: _Hours) -> None:
+def _add_money(sheet: PlanSheet, hours: _Hours) -> None:
     hour, core = sheet["gpu_hour_dollars"], sheet["core_hour_dollars"]
     fixed = sheet["gpus"] * DAY_H * hour
     how = f"GPUs x 24 h x ${hour:g}, with their nodes"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from serving.planning.figures import Basis, Figure, Figures, weakest
+from serving.planning.figures import Basis, Figures, PlanFigure, weakest
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class PlanLine:
     """One result."""
 
     key: str
@@ -29,18 +29,18 @@ class Line:
 
 
 @dataclass(slots=True)
-class Sheet:
+class PlanSheet:
     """Lines in their order, over the figures that they use."""
 
     figures: Figures
-    lines: dict[str, Line] = field(default_factory=dict)
-    used: dict[str, Figure] = field(default_factory=dict)
+    lines: dict[str, PlanLine] = field(default_factory=dict)
+    used: dict[str, PlanFigure] = field(default_factory=dict)
 
     def __getitem__(self, key: str) -> float:
         """A line's value, or a figure's."""
         return self.lines[key].value if key in self.lines else self.figures.value(key)
 
-    def use(self, figure: Figure) -> None:
+    def use(self, figure: PlanFigure) -> None:
         """A figure that is in no file: lines may rest on it."""
         self.used[figure.key] = figure
 
@@ -54,5 +54,5 @@ class Sheet:
                 figure = self.used.get(name) or self.figures[name]
                 self.used[name] = figure
                 bases.append(figure.basis)
-        self.lines[key] = Line(key, what, value, unit, weakest(bases), how, rests_on)
+        self.lines[key] = PlanLine(key, what, value, unit, weakest(bases), how, rests_on)
         return value

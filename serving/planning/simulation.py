@@ -50,14 +50,14 @@ class Pages:
 
 
 @dataclass(slots=True, eq=False)
-class Job:
+class SimulatedPage:
     """One page on its way. Times are seconds of the simulation."""
 
     prompt_tokens: int
     num_output: int
     work: int
     arrived_s: float
-    ended: Callable[[Job], None]
+    ended: Callable[[SimulatedPage], None]
     first_s: float = 0.0
     ended_s: float = 0.0
     replica: int = -1
@@ -69,8 +69,8 @@ class _Engine:
 
     env: simpy.Environment
     curve: ServiceCurve
-    waiting: deque[Job] = field(default_factory=deque)
-    running: list[tuple[int, int, Job]] = field(default_factory=list)
+    waiting: deque[SimulatedPage] = field(default_factory=deque)
+    running: list[tuple[int, int, SimulatedPage]] = field(default_factory=list)
     """The step that a job ends with, a number against ties, the job."""
     num_tokens: int = 0
     """Room in the KV cache that running sequences take or will take."""
@@ -79,7 +79,7 @@ class _Engine:
     _numbers: count[int] = field(default_factory=count)
     _bell: simpy.Event | None = None
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: SimulatedPage) -> None:
         self.waiting.append(job)
         if self._bell is not None:
             self._bell.succeed()
@@ -100,8 +100,8 @@ class _Engine:
                 continue
             self._end_what_is_done()
 
-    def _admit(self) -> list[Job]:
-        admitted: list[Job] = []
+    def _admit(self) -> list[SimulatedPage]:
+        admitted: list[SimulatedPage] = []
         while self.waiting and len(self.running) < self.curve.max_seqs and len(admitted) < self.curve.prompts_per_step:
             job = self.waiting[0]
             size = job.prompt_tokens + job.num_output
@@ -151,14 +151,14 @@ class _Fleet:
         self._loads = [Load(_record(index, curve)) for index in range(num_replicas)]
         for load in self._loads:
             load.resize(load.record, None, high_reserve=0.0)
-        self._queue: deque[Job] = deque()
+        self._queue: deque[SimulatedPage] = deque()
         self._rng = rng
 
-    def arrive(self, job: Job) -> None:
+    def arrive(self, job: SimulatedPage) -> None:
         self._queue.append(job)
         self._give_out()
 
-    def leave(self, job: Job) -> None:
+    def leave(self, job: SimulatedPage) -> None:
         self._loads[job.replica].add(-job.work, -1)
         self._give_out()
 
@@ -182,7 +182,7 @@ def _record(index: int, curve: ServiceCurve) -> ReplicaRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class SimulatedOutcome:
     """What clients saw. Times in seconds, from asking to the last byte; rates while the run was in full swing."""
 
     p50_s: float
@@ -198,10 +198,10 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class SimulatedRun:
     """A load from its first question to its last answer."""
 
-    jobs: Sequence[Job]
+    jobs: Sequence[SimulatedPage]
     """In the order in which they came."""
     overhead_s: float
     """That is not in their times."""
@@ -217,7 +217,7 @@ class Run:
 
 def simulate_open(
     curve: ServiceCurve, pages: Pages, *, num_replicas: int, pages_per_s: float, num_pages: int, seed: int = 1
-) -> Outcome:
+) -> SimulatedOutcome:
     """Pages come at random (Poisson) and don't care how the stack fares.
 
     The same seed gives the same pages with the same gaps at every rate, stretched: outcomes of two rates compare.
@@ -229,26 +229,26 @@ def simulate_open(
 
 def run_trace(
     curve: ServiceCurve, pages: Pages, trace: Iterable[tuple[float, int]], *, num_replicas: int, seed: int = 1
-) -> Run:
+) -> SimulatedRun:
     """Pages come with these gaps, in seconds since the one before, and have answers of these lengths."""
     env = simpy.Environment()
-    fleet, jobs = _Fleet(env, curve, num_replicas, Random(seed)), list[Job]()
+    fleet, jobs = _Fleet(env, curve, num_replicas, Random(seed)), list[SimulatedPage]()
 
     def come() -> Process:
         for gap_s, num_output in trace:
             yield env.timeout(gap_s)
-            job = Job(pages.prompt_tokens, num_output, pages.expected_work, env.now, fleet.leave)
+            job = SimulatedPage(pages.prompt_tokens, num_output, pages.expected_work, env.now, fleet.leave)
             jobs.append(job)
             fleet.arrive(job)
 
     env.process(come())
     env.run()
-    return Run(jobs, curve.overhead_s, env.now + curve.overhead_s, fleet.busy(env.now))
+    return SimulatedRun(jobs, curve.overhead_s, env.now + curve.overhead_s, fleet.busy(env.now))
 
 
 def simulate_closed(
     curve: ServiceCurve, pages: Pages, *, num_replicas: int, num_clients: int, num_pages: int, seed: int = 1
-) -> Outcome:
+) -> SimulatedOutcome:
     """So many clients, each of whom asks again as soon as it has its answer."""
     rng = Random(seed)
     lengths = [pages.draw(rng) for _ in range(num_pages)]
@@ -257,21 +257,21 @@ def simulate_closed(
 
 def run_closed(
     curve: ServiceCurve, pages: Pages, lengths: Iterable[int], *, num_replicas: int, num_clients: int, seed: int = 1
-) -> Run:
+) -> SimulatedRun:
     """The same with answers of these lengths."""
     env = simpy.Environment()
-    fleet, jobs = _Fleet(env, curve, num_replicas, Random(seed)), list[Job]()
+    fleet, jobs = _Fleet(env, curve, num_replicas, Random(seed)), list[SimulatedPage]()
     left = iter(lengths)
 
     def ask_on() -> Process:
         for num_output in left:
             answered = env.event()
 
-            def end(job: Job, answered: simpy.Event = answered) -> None:
+            def end(job: SimulatedPage, answered: simpy.Event = answered) -> None:
                 fleet.leave(job)
                 answered.succeed()
 
-            job = Job(pages.prompt_tokens, num_output, pages.expected_work, env.now, end)
+            job = SimulatedPage(pages.prompt_tokens, num_output, pages.expected_work, env.now, end)
             jobs.append(job)
             yield env.timeout(curve.overhead_s)
             fleet.arrive(job)
@@ -280,10 +280,10 @@ def run_closed(
     for _ in range(num_clients):
         env.process(ask_on())
     env.run()
-    return Run(jobs, 0.0, env.now, fleet.busy(env.now))
+    return SimulatedRun(jobs, 0.0, env.now, fleet.busy(env.now))
 
 
-def _measure(run: Run) -> Outcome:
+def _measure(run: SimulatedRun) -> SimulatedOutcome:
     """What the pages in the middle of a run saw."""
     num_jobs = len(run.jobs)
     begin, end = int(num_jobs * _WARM_UP), max(int(num_jobs * _WARM_UP) + 1, int(num_jobs * _COOL_DOWN))
@@ -291,7 +291,7 @@ def _measure(run: Run) -> Outcome:
     firsts = sorted(job.first_s - job.arrived_s + run.overhead_s for job in run.jobs[begin:end])
     by_end = sorted(run.jobs, key=lambda job: job.ended_s)[begin:end]
     took_s = by_end[-1].ended_s - by_end[0].ended_s
-    return Outcome(
+    return SimulatedOutcome(
         p50_s=percentile(times, 0.50),
         p95_s=percentile(times, 0.95),
         p99_s=percentile(times, 0.99),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from serving.planning.curve import ServiceCurve
-from serving.planning.simulation import Outcome, Pages, iterate_rates, simulate_open
+from serving.planning.simulation import Pages, SimulatedOutcome, iterate_rates, simulate_open
 
 CELL = 8
 """Replicas that are simulated together at most. More share their load a little better still, so that a larger fleet,
@@ -62,7 +62,7 @@ class Sizing:
             return by_cell
         return next(size for size in range(1, CELL + 1) if size * self.rate_per_replica(size) >= pages_per_s)
 
-    def look(self, num_replicas: int, pages_per_s: float) -> Outcome:
+    def look(self, num_replicas: int, pages_per_s: float) -> SimulatedOutcome:
         """What clients of a fleet see at this rate; of a large one a part is simulated with its part of the load."""
         size = min(num_replicas, CELL)
         return self._simulate(size, pages_per_s / num_replicas * size)
@@ -86,7 +86,7 @@ class Sizing:
             raise PlanError(f"a replica keeps {self.slo_p95_s:g} s only next to idle: allow more time")
         return rate
 
-    def _simulate(self, size: int, pages_per_s: float) -> Outcome:
+    def _simulate(self, size: int, pages_per_s: float) -> SimulatedOutcome:
         wanted = self.peak_rate * size * self.slo_p95_s * _RUN_SLOS
         num_pages = int(min(_MAX_PAGES, max(_MIN_PAGES, wanted)))
         return simulate_open(self.curve, self.pages, num_replicas=size, pages_per_s=pages_per_s, num_pages=num_pages)

@@ -25,8 +25,7 @@ def register() -> None:
 
 def _configure(vllm_config: Any) -> None:
     """Switch the n-gram guard and the loop stop on in an engine for this architecture."""
-    from serving.plugin.repetition import loop_stop as repetition
-    from serving.plugin.repetition import ngram_guard as guard
+    from serving.plugin.repetition import loop_stop, ngram_guard
 
-    guard.configure(vllm_config)
-    repetition.configure(vllm_config)
+    ngram_guard.configure(vllm_config)
+    loop_stop.configure(vllm_config)

@@ -36,7 +36,7 @@ _STOP_GRACE_S = 90.0
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class StackRun:
     """A `serving up`, as its run file tells of it."""
 
     pid: int
@@ -103,7 +103,7 @@ class RunFile:
         self._path = run_file(settings)
         self._keys = dict(keys or {})
         self._port = settings.router.port
-        self._run = Run(
+        self._run = StackRun(
             pid=os.getpid(),
             created_s=psutil.Process().create_time(),
             config=str(config.absolute()),
@@ -176,27 +176,27 @@ def _write_private(file: Path, text: str) -> None:
     new.replace(file)
 
 
-def find_runs(config: Path | None = None) -> list[Run]:
+def find_runs(config: Path | None = None) -> list[StackRun]:
     """What this user runs: all of it, or what was started with this settings file, whatever stands there now."""
     found = [run for file in sorted(run_folder().glob("*.json")) if (run := _read(file)) is not None]
     wanted = [run for run in found if config is None or run.config == str(config.absolute())]
     return [run for run in wanted if run.process is not None]
 
 
-def find_run_at(settings: Settings) -> list[Run]:
+def find_run_at(settings: Settings) -> list[StackRun]:
     """What listens where these settings say, at most one."""
     run = _read(run_file(settings))
     return [run] if run is not None and run.process is not None else []
 
 
-def _read(file: Path) -> Run | None:
+def _read(file: Path) -> StackRun | None:
     try:
-        return Run(**json.loads(file.read_text()))
+        return StackRun(**json.loads(file.read_text()))
     except (OSError, ValueError, TypeError):
         return None
 
 
-def stop_run(run: Run, say: Say) -> bool:
+def stop_run(run: StackRun, say: Say) -> bool:
     """Tell it to stop and wait until it has; False when it takes longer than its requests may."""
     process = run.process
     if process is None:
@@ -207,7 +207,7 @@ def stop_run(run: Run, say: Say) -> bool:
     return _wait(lambda: run.process is None, 3 * run.drain_s + _STOP_GRACE_S, say)
 
 
-def reload_run(run: Run, say: Say) -> str:
+def reload_run(run: StackRun, say: Say) -> str:
     """Tell it to read its settings again, and wait until they are in force.
 
     Returns:

@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 
 from serving.billing.records import Outcome, RequestRecord
 from serving.telemetry import catalogue
-from serving.telemetry.catalogue import Kind, Metric
+from serving.telemetry.catalogue import Metric, MetricKind
 
 _NANO = 10**9
 
@@ -25,7 +25,7 @@ ReadState = Callable[[], Iterable[Reading]]
 
 def build_metric(metric: Metric, registry: CollectorRegistry) -> Any:
     """A counter or histogram of prometheus-client's for an entry of the catalogue."""
-    if metric.kind is Kind.COUNTER:
+    if metric.kind is MetricKind.COUNTER:
         return Counter(metric.name, metric.help, metric.labels, registry=registry)
     return Histogram(metric.name, metric.help, metric.labels, registry=registry, buckets=metric.buckets)
 
@@ -112,7 +112,7 @@ class StateCollector(Collector):
         for metric, values, value in (self._build, *(reading for read in self.sources for reading in read())):
             family = families.get(metric.name)
             if family is None:
-                kind = CounterMetricFamily if metric.kind is Kind.COUNTER else GaugeMetricFamily
+                kind = CounterMetricFamily if metric.kind is MetricKind.COUNTER else GaugeMetricFamily
                 family = families[metric.name] = kind(metric.name, metric.help, labels=metric.labels)
             family.add_metric(values, value)
         yield from families.values()

@@ -12,7 +12,7 @@ from PIL import Image
 
 from e2e.conftest import ROOT
 from e2e.pages import encode, page_message
-from serving.nano.pages import Page
+from serving.nano.pages import RenderedPage
 from serving.nano.training.measure import SPECS, held_out_pages
 from serving.nano.training.metrics import character_error_rate
 
@@ -31,29 +31,29 @@ def read(client: openai.OpenAI, image: Image.Image, mode: str, must_end: bool = 
     return answer.choices[0].message.content or ""
 
 
-def read_all(client: openai.OpenAI, pages: Sequence[Page], num_at_once: int, mode: str = "tiny") -> list[str]:
+def read_all(client: openai.OpenAI, pages: Sequence[RenderedPage], num_at_once: int, mode: str = "tiny") -> list[str]:
     with concurrent.futures.ThreadPoolExecutor(num_at_once) as pool:
         return list(pool.map(lambda page: read(client, Image.fromarray(page.pixels), mode), pages))
 
 
-def error_rates(client: openai.OpenAI, pages: Sequence[Page], mode: str) -> list[float]:
+def error_rates(client: openai.OpenAI, pages: Sequence[RenderedPage], mode: str) -> list[float]:
     texts = read_all(client, pages, 8, mode)
     return [character_error_rate(text, page.text) for text, page in zip(texts, pages, strict=True)]
 
 
 @pytest.fixture(scope="module")
-def pages() -> list[Page]:
+def pages() -> list[RenderedPage]:
     return held_out_pages(SPECS["core"], NUM_PAGES, SEED)
 
 
-def test_printed_pages_are_read(client: openai.OpenAI, pages: list[Page]) -> None:
+def test_printed_pages_are_read(client: openai.OpenAI, pages: list[RenderedPage]) -> None:
     rates = error_rates(client, pages, "tiny")
     assert float(np.mean(rates)) <= 0.004, rates  # 0.04% when it was made; a line that is missed weighs much
     assert float(np.median(rates)) == 0
     assert max(rates) <= 0.1  # 1.4% when it was made
 
 
-def test_a_page_reads_the_same_alone_and_among_others(client: openai.OpenAI, pages: list[Page]) -> None:
+def test_a_page_reads_the_same_alone_and_among_others(client: openai.OpenAI, pages: list[RenderedPage]) -> None:
     together = read_all(client, pages[:8], 8)
     assert together == read_all(client, pages[:8], 1)
 
@@ -70,6 +70,6 @@ def test_pages_in_other_fonts_and_sizes_are_read(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.slow
-def test_pages_are_read_in_base_mode_too(client: openai.OpenAI, pages: list[Page]) -> None:
+def test_pages_are_read_in_base_mode_too(client: openai.OpenAI, pages: list[RenderedPage]) -> None:
     rates = error_rates(client, pages[:16], "base")
     assert float(np.mean(rates)) <= 0.04, rates  # 1.75% on 24 pages when it was made

@@ -11,8 +11,8 @@ from typing import Literal
 
 from starlette.types import Send
 
-from serving.engine.scripted.batching import Batch, Counts, RequestUsage
-from serving.engine.scripted.failures import Failure, Kind
+from serving.engine.scripted.batching import Counts, RequestUsage, RunningBatch
+from serving.engine.scripted.failures import FailureKind, ScriptedFailure
 from serving.engine.scripted.frames import DONE, StreamFrames, build_answer, build_error
 from serving.engine.scripted.requests import ScriptedRequest
 
@@ -28,7 +28,7 @@ vLLM's default, those that ask for it. `forced`: vLLM's --enable-force-include-u
 class Core:
     """What the requests of one engine share."""
 
-    batch: Batch
+    batch: RunningBatch
     usage_frames: UsageFrames
     exit_process: Callable[[int], object]
     counts: Counts = field(default_factory=Counts)
@@ -43,19 +43,19 @@ class Core:
         continuous = is_forced or request.continuous_usage
         return StreamFrames(request, answer_id, int(time.time()), has_continuous_usage=continuous), has_usage
 
-    def fail(self, failure: Failure) -> None:
+    def fail(self, failure: ScriptedFailure) -> None:
         """The failures that strike more than one request."""
-        if failure.kind is Kind.EXIT:
+        if failure.kind is FailureKind.EXIT:
             self.exit_process(1)
-        elif failure.kind is Kind.DEAD:
+        elif failure.kind is FailureKind.DEAD:
             self.dead_error = RuntimeError("the script says that the engine dies")
 
 
-class Run:
+class ScriptedRun:
     """One request on its way: waits for its place, is read, and generates its tokens."""
 
     def __init__(
-        self, core: Core, request: ScriptedRequest, usage: RequestUsage, failure: Failure | None, send: Send
+        self, core: Core, request: ScriptedRequest, usage: RequestUsage, failure: ScriptedFailure | None, send: Send
     ) -> None:
         self._core = core
         self._request = request
@@ -68,11 +68,11 @@ class Run:
     async def answer(self) -> None:
         """From waiting to the last byte. Cancelling it aborts the request; what it has used stays counted."""
         failure = self._failure
-        if failure is not None and failure.kind is Kind.STATUS:
+        if failure is not None and failure.kind is FailureKind.STATUS:
             self._finish("error")
             await _send_refusal(self._send, failure)
             return
-        if failure is not None and failure.kind is Kind.REFUSE:
+        if failure is not None and failure.kind is FailureKind.REFUSE:
             self._finish("error")
             await _cut(self._send)
             return
@@ -97,7 +97,7 @@ class Run:
         self.usage.image_tokens = self._request.image_tokens
         self._core.counts.prompt_tokens += self._request.prompt_tokens
         self._core.counts.prompted += 1
-        if self._failure is not None and self._failure.kind is Kind.SLOW_START:
+        if self._failure is not None and self._failure.kind is FailureKind.SLOW_START:
             await asyncio.sleep(self._failure.value)
 
     async def _stream(self) -> bool:
@@ -146,12 +146,12 @@ class Run:
         if self._core.dead_error is not None or failure is None:
             await self._send_error()
             return False
-        if failure.kind is Kind.STALL:
+        if failure.kind is FailureKind.STALL:
             if failure.for_s is not None:
                 await asyncio.sleep(failure.for_s)
                 return True
             await asyncio.get_running_loop().create_future()  # until the client leaves
-        if failure.kind is Kind.DIE:
+        if failure.kind is FailureKind.DIE:
             await _cut(self._send)
             return False
         self._core.fail(failure)
@@ -175,7 +175,7 @@ class Run:
         self._core.counts.finished[reason] += 1
 
 
-async def _send_refusal(send: Send, failure: Failure) -> None:
+async def _send_refusal(send: Send, failure: ScriptedFailure) -> None:
     status = int(failure.value)
     kind = "ServiceUnavailableError" if status == 503 else "BadRequestError" if status < 500 else "InternalServerError"
     extra = [] if failure.retry_after_s is None else [(b"retry-after", b"%d" % failure.retry_after_s)]

@@ -25,11 +25,11 @@ import orjson
 from pydantic import ValidationError
 from starlette.types import Receive, Scope, Send
 
-from serving.engine.scripted.answering import Core, Run, UsageFrames, send_body
-from serving.engine.scripted.batching import Batch, Ledger, RequestUsage, render_metrics
+from serving.engine.scripted.answering import Core, ScriptedRun, UsageFrames, send_body
+from serving.engine.scripted.batching import RequestUsage, RunningBatch, UsageLog, render_metrics
 from serving.engine.scripted.failures import parse_failures
 from serving.engine.scripted.frames import build_error
-from serving.engine.scripted.requests import RefusedError, read_request
+from serving.engine.scripted.requests import RequestRefusedError, read_request
 from serving.errors import SettingsError
 from serving.settings.stack import ScriptSettings
 
@@ -65,8 +65,8 @@ class ScriptedEngine:
         """
         self.names = tuple(names)
         self.pid = pid or os.getpid()
-        self._core = Core(Batch(script), usage_frames=usage_frames, exit_process=exit_process)
-        self._ledger = Ledger()
+        self._core = Core(RunningBatch(script), usage_frames=usage_frames, exit_process=exit_process)
+        self._ledger = UsageLog()
         self._failures = parse_failures(script.failures)
         self._api_key = api_key
         self._started_s = int(time.time())
@@ -119,7 +119,7 @@ class ScriptedEngine:
         elif scope["type"] == "http":
             try:
                 await self._route(scope, receive, send)
-            except RefusedError as error:
+            except RequestRefusedError as error:
                 body = build_error(error.status, str(error), error.type, error.param)
                 await send_body(send, error.status, body)
 
@@ -141,7 +141,7 @@ class ScriptedEngine:
         elif path == "/script":
             await self._change_script(method, receive, send)
         else:
-            raise RefusedError("Not Found", status=404, type="NotFoundError")
+            raise RequestRefusedError("Not Found", status=404, type="NotFoundError")
 
     def _lets_in(self, scope: Scope) -> bool:
         if self._api_key is None:
@@ -156,7 +156,7 @@ class ScriptedEngine:
     async def _answer_usage(self, request_id: str, send: Send) -> None:
         usage = self._ledger.find(request_id)
         if usage is None:
-            raise RefusedError("No request of this id is known here.", status=404, type="NotFoundError")
+            raise RequestRefusedError("No request of this id is known here.", status=404, type="NotFoundError")
         await send_body(send, 200, orjson.dumps(dataclasses.asdict(usage)))
 
     async def _change_script(self, method: str, receive: Receive, send: Send) -> None:
@@ -166,7 +166,7 @@ class ScriptedEngine:
                 script = ScriptSettings(**{**self.script.model_dump(), **changes})
                 failures = parse_failures(script.failures)
             except (orjson.JSONDecodeError, TypeError, ValidationError, SettingsError) as error:
-                raise RefusedError(str(error)) from error
+                raise RequestRefusedError(str(error)) from error
             if "failures" in changes:
                 self._failures = failures  # counts requests anew
             self._core.batch.change(script)
@@ -178,10 +178,10 @@ class ScriptedEngine:
         if body is None:
             return
         if self.errored:
-            raise RefusedError("EngineCore encountered an issue.", status=500, type="InternalServerError")
+            raise RequestRefusedError("EngineCore encountered an issue.", status=500, type="InternalServerError")
         request = read_request(path, body, self.script, self.names)
         given_id = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        run = Run(self._core, request, RequestUsage(given_id), self._failures.next(), send)
+        run = ScriptedRun(self._core, request, RequestUsage(given_id), self._failures.next(), send)
         if given_id:
             self._ledger.add(run.usage)
         answering = asyncio.ensure_future(run.answer())

@@ -30,7 +30,7 @@ class RequestUsage:
     is_finished: bool = False
 
 
-class Ledger:
+class UsageLog:
     """The usage of the last requests that came with an id. Those of one id add up, as the engine has worked for all."""
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class Counts:
     finished: Counter[str] = field(default_factory=Counter)
 
 
-class Batch:
+class RunningBatch:
     """The running set: `max_num_seqs` sequences, others wait in the order in which they came."""
 
     def __init__(self, script: ScriptSettings) -> None:
@@ -164,7 +164,7 @@ _METRICS = (
 _REASONS = ("stop", "length", "abort", "error")
 
 
-def render_metrics(names: Sequence[str], batch: Batch, counts: Counts) -> bytes:
+def render_metrics(names: Sequence[str], batch: RunningBatch, counts: Counts) -> bytes:
     """vLLM's names in Prometheus's text format."""
     labels = f'engine="0",model_name="{names[0]}"'
     values = (

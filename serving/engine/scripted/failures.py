@@ -33,7 +33,7 @@ from enum import StrEnum
 from serving.errors import SettingsError
 
 
-class Kind(StrEnum):
+class FailureKind(StrEnum):
     STATUS = "status"
     REFUSE = "refuse"
     SLOW_START = "slow_start"
@@ -44,21 +44,21 @@ class Kind(StrEnum):
     DEAD = "dead"
 
 
-_WITH_VALUE = (Kind.STATUS, Kind.SLOW_START)
-_MIDWAY = (Kind.STALL, Kind.DIE, Kind.ERROR, Kind.EXIT, Kind.DEAD)
+_WITH_VALUE = (FailureKind.STATUS, FailureKind.SLOW_START)
+_MIDWAY = (FailureKind.STALL, FailureKind.DIE, FailureKind.ERROR, FailureKind.EXIT, FailureKind.DEAD)
 _COUNTING = ("every", "after_requests", "times")
-_KEYS: dict[Kind, tuple[str, ...]] = {
-    Kind.STATUS: ("retry_after_s",),
+_KEYS: dict[FailureKind, tuple[str, ...]] = {
+    FailureKind.STATUS: ("retry_after_s",),
     **dict.fromkeys(_MIDWAY, ("after_tokens",)),
-    Kind.STALL: ("after_tokens", "for_s"),
+    FailureKind.STALL: ("after_tokens", "for_s"),
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
+class ScriptedFailure:
     """One line of the script."""
 
-    kind: Kind
+    kind: FailureKind
     value: float = 0.0
     """The status, or the seconds."""
     after_tokens: int = 0
@@ -83,11 +83,11 @@ class Failure:
 class FailureScript:
     """Counts requests and says what strikes each."""
 
-    failures: tuple[Failure, ...] = ()
+    failures: tuple[ScriptedFailure, ...] = ()
     num_requests: int = 0
     _struck: Counter[int] = field(default_factory=Counter)
 
-    def next(self) -> Failure | None:
+    def next(self) -> ScriptedFailure | None:
         """The failure of the request that has just come in."""
         self.num_requests += 1
         for place, failure in enumerate(self.failures):
@@ -106,12 +106,12 @@ def parse_failures(lines: Iterable[str]) -> FailureScript:
     return FailureScript(tuple(_parse(line) for line in lines))
 
 
-def _parse(line: str) -> Failure:
+def _parse(line: str) -> ScriptedFailure:
     name, *words = line.split(":")
     try:
-        kind = Kind(name)
+        kind = FailureKind(name)
     except ValueError:
-        raise SettingsError(f"failure {line!r}: there is no {name!r}, only {', '.join(Kind)}") from None
+        raise SettingsError(f"failure {line!r}: there is no {name!r}, only {', '.join(FailureKind)}") from None
     given: dict[str, float] = {}
     if kind in _WITH_VALUE:
         if not words or "=" in words[0]:
@@ -126,19 +126,19 @@ def _parse(line: str) -> Failure:
     return _build(line, kind, given)
 
 
-def _build(line: str, kind: Kind, given: dict[str, float]) -> Failure:
+def _build(line: str, kind: FailureKind, given: dict[str, float]) -> ScriptedFailure:
     for key in (*_COUNTING, "after_tokens", "retry_after_s"):
         if key in given and not given[key].is_integer():
             raise SettingsError(f"failure {line!r}: {key} must be a whole number")
     if given.get("every", 1) < 1:
         raise SettingsError(f"failure {line!r}: every must be 1 or more")
-    if kind is Kind.STATUS and not (given["value"].is_integer() and 400 <= given["value"] <= 599):
+    if kind is FailureKind.STATUS and not (given["value"].is_integer() and 400 <= given["value"] <= 599):
         raise SettingsError(f"failure {line!r}: the status must be one of an error, 400 to 599")
 
     def whole(key: str) -> int | None:
         return int(given[key]) if key in given else None
 
-    return Failure(
+    return ScriptedFailure(
         kind=kind,
         value=given.get("value", 0.0),
         after_tokens=whole("after_tokens") or 0,

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from serving.nano.config import NANO, NanoConfig
-from serving.nano.pages import LINE_PX, PITCH_PX, GreyPage, Page
+from serving.nano.pages import LINE_PX, PITCH_PX, GreyPage, RenderedPage
 from serving.nano.tokenizer import EOS_ID, FIRST_COLUMN_ID, FIRST_LINE_ID, PAD_ID, encode_text
 
 OCR_PROMPT = encode_text("\nFree OCR.")
@@ -63,7 +63,7 @@ class Batch:
     """bool [b, g, 2]: whether that line is the page's last or the one before, where it is easiest to be wrong."""
 
     @classmethod
-    def from_pages(cls, pages: Sequence[Page], sizes: NanoConfig = NANO, view_px: int | None = None) -> Self:
+    def from_pages(cls, pages: Sequence[RenderedPage], sizes: NanoConfig = NANO, view_px: int | None = None) -> Self:
         """Collate pages of `sizes.image_size` pixels, seen at `view_px` (by default that size as well)."""
         view_px = view_px or sizes.image_size
         grid = _PlaceGrid.build(view_px, sizes)
@@ -137,7 +137,7 @@ class _PlaceGrid:
         return filed
 
 
-def _encode_page(page: Page) -> list[int]:
+def _encode_page(page: RenderedPage) -> list[int]:
     """Return the tokens of an ASCII page: every space says its column, every newline the line it leads to."""
     tokens = encode_text(page.text)
     for index, (char, (x, _)) in enumerate(zip(page.text, page.centers.tolist(), strict=True)):
@@ -148,7 +148,7 @@ def _encode_page(page: Page) -> list[int]:
     return tokens
 
 
-def _label_patches(page: Page, sizes: NanoConfig, whitespace: str) -> Labels:
+def _label_patches(page: RenderedPage, sizes: NanoConfig, whitespace: str) -> Labels:
     """Return what each patch of the native page shows, [s, s].
 
     That is printed characters, those in `whitespace`, and with any of these the page's end.

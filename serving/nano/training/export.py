@@ -6,14 +6,14 @@ from typing import Annotated
 
 import typer
 
-from serving.nano.pages import CORE, Page, sample_page, with_chars
+from serving.nano.pages import CORE, RenderedPage, sample_page, with_chars
 
 HERE = Path(__file__).parents[1]
 SAMPLE_SEED = 2026
 SAMPLE_INDEX = 6
 
 
-def sample() -> Page:
+def sample() -> RenderedPage:
     """Return the page that documentation and first requests show; it is held out of training."""
     return sample_page(with_chars(CORE, 150, 300), "test", SAMPLE_SEED, SAMPLE_INDEX)
 

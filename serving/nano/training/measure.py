@@ -20,7 +20,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from serving.nano.pages import CORE, WIDE, Page, PageSpec, sample_page, with_chars
+from serving.nano.pages import CORE, WIDE, PageSpec, RenderedPage, sample_page, with_chars
 from serving.nano.tokenizer import decode_ids
 from serving.nano.training.batches import OCR_PROMPT, resize_view
 from serving.nano.training.metrics import character_error_rate
@@ -35,20 +35,20 @@ MAX_TOKENS = 480
 _BATCH_PAGES = 16
 _AT_ONCE = 8
 
-Reader = Callable[[Sequence[Page]], list[str]]
+Reader = Callable[[Sequence[RenderedPage]], list[str]]
 
 
 @dataclass(frozen=True)
 class Reading:
     """A page, what was read from it and the character error rate of that."""
 
-    page: Page
+    page: RenderedPage
     read: str
     rate: float
 
 
 def read_pages(
-    model: NanoOcr, pages: Sequence[Page], max_tokens: int = MAX_TOKENS, view_px: int | None = None
+    model: NanoOcr, pages: Sequence[RenderedPage], max_tokens: int = MAX_TOKENS, view_px: int | None = None
 ) -> list[str]:
     """Read pages greedily with the default prompt, at `view_px` pixels a side or the native size."""
     import torch
@@ -61,7 +61,7 @@ def read_pages(
     return texts
 
 
-def post_page(url: str, page: Page, mode: str) -> str:
+def post_page(url: str, page: RenderedPage, mode: str) -> str:
     """Return what a running stack at `url` reads from a page in a mode."""
     file = io.BytesIO()
     Image.fromarray(page.pixels).save(file, "PNG")
@@ -84,12 +84,12 @@ def _join_spaces(text: str) -> str:
     return "\n".join(" ".join(line.split()) for line in text.split("\n"))
 
 
-def measure_texts(pages: Sequence[Page], texts: Sequence[str]) -> list[Reading]:
+def measure_texts(pages: Sequence[RenderedPage], texts: Sequence[str]) -> list[Reading]:
     """Compare what was read with what the pages say."""
     return [Reading(page, text, character_error_rate(text, page.text)) for page, text in zip(pages, texts, strict=True)]
 
 
-def held_out_pages(spec: PageSpec, num_pages: int, seed: int) -> list[Page]:
+def held_out_pages(spec: PageSpec, num_pages: int, seed: int) -> list[RenderedPage]:
     """Return the first pages of a specification whose words were kept out of training."""
     return [sample_page(spec, "test", seed, index) for index in range(num_pages)]
 
@@ -108,7 +108,9 @@ def measure_stretch(reader: Reader, num_pages: int, seed: int) -> dict[str, list
     return {kind: measure_texts(pages, [_join_spaces(t) for t in reader(pages)]) for kind, pages in kinds.items()}
 
 
-def _add_groups(table: Table, readings: list[Reading], name: str, key: Callable[[Page], object], tokens: int) -> None:
+def _add_groups(
+    table: Table, readings: list[Reading], name: str, key: Callable[[RenderedPage], object], tokens: int
+) -> None:
     groups: dict[object, list[Reading]] = {}
     for reading in readings:
         groups.setdefault(key(reading.page), []).append(reading)
@@ -137,7 +139,7 @@ def build_table(title: str, readings: list[Reading], num_vision_tokens: int) -> 
     """Return error rates overall and by characters, lines, font and size."""
     table = _build_table(title)
     _add_row(table, "all", readings, num_vision_tokens)
-    groups: tuple[tuple[str, Callable[[Page], object]], ...] = (
+    groups: tuple[tuple[str, Callable[[RenderedPage], object]], ...] = (
         ("characters from", lambda page: f"{len(page.text) // 50 * 50:03}"),
         ("lines", lambda page: f"{page.text.count(chr(10)) + 1:02}"),
         ("font", lambda page: page.style.font),
@@ -152,7 +154,7 @@ def _build_reader(checkpoint: Path, url: str | None, mode: str) -> Reader:
     if url is not None:
         address = url.rstrip("/")
 
-        def post(pages: Sequence[Page]) -> list[str]:
+        def post(pages: Sequence[RenderedPage]) -> list[str]:
             with ThreadPoolExecutor(_AT_ONCE) as pool:
                 return list(pool.map(lambda page: post_page(address, page, mode), pages))
 

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw
 
-from serving.nano.pages import Box, Page, PageStyle, load_font
+from serving.nano.pages import Box, PageStyle, RenderedPage, load_font
 from serving.nano.texts import Random, sample_lines, word_list
 
 Kind = Literal["proportional", "invoice", "invoice on the grid"]
@@ -53,13 +53,13 @@ class _Sheet:
         """Draw a thin line from margin to margin."""
         self._draw.line((16, y, _SIZE_PX - 17, y), fill=_INK, width=2)
 
-    def finish(self) -> Page:
+    def finish(self) -> RenderedPage:
         """Return the page."""
         centers = np.array(self._centers[:-1], np.float32)
-        return Page(np.asarray(self._image), "\n".join(self._lines), self._boxes, centers, self._style)
+        return RenderedPage(np.asarray(self._image), "\n".join(self._lines), self._boxes, centers, self._style)
 
 
-def _proportional(random: Random) -> Page:
+def _proportional(random: Random) -> RenderedPage:
     sheet = _Sheet("sans", 24, None)
     lines = sample_lines(random, "test", int(random.integers(5, 13)), 30)
     left, top = int(random.integers(8, 40)), int(random.integers(24, 60))
@@ -68,7 +68,7 @@ def _proportional(random: Random) -> Page:
     return sheet.finish()
 
 
-def _invoice(random: Random, pitch_px: int | None, step_px: int, left: int, top: int) -> Page:
+def _invoice(random: Random, pitch_px: int | None, step_px: int, left: int, top: int) -> RenderedPage:
     """Lay out title, addressee, a table between two rules, the total and a closing line."""
     sheet = _Sheet("mono", 26, pitch_px)
     words = [word_list("test")[int(i)].capitalize() for i in random.integers(0, len(word_list("test")), 12)]
@@ -92,7 +92,7 @@ def _invoice(random: Random, pitch_px: int | None, step_px: int, left: int, top:
     return sheet.finish()
 
 
-def stretch_page(kind: Kind, seed: int, index: int) -> Page:
+def stretch_page(kind: Kind, seed: int, index: int) -> RenderedPage:
     """Return page number `index` of a kind."""
     random = np.random.default_rng((seed, KINDS.index(kind), index))
     match kind:

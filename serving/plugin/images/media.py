@@ -14,7 +14,7 @@ from vllm.multimodal.media.base import MediaWithBytes
 from vllm.multimodal.media.connector import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 from vllm.multimodal.media.image import ImageMediaIO
 
-from serving.plugin import vllm_internals as private
+from serving.plugin import vllm_internals
 from serving.plugin.images.decoding import read_header
 from serving.plugin.images.encoded_page import EncodedPage
 from serving.plugin.images.pipeline import image_pipeline
@@ -31,7 +31,7 @@ class EncodedImageIO(ImageMediaIO):
         Raises:
             ValueError: no image of an allowed format, too large, or damaged as far as that is seen here.
         """
-        formats = private.allowed_image_formats()
+        formats = vllm_internals.allowed_image_formats()
         header = read_header(data, formats)
         width, height = header.size
         limit = envs.VLLM_MAX_IMAGE_PIXELS

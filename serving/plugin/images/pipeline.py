@@ -16,8 +16,8 @@ from serving.plugin.images.encoded_page import EncodedPage
 from serving.plugin.images.page_views import PageViews, build_views
 from serving.plugin.images.picture import Colour
 from serving.plugin.images.pool import ImagePool, PoolUnavailableError, Ticket
-from serving.plugin.images.settings import ImageSettings
-from serving.plugin.images.worker_messages import Job
+from serving.plugin.images.settings import ImagePipelineSettings
+from serving.plugin.images.worker_messages import ViewJob
 from serving.plugin.modes.resolution import ResolutionMode
 from serving.plugin.modes.selection import ChosenMode
 
@@ -25,7 +25,7 @@ from serving.plugin.modes.selection import ChosenMode
 class ImagePipeline:
     """Makes views of the pages of requests. Thread-safe."""
 
-    def __init__(self, settings: ImageSettings) -> None:
+    def __init__(self, settings: ImagePipelineSettings) -> None:
         self.settings = settings
         self._pool = ImagePool(settings) if settings.workers else None
         # One thread is enough to wait for room in the queue: who comes later waits no less long for it.
@@ -98,7 +98,7 @@ def _is_ordered(page: EncodedPage, mode: ResolutionMode) -> bool:
 
 
 def _ticket(page: EncodedPage, mode: ResolutionMode, padding: Colour) -> Ticket:
-    job = Job(page.size, mode, padding, page.background, page.formats)
+    job = ViewJob(page.size, mode, padding, page.background, page.formats)
     return Ticket(job, page.data)
 
 
@@ -117,4 +117,4 @@ def image_pipeline() -> ImagePipeline:
     Raises:
         ValueError: a setting that is wrong.
     """
-    return ImagePipeline(ImageSettings.from_environ())
+    return ImagePipeline(ImagePipelineSettings.from_environ())

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from serving.plugin import metrics
 from serving.plugin.images.decoding import DecodeError
 from serving.plugin.images.page_views import PageViews
-from serving.plugin.images.settings import ImageSettings
-from serving.plugin.images.worker_messages import Job
+from serving.plugin.images.settings import ImagePipelineSettings
+from serving.plugin.images.worker_messages import ViewJob
 from serving.plugin.images.worker_process import WorkerHungError, WorkerLostError, WorkerProcess, WorkerStartError
 
 _IDLE_CHECK_S = 1.0
@@ -41,7 +41,7 @@ class PageLostError(ValueError):
 class Ticket:
     """A page's place in the queue. `views` fails with DecodeError or PageLostError when the page is at fault."""
 
-    job: Job
+    job: ViewJob
     data: bytes
     views: Future[PageViews] = field(default_factory=Future)
     begin_s: float = field(default_factory=time.monotonic)
@@ -53,7 +53,7 @@ class ImagePool:
     Thread-safe. Workers that die are replaced, and the page they had is tried once more.
     """
 
-    def __init__(self, settings: ImageSettings) -> None:
+    def __init__(self, settings: ImagePipelineSettings) -> None:
         self._settings = settings
         self._queue: queue.Queue[Ticket | None] = queue.Queue(settings.queue)
         self._lock = threading.Lock()

@@ -10,7 +10,7 @@ PREFIX = "SERVING_IMAGE_"
 
 
 @dataclass(frozen=True, slots=True)
-class ImageSettings:
+class ImagePipelineSettings:
     """The pipeline's settings; each is read from `SERVING_IMAGE_` and its name in capitals.
 
     workers: processes that decode and tile; 0 leaves it to the API process's own threads.
@@ -34,7 +34,7 @@ class ImageSettings:
                 raise ValueError(f"{PREFIX}{name.upper()} must be positive, not {getattr(self, name)}")
 
     @classmethod
-    def from_environ(cls, environ: Mapping[str, str] = os.environ) -> ImageSettings:
+    def from_environ(cls, environ: Mapping[str, str] = os.environ) -> ImagePipelineSettings:
         """Read the settings.
 
         Raises:

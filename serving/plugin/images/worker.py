@@ -19,13 +19,13 @@ import numpy as np
 
 from serving.plugin.images.decoding import DecodeError, decode, size_of
 from serving.plugin.images.views import Layout, draw_views
-from serving.plugin.images.worker_messages import Done, Job, Ready, Refused
+from serving.plugin.images.worker_messages import Done, Ready, Refused, ViewJob
 from serving.plugin.modes.resolution import ResolutionMode
 
 _ORPHAN_CHECK_S = 5.0
 
 
-def run_job(job: Job, data: bytes, buffer: mmap.mmap) -> None:
+def run_job(job: ViewJob, data: bytes, buffer: mmap.mmap) -> None:
     """Decode a file and draw its views.
 
     Raises:
@@ -42,7 +42,7 @@ def serve(connection: Connection, memory_fd: int) -> None:
     parent = os.getppid()
     memory: mmap.mmap | None = None
     while _has_work(connection, parent):
-        job: Job = connection.recv()
+        job: ViewJob = connection.recv()
         data = connection.recv_bytes()
         begin = time.perf_counter()
         if memory is None or len(memory) < job.memory_bytes:

@@ -10,7 +10,7 @@ from serving.plugin.modes.resolution import ResolutionMode
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class ViewJob:
     """What is to be made of the file that follows as raw bytes.
 
     size: that the header promised, turned; the pixels must be of this size.

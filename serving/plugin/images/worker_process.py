@@ -17,7 +17,7 @@ import serving
 from serving.plugin.images.decoding import DecodeError
 from serving.plugin.images.page_views import PageViews
 from serving.plugin.images.views import Layout
-from serving.plugin.images.worker_messages import Done, Job, Ready, Refused
+from serving.plugin.images.worker_messages import Done, Ready, Refused, ViewJob
 
 _EXIT_TIMEOUT_S = 2.0
 _MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**28)}
@@ -93,7 +93,7 @@ class WorkerProcess:
     def is_alive(self) -> bool:
         return not self._is_lost and self._process.poll() is None
 
-    def run(self, job: Job, data: bytes, timeout_s: float) -> tuple[PageViews, float]:
+    def run(self, job: ViewJob, data: bytes, timeout_s: float) -> tuple[PageViews, float]:
         """Have a job done. Returns the views, in memory of their own, and the seconds that the worker took.
 
         Raises:
@@ -116,7 +116,7 @@ class WorkerProcess:
         shared = torch.frombuffer(self._memory, dtype=torch.uint8, count=layout.size_bytes)
         return PageViews.in_buffer(shared.clone(), layout), answer.seconds
 
-    def _ask(self, job: Job, data: bytes, timeout_s: float) -> Done | Refused | None:
+    def _ask(self, job: ViewJob, data: bytes, timeout_s: float) -> Done | Refused | None:
         self._connection.send(job)
         self._connection.send_bytes(data)
         if not self._connection.poll(timeout_s):

@@ -26,7 +26,7 @@ from serving.plugin.images.picture import Colour
 from serving.plugin.images.pipeline import image_pipeline
 from serving.plugin.modes.image_config import read_image_config
 from serving.plugin.modes.resolution import ResolutionMode
-from serving.plugin.modes.selection import ChosenMode, ModeRules, SelectionError, Size
+from serving.plugin.modes.selection import ChosenMode, ModeRules, ModeSelectionError, Size
 
 IMAGE_TOKEN = "<image>"
 _DEFAULT_MEAN = (0.5, 0.5, 0.5)
@@ -51,7 +51,7 @@ class DeepseekOCRProcessingInfo(BaseProcessingInfo):
         """
         try:
             return self.rules.choose(options, self.ctx.get_merged_mm_kwargs({}), sizes)
-        except SelectionError as error:
+        except ModeSelectionError as error:
             raise VLLMValidationError(f"mm_processor_kwargs: {error}.", parameter="mm_processor_kwargs") from error
 
     @cached_property

@@ -16,7 +16,7 @@ from serving.plugin.images import media  # noqa: F401 - makes the connector know
 from serving.plugin.images.encoded_page import EncodedPage
 from serving.plugin.images.pipeline import image_pipeline
 from serving.plugin.model.processor import DeepseekOCRMultiModalProcessor
-from serving.plugin.repetition import loop_stop as repetition
+from serving.plugin.repetition import loop_stop
 from serving.plugin.vllm_internals import read_bodies_with_orjson
 
 
@@ -30,7 +30,7 @@ class PageRenderer(HfRenderer):
             # This constructor runs in API processes only.
             read_bodies_with_orjson()
             image_pipeline().start()
-            repetition.count_stops(config.model_config.max_model_len)
+            loop_stop.count_stops(config.model_config.max_model_len)
 
     async def _process_tokens_async(self, prompt: Any, **options: Any) -> Any:
         # With vLLM's processor cache only it knows which of the pages need views.

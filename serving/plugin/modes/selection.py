@@ -32,7 +32,7 @@ Size = tuple[int, int]
 """Width and height of a page in pixels."""
 
 
-class SelectionError(ValueError):
+class ModeSelectionError(ValueError):
     """Options that cannot be followed; `option` names the one at fault."""
 
     def __init__(self, message: str, option: str) -> None:
@@ -83,12 +83,12 @@ class ModeRules:
         options = {**server, **request}
         unknown = set(options) - OPTIONS
         if unknown:
-            raise SelectionError(f"only {', '.join(sorted(OPTIONS))} can be set for this model", min(unknown))
+            raise ModeSelectionError(f"only {', '.join(sorted(OPTIONS))} can be set for this model", min(unknown))
         names = _names(options.get("mode", DEFAULT), len(sizes))
         chosen = [self._named(name, size, options) for name, size in zip(names, sizes, strict=True)]
         most = server.get("max_tiles", self.own.max_tiles)
         if any(choice.mode.max_tiles > most for choice in chosen if choice.mode.crop_mode):
-            raise SelectionError(f"max_tiles may be {most} at most here", "max_tiles")
+            raise ModeSelectionError(f"max_tiles may be {most} at most here", "max_tiles")
         return chosen
 
     def _named(self, name: str, size: Size, options: Mapping[str, Any]) -> ChosenMode:
@@ -117,10 +117,10 @@ class ModeRules:
 def _names(mode: Any, num_images: int) -> Sequence[str]:
     names = mode if isinstance(mode, list | tuple) else [mode] * num_images
     if len(names) != num_images:
-        raise SelectionError(f"mode names {len(names)} images, the request has {num_images}", "mode")
+        raise ModeSelectionError(f"mode names {len(names)} images, the request has {num_images}", "mode")
     for name in names:
         if not isinstance(name, str) or name not in NAMES:
-            raise SelectionError(f"mode must be one of {', '.join(NAMES)}", "mode")
+            raise ModeSelectionError(f"mode must be one of {', '.join(NAMES)}", "mode")
     return names
 
 
@@ -128,8 +128,8 @@ def _with_tiles(mode: ResolutionMode, options: Mapping[str, Any], own: Resolutio
     bounds = {key: options.get(key, getattr(own, key)) for key in ("min_tiles", "max_tiles")}
     for key, value in bounds.items():
         if isinstance(value, bool) or not isinstance(value, int):
-            raise SelectionError(f"{key} must be a whole number", key)
+            raise ModeSelectionError(f"{key} must be a whole number", key)
     try:
         return replace(mode, **bounds)
     except ValueError as error:
-        raise SelectionError(str(error), "max_tiles") from error
+        raise ModeSelectionError(str(error), "max_tiles") from error

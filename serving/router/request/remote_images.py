@@ -16,7 +16,7 @@ import pybase64
 
 from serving.errors import InvalidImageError, ServingError
 from serving.http.addresses import is_public_address
-from serving.http.fetching import FETCH_ERRORS, Fetcher, RefusedError
+from serving.http.fetching import FETCH_ERRORS, Fetcher, FetchRefusedError
 from serving.router.request.image_headers import check_size, read_size
 from serving.router.request.parsing import RoutedRequest
 from serving.settings.router import RemoteImageSettings, RouterSettings
@@ -114,7 +114,7 @@ class _Budget:
     def take(self, num_bytes: int) -> None:
         self.num_left -= num_bytes
         if self.num_left < 0:
-            raise RefusedError
+            raise FetchRefusedError
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from serving.cluster.directory import ReplicaRecord
-from serving.plugin.modes.selection import OPTIONS, ModeRules, SelectionError
+from serving.plugin.modes.selection import OPTIONS, ModeRules, ModeSelectionError
 from serving.router.request.parsing import RoutedRequest
 
 UNKNOWN_IMAGE_TOKENS = 903
@@ -91,7 +91,7 @@ def _read(
     known = [size for size in sizes if size is not None]
     try:
         chosen = _rules(image_config).choose(asked, server, known)
-    except SelectionError:
+    except ModeSelectionError:
         return _UNKNOWN_IMAGES  # the engine refuses it with its own words
     modes = tuple(choice.name for choice in chosen)
     num_tokens = sum(choice.mode.num_tokens(*size) for choice, size in zip(chosen, known, strict=True))

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks.ocr_accuracy import Measured, build_rows, build_tables, measure
-from serving.nano.documents import Sheet
+from serving.nano.documents import BookPage
 from serving.ocr_client.client import Options
 from serving.ocr_client.results import OcrResult
 
@@ -31,7 +31,7 @@ class Client:
 
 
 def test_a_book_is_measured_page_by_page_and_a_failed_page_is_wholly_wrong() -> None:
-    sheets = [Sheet(("abcd", "efghi"), 0, 0), Sheet(("1234567890",), 0, 0), Sheet(("xyz",), 0, 0)]
+    sheets = [BookPage(("abcd", "efghi"), 0, 0), BookPage(("1234567890",), 0, 0), BookPage(("xyz",), 0, 0)]
     client: Any = Client({"text": "abcd\nefghi"}, {"text": "123456789"}, {"text": "xyz", "status": "failed"})
     found = measure(client, Path("book.pdf"), sheets, Options("nano", mode="small"))
     assert (found.mode, found.rates, found.chars) == ("small", [0.0, 0.1, 1.0], [10, 10, 3])

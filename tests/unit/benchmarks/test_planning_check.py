@@ -18,14 +18,14 @@ from benchmarks.planning.comparison import (
     slow_down,
 )
 from serving.planning.curve import ServiceCurve
-from serving.planning.simulation import Pages, Run, run_closed, run_trace
+from serving.planning.simulation import Pages, SimulatedRun, run_closed, run_trace
 
 ENGINE = ServiceCurve(base_s=0.012, per_seq_s=0.002, prefill_s=0.06, overhead_s=0.03, max_seqs=64, kv_tokens=100_000)
 PAGES = Pages(80, sum(LENGTHS) / 2)
 RATE, SECONDS = 1.5, 20.0
 
 
-def read(run: Run) -> list[Reading]:
+def read(run: SimulatedRun) -> list[Reading]:
     """A run as clients would have measured it."""
     return [
         Reading(job.arrived_s, time_s, job.num_output, job.prompt_tokens)

@@ -7,16 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from serving.cli import drain_node as drain
+from serving.cli import drain_node
 from serving.cli.drain_node import Node
 
 COMMAND = ["/x/raylet", "--node_id=abc", "--gcs-address=10.0.0.1:6379", "--head", "--labels=", "--a=b=c"]
 
 
 def test_a_raylet_tells_its_node_and_cluster() -> None:
-    assert drain.parse_raylet(7, COMMAND) == Node(7, "abc", "10.0.0.1:6379")
+    assert drain_node.parse_raylet(7, COMMAND) == Node(7, "abc", "10.0.0.1:6379")
     with pytest.raises(ValueError, match="without --gcs-address"):
-        drain.parse_raylet(7, COMMAND[:2])
+        drain_node.parse_raylet(7, COMMAND[:2])
 
 
 @pytest.mark.parametrize(
@@ -33,8 +33,8 @@ def test_what_serves_is_counted_on_the_nodes_own_raylet(program: str, number: in
     assert child.stdout is not None
     try:
         child.stdout.readline()
-        assert drain.count_serving(Node(4242, "", "")) == number
-        assert drain.count_serving(Node(4243, "", "")) == 0
+        assert drain_node.count_serving(Node(4242, "", "")) == number
+        assert drain_node.count_serving(Node(4243, "", "")) == 0
     finally:
         child.communicate(b"\n")
 
@@ -47,14 +47,14 @@ def test_it_waits_until_nothing_serves(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(command)
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(drain, "_POLL_S", 0.0)
+    monkeypatch.setattr(drain_node, "_POLL_S", 0.0)
     monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(drain, "count_serving", lambda node: next(counts))
-    assert drain.drain(Node(1, "abc", "h:1"), 60.0)
+    monkeypatch.setattr(drain_node, "count_serving", lambda node: next(counts))
+    assert drain_node.drain(Node(1, "abc", "h:1"), 60.0)
     assert asked[0][-2:] == ["--deadline-remaining-seconds", "60"]
     assert "abc" in asked[0]
-    monkeypatch.setattr(drain, "count_serving", lambda node: 1)
-    assert not drain.drain(Node(1, "abc", "h:1"), 0.01)
+    monkeypatch.setattr(drain_node, "count_serving", lambda node: 1)
+    assert not drain_node.drain(Node(1, "abc", "h:1"), 0.01)
 
 
 def test_a_refusal_of_rays_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,4 +62,4 @@ def test_a_refusal_of_rays_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stderr="no such node", stdout="")
     )
     with pytest.raises(ValueError, match="no such node"):
-        drain.drain(Node(1, "abc", "h:1"), 1.0)
+        drain_node.drain(Node(1, "abc", "h:1"), 1.0)

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from serving.cli.main import app
 from serving.errors import SettingsError
 from serving.settings.stack import Settings
-from serving.stack import run_file as lifecycle
-from serving.stack.run_file import Run
+from serving.stack import run_file
+from serving.stack.run_file import StackRun
 
 WriteSettings = Callable[..., Path]
 KNOWN = frozenset({"max_model_len", "max_num_seqs", "dtype"})
@@ -144,25 +144,25 @@ def test_a_command_line_that_makes_no_sense_is_refused(arguments: tuple[str, ...
 # Telling what runs
 
 
-def build_run(address: str = "127.0.0.1:8000", config: str = "/a.yaml") -> Run:
-    return Run(pid=1, created_s=1.0, config=config, address=address, drain_s=1, start_timeout_s=1)
+def build_run(address: str = "127.0.0.1:8000", config: str = "/a.yaml") -> StackRun:
+    return StackRun(pid=1, created_s=1.0, config=config, address=address, drain_s=1, start_timeout_s=1)
 
 
 class Running:
     """What `serving.stack.run_file` finds and does, in the place of processes."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.runs: list[Run] = []
-        self.at: list[Run] = []
+        self.runs: list[StackRun] = []
+        self.at: list[StackRun] = []
         self.has_stopped = True
         self.reload_error = ""
         self.had_apps = False
-        self.told: list[Run] = []
-        monkeypatch.setattr(lifecycle, "find_runs", lambda config=None: self.runs)
-        monkeypatch.setattr(lifecycle, "find_run_at", lambda settings: self.at)
-        monkeypatch.setattr(lifecycle, "stop_run", lambda run, say: self.told.append(run) or self.has_stopped)
-        monkeypatch.setattr(lifecycle, "reload_run", lambda run, say: self.told.append(run) or self.reload_error)
-        monkeypatch.setattr(lifecycle, "remove_apps", lambda settings: self.had_apps)
+        self.told: list[StackRun] = []
+        monkeypatch.setattr(run_file, "find_runs", lambda config=None: self.runs)
+        monkeypatch.setattr(run_file, "find_run_at", lambda settings: self.at)
+        monkeypatch.setattr(run_file, "stop_run", lambda run, say: self.told.append(run) or self.has_stopped)
+        monkeypatch.setattr(run_file, "reload_run", lambda run, say: self.told.append(run) or self.reload_error)
+        monkeypatch.setattr(run_file, "remove_apps", lambda settings: self.had_apps)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import ray
 
 from serving.cluster.directory import EMPTY, ReplicaRecord, ReplicaState, RouterReport, Snapshot
 from serving.engine import autoscaling
-from serving.engine.autoscaling import Load, WorkPolicy, build_autoscaling, measure_load
+from serving.engine.autoscaling import ModelLoad, WorkPolicy, build_autoscaling, measure_load
 from serving.settings.stack import AutoscalingSettings, ModelSettings, Settings
 
 READY = ReplicaRecord("a", "m", "http://127.0.0.1:1", ReplicaState.READY, capacity_tokens=1000)
@@ -33,9 +33,9 @@ REPORTS = (
 
 def test_the_load_is_what_waits_and_what_ready_replicas_have_under_way() -> None:
     load = measure_load("m", SNAPSHOT, REPORTS, None)
-    assert load == Load(work=1600, capacity=2000)
+    assert load == ModelLoad(work=1600, capacity=2000)
     assert load.wanted_replicas(0.5) == pytest.approx(1.6)
-    assert measure_load("m", SNAPSHOT, REPORTS, work_per_replica=800) == Load(1600, 800)
+    assert measure_load("m", SNAPSHOT, REPORTS, work_per_replica=800) == ModelLoad(1600, 800)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 
 from serving.engine.backends import _Watcher
 from serving.engine.token_counts import EngineUsage
-from serving.plugin import vllm_internals as private
+from serving.plugin import vllm_internals
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's and torch's imports warn of themselves; ours are not meant here
@@ -35,7 +35,7 @@ class FrontEnd:
         self.usage = EngineUsage()
         self.num_generated = 0
         self.num_prompted = 0
-        private.watch_sequences(self, _Watcher(self.usage, private.sequence_counts))
+        vllm_internals.watch_sequences(self, _Watcher(self.usage, vllm_internals.sequence_counts))
 
     def add(self, engine_id: str, *, n: int = 1, with_image: bool = False) -> list[str]:
         """What `AsyncLLM.add_request` does; returns the names of the sequences."""
@@ -166,7 +166,7 @@ def test_every_stream_ends_with_usage_and_no_other_frame_has_it_unless_asked() -
 
     originals = {module: module.should_include_usage for module in (chat, completion)}
     try:
-        private.end_streams_with_usage()
+        vllm_internals.end_streams_with_usage()
         for module in (chat, completion):
             decide: Any = module.should_include_usage
             assert decide(None, False) == (True, False)
@@ -186,6 +186,6 @@ def test_the_size_of_the_kv_cache_is_told() -> None:
     fields = CacheConfig.__dataclass_fields__
     assert {"kv_cache_size_tokens", "num_gpu_blocks", "block_size"} <= set(fields)
     cache = SimpleNamespace(kv_cache_size_tokens=None, num_gpu_blocks=10, block_size=16)
-    assert private.kv_cache_tokens(SimpleNamespace(cache_config=cache)) == 160
+    assert vllm_internals.kv_cache_tokens(SimpleNamespace(cache_config=cache)) == 160
     cache.kv_cache_size_tokens = 150
-    assert private.kv_cache_tokens(SimpleNamespace(cache_config=cache)) == 150
+    assert vllm_internals.kv_cache_tokens(SimpleNamespace(cache_config=cache)) == 150

@@ -9,7 +9,7 @@ import pypdfium2
 import pytest
 from typer.testing import CliRunner
 
-from serving.nano.documents import DPI, PAGE_PX, Kind, main, sample_sheet
+from serving.nano.documents import DPI, PAGE_PX, BookKind, main, sample_sheet
 from serving.nano.pages import LINE_PX, PITCH_PX
 from serving.nano.texts import word_list
 from serving.nano.training.metrics import character_error_rate
@@ -49,8 +49,8 @@ def test_characters_stand_on_the_grid_at_the_service_s_resolution(book: Path) ->
     assert ink.sum() <= said.sum() + sum(sheet.text.count(char) for char in ".,'`-_:;")
 
 
-@pytest.mark.parametrize("kind", Kind)
-def test_pages_are_reproducible_and_within_what_was_measured(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", BookKind)
+def test_pages_are_reproducible_and_within_what_was_measured(kind: BookKind) -> None:
     for index in range(20):
         sheet = sample_sheet(1, index, kind)
         assert sheet == sample_sheet(1, index, kind)

@@ -14,7 +14,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.models.deepencoder import DeepCLIPVisionEmbeddings
 
 from serving.nano.config import NANO, build_model_config
-from serving.nano.pages import CORE, Page, sample_page
+from serving.nano.pages import CORE, RenderedPage, sample_page
 from serving.nano.training.batches import IGNORED, PAGE_END, Batch, resize_view
 from serving.nano.training.model import NanoOcr
 from serving.plugin.images.page_views import build_views
@@ -31,7 +31,7 @@ def _vllm_config() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def page() -> Page:
+def page() -> RenderedPage:
     return sample_page(CORE, "train", 0, 3)
 
 
@@ -46,7 +46,7 @@ def model() -> NanoOcr:
 
 
 @pytest.mark.parametrize("mode", ["tiny", "small", "base", "large", "gundam"])
-def test_views_are_those_of_the_serving_side(page: Page, mode: str) -> None:
+def test_views_are_those_of_the_serving_side(page: RenderedPage, mode: str) -> None:
     colour = Image.fromarray(page.pixels).convert("RGB")
     served = build_views(colour, MODES[mode], (127, 127, 127))
     ours = resize_view(page.pixels, MODES[mode].base_size)
@@ -83,7 +83,7 @@ def test_the_second_encoders_positions_are_the_serving_sides(model: NanoOcr, siz
     torch.testing.assert_close(ours(patches), served(torch.zeros(1), patches))
 
 
-def test_a_native_view_is_the_page(page: Page) -> None:
+def test_a_native_view_is_the_page(page: RenderedPage) -> None:
     batch = Batch.from_pages([page])
     assert np.array_equal(batch.pages[0].numpy(), page.pixels)
     side = NANO.grid_side
@@ -92,7 +92,9 @@ def test_a_native_view_is_the_page(page: Page) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_every_place_is_shown_by_one_token_in_the_room_that_it_has_on_a_native_page(page: Page, size: int) -> None:
+def test_every_place_is_shown_by_one_token_in_the_room_that_it_has_on_a_native_page(
+    page: RenderedPage, size: int
+) -> None:
     batch = Batch.from_pages([page], view_px=size)
     side = size // NANO.cell_size
     assert batch.pages.shape == (1, size, size)
@@ -111,7 +113,7 @@ def test_every_place_is_shown_by_one_token_in_the_room_that_it_has_on_a_native_p
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_tokens_know_whether_text_follows_below(page: Page, size: int) -> None:
+def test_tokens_know_whether_text_follows_below(page: RenderedPage, size: int) -> None:
     batch = Batch.from_pages([page], view_px=size)
     known = batch.is_more[0] != IGNORED
     assert int(known.sum()) == 16

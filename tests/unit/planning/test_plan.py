@@ -6,22 +6,22 @@ import pytest
 
 from serving.planning.curve import ServiceCurve
 from serving.planning.figures import Basis, load_figures
-from serving.planning.plan import MeasuredCurve, Question, build_plan, normalise, sine_day
-from serving.planning.sheet import Sheet
+from serving.planning.plan import MeasuredCurve, PlanQuestion, build_plan, normalise, sine_day
+from serving.planning.sheet import PlanSheet
 from serving.planning.sizing import PlanError
 
 FIGURES = load_figures()
-QUESTION = Question(33e6, "base", 20.0)
+QUESTION = PlanQuestion(33e6, "base", 20.0)
 FAST = MeasuredCurve(ServiceCurve(0.005, 0.0001, 0.01, 0.05, 256, 400_000), "a bench of ours")
 
 
 @pytest.fixture(scope="module")
-def sheet() -> Sheet:
+def sheet() -> PlanSheet:
     """The plan that the documentation shows."""
     return build_plan(QUESTION, FIGURES)
 
 
-def test_33_million_pages_a_day(sheet: Sheet) -> None:
+def test_33_million_pages_a_day(sheet: PlanSheet) -> None:
     assert sheet["mean_rate"] == pytest.approx(381.9, abs=0.1)
     assert sheet["gpus_floor"] == 165
     assert sheet["gpus"] > sheet["gpus_floor"]
@@ -33,7 +33,7 @@ def test_33_million_pages_a_day(sheet: Sheet) -> None:
     assert sheet["revenue"] == pytest.approx(33e6 * (279 * 0.03 + 1080 * 0.10) / 1e6, rel=1e-3)
 
 
-def test_every_number_says_what_it_rests_on(sheet: Sheet) -> None:
+def test_every_number_says_what_it_rests_on(sheet: PlanSheet) -> None:
     known = sheet.lines.keys() | sheet.used.keys()
     assert all(line.how and set(line.rests_on) <= known for line in sheet.lines.values())
     assert sheet.lines["replicas"].is_extrapolated
@@ -72,7 +72,7 @@ def test_a_day_of_ones_own() -> None:
         (replace(QUESTION, daily_curve=(0.0,)), "daily curve"),
     ],
 )
-def test_what_cannot_be_planned_is_refused(question: Question, reason: str) -> None:
+def test_what_cannot_be_planned_is_refused(question: PlanQuestion, reason: str) -> None:
     with pytest.raises(PlanError, match=reason):
         build_plan(question, FIGURES)
 

@@ -14,15 +14,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vllm.model_executor.models.interfaces import SupportsMultiModal
 
-from serving.plugin import vllm_internals as private
+from serving.plugin import vllm_internals
 
 
 def test_this_is_the_version_that_the_private_interfaces_were_read_in() -> None:
-    assert vllm.__version__ == private.VLLM_VERSION
+    assert vllm.__version__ == vllm_internals.VLLM_VERSION
 
 
 def test_encoder_layers_take_the_sizes_that_are_given_to_them() -> None:
-    sam, clip, projector = private.encoder_layers()
+    sam, clip, projector = vllm_internals.encoder_layers()
     wanted = {"img_size", "embed_dim", "depth", "num_heads", "out_chans", "window_size", "global_attn_indexes"}
     assert wanted <= set(inspect.signature(sam).parameters)
     assert {"config", "quant_config", "prefix"} <= set(inspect.signature(clip).parameters)
@@ -45,8 +45,13 @@ def test_the_processors_hook_is_still_called_with_the_images() -> None:
 
 
 def test_the_servers_arguments_are_known_and_parsed() -> None:
-    assert {"model", "max_model_len", "enable_prefix_caching", "served_model_name"} <= private.known_server_args()
-    parsed = private.parse_server_args(["--model", "x", "--max-model-len", "64", "--no-enable-prefix-caching"])
+    assert {
+        "model",
+        "max_model_len",
+        "enable_prefix_caching",
+        "served_model_name",
+    } <= vllm_internals.known_server_args()
+    parsed = vllm_internals.parse_server_args(["--model", "x", "--max-model-len", "64", "--no-enable-prefix-caching"])
     assert (parsed.model, parsed.max_model_len, parsed.enable_prefix_caching) == ("x", 64, False)
 
 
@@ -78,7 +83,7 @@ def test_the_hooks_of_an_architectures_engine_config_and_of_the_scheduler_exist(
     from vllm.v1.core.sched.scheduler import Scheduler
 
     seen: list[object] = []
-    private.adapt_engine_config("NoSuchArchitecture", seen.append)
+    vllm_internals.adapt_engine_config("NoSuchArchitecture", seen.append)
     try:
         MODELS_CONFIG_MAP["NoSuchArchitecture"].verify_and_update_config("config")
     finally:
@@ -104,8 +109,8 @@ def test_ends_before_a_requests_limits_are_noted_with_its_output(
 
     monkeypatch.setattr(OutputProcessor, "_update_stats_from_finished", OutputProcessor._update_stats_from_finished)
     noted: list[list[int]] = []
-    private.watch_early_length_ends(16, lambda output: pytest.fail("the last call counts"))
-    private.watch_early_length_ends(16, lambda output: noted.append(list(output)))
+    vllm_internals.watch_early_length_ends(16, lambda output: pytest.fail("the last call counts"))
+    vllm_internals.watch_early_length_ends(16, lambda output: noted.append(list(output)))
     processor = OutputProcessor(None, log_stats=False)
     params = SamplingParams(max_tokens=max_tokens, detokenize=False)
     request = EngineCoreRequest("r", [1, 2, 3], None, params, None, 0.0, None, None, None, external_req_id="e")
@@ -136,8 +141,8 @@ def text_chunks() -> Iterator[tuple[Any, Any, Any, Any]]:
 
     names = ("DeltaMessage", "ChatCompletionResponseStreamChoice", "ChatCompletionStreamResponse")
     classes = {name: getattr(chat, name) for name in names}
-    private.write_text_chunks()
-    private.write_text_chunks()
+    vllm_internals.write_text_chunks()
+    vllm_internals.write_text_chunks()
     yield chat, *classes.values()
     vars(chat).update(classes)
 
@@ -200,8 +205,8 @@ def _bodies_with_orjson() -> Iterator[None]:
     from starlette.requests import Request
 
     own = Request.json
-    private.read_bodies_with_orjson()
-    private.read_bodies_with_orjson()
+    vllm_internals.read_bodies_with_orjson()
+    vllm_internals.read_bodies_with_orjson()
     assert Request.json.__wrapped__ is own  # type: ignore[attr-defined]
     yield
     Request.json = own  # type: ignore[method-assign]
@@ -256,7 +261,7 @@ def test_bodies_that_are_no_json_fail_as_in_the_standard_library(body: bytes) ->
 def test_the_environment_is_read_once_when_it_shall_be() -> None:
     from vllm import envs
 
-    private.remember_environment()
+    vllm_internals.remember_environment()
     try:
         assert envs._is_envs_cache_enabled()
     finally:

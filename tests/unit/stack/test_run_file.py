@@ -17,7 +17,7 @@ from serving.errors import ServingError
 from serving.settings.router import RouterSettings
 from serving.settings.stack import ModelSettings, Settings
 from serving.stack import run_file as lifecycle
-from serving.stack.run_file import Run, RunFile, find_run_at, find_runs, reload_run, run_file, run_folder, stop_run
+from serving.stack.run_file import RunFile, StackRun, find_run_at, find_runs, reload_run, run_file, run_folder, stop_run
 
 Say = Callable[[str], None]
 
@@ -34,14 +34,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / f"serving-{os.getuid()}"
 
 
-def write_run(folder: Path, pid: int, config: str = "/c.yaml", port: int = 8000, **changes: object) -> Run:
+def write_run(folder: Path, pid: int, config: str = "/c.yaml", port: int = 8000, **changes: object) -> StackRun:
     """The run file of another process."""
     created_s = psutil.Process(pid).create_time() if psutil.pid_exists(pid) else 0.0
-    run = Run(pid, created_s, config, f"127.0.0.1:{port}", drain_s=1, start_timeout_s=5, is_ready=True)
+    run = StackRun(pid, created_s, config, f"127.0.0.1:{port}", drain_s=1, start_timeout_s=5, is_ready=True)
     run_folder()
-    told = {name: getattr(run, name) for name in Run.__dataclass_fields__} | changes
+    told = {name: getattr(run, name) for name in StackRun.__dataclass_fields__} | changes
     (folder / f"127.0.0.1-{port}.json").write_text(json.dumps(told))
-    return Run(**told)
+    return StackRun(**told)
 
 
 @pytest.fixture

@@ -24,8 +24,7 @@ from serving.errors import ServingError, SettingsError
 from serving.settings.ocr import OcrSettings
 from serving.settings.router import RouterSettings
 from serving.settings.stack import AutoscalingSettings, ModelSettings, RaySettings, Settings
-from serving.stack import ray_start as cluster
-from serving.stack import up as launch
+from serving.stack import ray_start, up
 from serving.stack.ray_start import Cluster, LostError, StartError
 from serving.stack.supervisor import SignalRequests
 
@@ -53,20 +52,20 @@ def test_a_taken_port_is_refused_even_when_its_owner_would_share(shares_port: bo
         stranger.listen()
         port = stranger.getsockname()[1]
         with pytest.raises(StartError, match=rf"127\.0\.0\.1:{port} cannot be listened on .*PORT="):
-            cluster.refuse_taken_port("127.0.0.1", port)
+            ray_start.refuse_taken_port("127.0.0.1", port)
 
 
 def test_a_free_port_stays_free() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    cluster.refuse_taken_port("127.0.0.1", port)
-    cluster.refuse_taken_port("127.0.0.1", port)
+    ray_start.refuse_taken_port("127.0.0.1", port)
+    ray_start.refuse_taken_port("127.0.0.1", port)
 
 
 def test_an_address_of_another_machine_is_refused() -> None:
     with pytest.raises(StartError, match=r"203\.0\.113\.1:8000 cannot be listened on"):
-        cluster.refuse_taken_port("203.0.113.1", 8000)
+        ray_start.refuse_taken_port("203.0.113.1", 8000)
 
 
 # Room for all replicas
@@ -82,35 +81,35 @@ def test_a_cluster_of_our_own_has_room_for_all_replicas(
     model = ModelSettings(checkpoint="x", num_replicas=num_replicas, cpus_per_replica=cpus_per_replica)
     settings = Settings(models={"m": model}, router=RouterSettings(cpus_per_replica=router_cpus))
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    assert cluster.needed_cpus(settings) == expected
+    assert ray_start.needed_cpus(settings) == expected
     monkeypatch.setattr(os, "cpu_count", lambda: 500)
-    assert cluster.needed_cpus(settings) == 500
+    assert ray_start.needed_cpus(settings) == 500
     monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert cluster.needed_cpus(settings) == expected
+    assert ray_start.needed_cpus(settings) == expected
 
 
 def test_there_is_room_for_all_replicas_that_the_work_may_ask_for() -> None:
     scaling = AutoscalingSettings(max_replicas=600)
     settings = Settings(models={"m": ModelSettings(checkpoint="x", autoscaling=scaling)})
-    assert cluster.needed_cpus(settings) == 603
+    assert ray_start.needed_cpus(settings) == 603
 
 
 def test_settings_that_do_not_fit_the_running_cluster_are_refused() -> None:
     settings = Settings(models={"m": ModelSettings(checkpoint="x", num_replicas=600)})
     ours = Cluster(settings)
-    cluster.check_room(settings, ours)  # one that was joined
+    ray_start.check_room(settings, ours)  # one that was joined
     ours.num_cpus = 603
-    cluster.check_room(settings, ours)
+    ray_start.check_room(settings, ours)
     ours.num_cpus = 602
     with pytest.raises(ServingError, match="need 603 CPUs of Ray's, which was started with 602"):
-        cluster.check_room(settings, ours)
+        ray_start.check_room(settings, ours)
 
 
 def test_a_cluster_of_our_own_has_room_for_documents_that_a_reload_brings() -> None:
     settings = Settings(models={"m": ModelSettings(checkpoint="x", num_replicas=600)})
     ours = Cluster(settings)
-    ours.num_cpus = cluster.needed_cpus(cluster._with_documents(settings))
-    cluster.check_room(settings.model_copy(update={"ocr": OcrSettings(enabled=True)}), ours)
+    ours.num_cpus = ray_start.needed_cpus(ray_start._with_documents(settings))
+    ray_start.check_room(settings.model_copy(update={"ocr": OcrSettings(enabled=True)}), ours)
 
 
 # Ray's start
@@ -126,14 +125,14 @@ def test_a_ray_that_was_too_slow_is_ended_and_started_once_more(
         assert options == {"address": "local"}
         started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))
         if len(started) <= num_failures:
-            raise Exception(f"The current node {cluster.SLOW_START}. This could happen")
+            raise Exception(f"The current node {ray_start.SLOW_START}. This could happen")
 
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
-        with contextlib.nullcontext() if num_failures == 1 else pytest.raises(Exception, match=cluster.SLOW_START):
-            cluster._init_ray({"address": "local"})
+        with contextlib.nullcontext() if num_failures == 1 else pytest.raises(Exception, match=ray_start.SLOW_START):
+            ray_start._init_ray({"address": "local"})
         assert len(started) == 2
         assert not psutil.pid_exists(started[0].pid)
         assert started[1].poll() is bystander.poll() is None
@@ -152,13 +151,13 @@ def test_what_is_wrong_with_the_options_is_not_tried_twice(monkeypatch: pytest.M
 
     monkeypatch.setattr(ray, "init", init)
     with pytest.raises(ConnectionError):
-        cluster._init_ray({})
+        ray_start._init_ray({})
     assert len(calls) == 1
 
 
 def test_ray_still_says_so_when_it_was_too_slow() -> None:
     assert ray.__version__ == "2.60.0", "look whether its start has a setting or an error class by now"
-    assert re.search(r'"The current node ' + cluster.SLOW_START, inspect.getsource(node))
+    assert re.search(r'"The current node ' + ray_start.SLOW_START, inspect.getsource(node))
 
 
 # The head
@@ -211,18 +210,18 @@ def test_what_a_running_stack_cannot_change_is_refused(
 ) -> None:
     before = Settings(models={"nano": ModelSettings(checkpoint="nano")})
     with pytest.raises(SettingsError, match=reason) as caught:
-        launch._read_again(before, write_settings(text))
+        up._read_again(before, write_settings(text))
     assert "other" not in str(caught.value)
 
 
 def test_what_can_change_is_read(write_settings: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[Path] = []
-    monkeypatch.setattr(launch, "_check_engine_args", checked.append)
+    monkeypatch.setattr(up, "_check_engine_args", checked.append)
     before = Settings(models={"nano": ModelSettings(checkpoint="nano")})
-    assert launch._read_again(before, write_settings("router: {max_tries: 7}")).router.max_tries == 7
+    assert up._read_again(before, write_settings("router: {max_tries: 7}")).router.max_tries == 7
     assert checked == []
     file = write_settings("models: {nano: {checkpoint: nano, engine_args: {dtype: auto}}}", is_whole=True)
-    assert launch._read_again(before, file).models["nano"].engine_args == {"dtype": "auto"}
+    assert up._read_again(before, file).models["nano"].engine_args == {"dtype": "auto"}
     assert checked == [file], "vLLM is asked before anything is replaced"
 
 
@@ -234,7 +233,7 @@ def test_engine_arguments_are_checked_in_a_process_of_its_own(
 
     monkeypatch.setattr(subprocess, "run", refuse)
     with pytest.raises(SettingsError, match=r"^no such argument$"):
-        launch._check_engine_args(write_settings())
+        up._check_engine_args(write_settings())
 
 
 # What the user is told
@@ -254,7 +253,7 @@ def test_engine_arguments_are_checked_in_a_process_of_its_own(
     ],
 )
 def test_the_greeting_shows_a_command_that_works(host: str, url: str) -> None:
-    greeting = launch._greeting(build_settings(host=host, port=8123), EMPTY)
+    greeting = up._greeting(build_settings(host=host, port=8123), EMPTY)
     assert f"curl {url}/v1/chat/completions " in greeting
     assert f"{url}/v1," in greeting
     assert '{"model": "nano", ' in greeting
@@ -262,10 +261,10 @@ def test_the_greeting_shows_a_command_that_works(host: str, url: str) -> None:
 
 def test_the_greeting_tells_where_documents_go() -> None:
     settings = build_settings(port=8123)
-    assert "/v1/ocr" not in launch._greeting(settings, EMPTY)
+    assert "/v1/ocr" not in up._greeting(settings, EMPTY)
 
     def greet(**ocr: object) -> str:
-        return launch._greeting(settings.model_copy(update={"ocr": OcrSettings.model_validate(ocr)}), EMPTY)
+        return up._greeting(settings.model_copy(update={"ocr": OcrSettings.model_validate(ocr)}), EMPTY)
 
     assert "POST http://127.0.0.1:8123/v1/ocr," in greet(enabled=True)
     assert "In a browser: http://127.0.0.1:8123/\n" in greet(enabled=True)
@@ -274,7 +273,7 @@ def test_the_greeting_tells_where_documents_go() -> None:
 
 def test_the_greeting_tells_where_the_engines_are() -> None:
     record = ReplicaRecord("a", "nano", "http://127.0.0.1:4321", ReplicaState.READY)
-    assert "nano at http://127.0.0.1:4321" in launch._greeting(build_settings(), Snapshot((1, 1), (record,)))
+    assert "nano at http://127.0.0.1:4321" in up._greeting(build_settings(), Snapshot((1, 1), (record,)))
 
 
 def application(message: str, *deployments: str) -> SimpleNamespace:
@@ -311,13 +310,13 @@ serving.errors.SettingsError: vLLM does not accept them
     ],
 )
 def test_the_reason_of_a_failure_is_its_last_error(told: SimpleNamespace, is_verbose: bool, expected: str) -> None:
-    assert launch._reason(told, is_verbose) == expected
+    assert up._reason(told, is_verbose) == expected
 
 
 def test_each_thing_is_said_once_and_as_it_is() -> None:
     output = io.StringIO()
     updates: list[str] = []
-    say = launch._teller(Console(file=output, width=100), updates.append)
+    say = up._teller(Console(file=output, width=100), updates.append)
     for text in ("loading [/weights]", "loading [/weights]", "ready", "loading [/weights]"):
         say(text)
     assert updates == ["loading [/weights]", "ready", "loading [/weights]"]
@@ -345,7 +344,7 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Settings]]:
     """Gives settings of a cluster that is there already, with a listener in the place of its GCS."""
     monkeypatch.setattr(ray, "init", lambda **options: None)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
-    monkeypatch.setattr(cluster, "check_closed", lambda address, settings: None)  # see test_ray_access.py
+    monkeypatch.setattr(ray_start, "check_closed", lambda address, settings: None)  # see test_ray_access.py
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "abc")
     with socket.socket() as gcs:
@@ -367,21 +366,21 @@ def requests() -> Iterator[SignalRequests]:
 
 def test_applications_are_stopped_in_order(joined: Callable[[], Settings], requests: SignalRequests) -> None:
     ended = Ended()
-    with cluster.run_cluster(joined(), True, requests, ended.stop_apps):
+    with ray_start.run_cluster(joined(), True, requests, ended.stop_apps):
         pass
     assert ended.asked == [False]
 
 
 def test_an_urgent_stop_does_not_wait_for_requests(joined: Callable[[], Settings], requests: SignalRequests) -> None:
     ended = Ended(hangs=True)
-    with cluster.run_cluster(joined(), True, requests, ended.stop_apps):
+    with ray_start.run_cluster(joined(), True, requests, ended.stop_apps):
         signal.raise_signal(signal.SIGUSR2)
     assert ended.asked == [True]
 
 
 def test_a_stop_that_becomes_urgent_is_cut_short(joined: Callable[[], Settings], requests: SignalRequests) -> None:
     ended = Ended(hangs=True)
-    with cluster.run_cluster(joined(), True, requests, ended.stop_apps):
+    with ray_start.run_cluster(joined(), True, requests, ended.stop_apps):
         threading.Timer(0.3, requests.urgent.set).start()
     assert ended.asked == [False, True]
 
@@ -391,7 +390,7 @@ def test_a_cluster_that_dies_while_it_stops_is_not_waited_for(
 ) -> None:
     ended = Ended(hangs=True)
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    with cluster.run_cluster(joined(), True, requests, ended.stop_apps) as ours:
+    with ray_start.run_cluster(joined(), True, requests, ended.stop_apps) as ours:
         ours._children = [psutil.Process(child.pid)]  # one of Ray's lesser processes
         ours.check()
         child.kill()
@@ -410,6 +409,6 @@ def test_nothing_is_stopped_on_a_cluster_that_was_never_reached(
     monkeypatch.setattr(ray, "init", refuse)
     ended = Ended()
     refused = pytest.raises(StartError, match=r"^ray.address: .* cannot be joined: nobody there$")
-    with refused, cluster.run_cluster(settings, True, requests, ended.stop_apps):
+    with refused, ray_start.run_cluster(settings, True, requests, ended.stop_apps):
         pass
     assert ended.asked == []

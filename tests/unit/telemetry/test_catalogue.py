@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from support.paths import ROOT
 
-from serving.telemetry.catalogue import OCR, ROUTER, Kind, Metric, render_table, render_tables
+from serving.telemetry.catalogue import OCR, ROUTER, Metric, MetricKind, render_table, render_tables
 
 UNBOUNDED = {"request_id", "key", "client", "ip", "path", "prompt"}
 UNITS = ("_total", "_seconds", "_tokens", "_requests", "_records", "_ratio", "_replicas", "_state", "_info")
@@ -14,8 +14,8 @@ UNITS += ("_bytes", "_dollars", "_wanted", "_documents", "_jobs")
 def test_names_and_labels_follow_the_rules(metric: Metric) -> None:
     assert metric.name.startswith("serving_")
     assert metric.name.endswith(UNITS)
-    assert metric.name.endswith("_total") == (metric.kind is Kind.COUNTER)
-    assert bool(metric.buckets) == (metric.kind is Kind.HISTOGRAM)
+    assert metric.name.endswith("_total") == (metric.kind is MetricKind.COUNTER)
+    assert bool(metric.buckets) == (metric.kind is MetricKind.HISTOGRAM)
     assert list(metric.buckets) == sorted(set(metric.buckets))
     assert not UNBOUNDED & set(metric.labels)
     assert metric.help

@@ -2,23 +2,26 @@ from __future__ import annotations
 
 import pytest
 
-from serving.engine.scripted.failures import Failure, Kind, parse_failures
+from serving.engine.scripted.failures import FailureKind, ScriptedFailure, parse_failures
 from serving.errors import SettingsError
 
 
 @pytest.mark.parametrize(
     ("line", "failure"),
     [
-        ("refuse", Failure(Kind.REFUSE)),
-        ("status:503:every=10", Failure(Kind.STATUS, value=503, every=10)),
-        ("status:429:retry_after_s=2", Failure(Kind.STATUS, value=429, retry_after_s=2)),
-        ("die:after_tokens=5:every=20", Failure(Kind.DIE, after_tokens=5, every=20)),
-        ("exit:after_requests=100", Failure(Kind.EXIT, after_requests=100)),
-        ("stall:after_tokens=3:for_s=0.5:times=2", Failure(Kind.STALL, after_tokens=3, for_s=0.5, times=2)),
-        ("slow_start:1.5", Failure(Kind.SLOW_START, value=1.5)),
+        ("refuse", ScriptedFailure(FailureKind.REFUSE)),
+        ("status:503:every=10", ScriptedFailure(FailureKind.STATUS, value=503, every=10)),
+        ("status:429:retry_after_s=2", ScriptedFailure(FailureKind.STATUS, value=429, retry_after_s=2)),
+        ("die:after_tokens=5:every=20", ScriptedFailure(FailureKind.DIE, after_tokens=5, every=20)),
+        ("exit:after_requests=100", ScriptedFailure(FailureKind.EXIT, after_requests=100)),
+        (
+            "stall:after_tokens=3:for_s=0.5:times=2",
+            ScriptedFailure(FailureKind.STALL, after_tokens=3, for_s=0.5, times=2),
+        ),
+        ("slow_start:1.5", ScriptedFailure(FailureKind.SLOW_START, value=1.5)),
     ],
 )
-def test_a_line_says_what_and_when(line: str, failure: Failure) -> None:
+def test_a_line_says_what_and_when(line: str, failure: ScriptedFailure) -> None:
     assert parse_failures([line]).failures == (failure,)
 
 

@@ -28,13 +28,13 @@ from vllm.renderers.base import BaseRenderer
 from vllm.renderers.hf import HfRenderer
 from vllm.renderers.registry import RENDERER_REGISTRY
 
-from serving.plugin import vllm_internals as private
+from serving.plugin import vllm_internals
 from serving.plugin.images import media, pipeline
 from serving.plugin.images.decoding import DecodeError, read_header
 from serving.plugin.images.encoded_page import EncodedPage
 from serving.plugin.images.page_views import WHITE, PageViews, build_views
 from serving.plugin.images.pool import PoolUnavailableError, Ticket
-from serving.plugin.images.settings import ImageSettings
+from serving.plugin.images.settings import ImagePipelineSettings
 from serving.plugin.model import renderer
 from serving.plugin.modes.selection import MODES, ChosenMode
 
@@ -70,7 +70,7 @@ class StubPool:
 
 
 def build_pipeline(pool: StubPool | None = None) -> pipeline.ImagePipeline:
-    made = pipeline.ImagePipeline(ImageSettings())
+    made = pipeline.ImagePipeline(ImagePipelineSettings())
     made._pool = pool  # type: ignore[assignment]
     return made
 
@@ -250,7 +250,7 @@ async def test_the_renderer_prepares_pages_on_the_way_to_vllms_processor(monkeyp
 def test_what_is_used_of_vllms_renderer_is_still_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RENDERER_REGISTRY, "renderers", dict(RENDERER_REGISTRY.renderers))
     assert RENDERER_REGISTRY.load_renderer_cls("hf") in (HfRenderer, renderer.PageRenderer)
-    private.replace_renderer(renderer.__name__, renderer.PageRenderer.__name__)
+    vllm_internals.replace_renderer(renderer.__name__, renderer.PageRenderer.__name__)
     assert RENDERER_REGISTRY.load_renderer_cls("hf") is renderer.PageRenderer
     assert list(inspect.signature(BaseRenderer._process_tokens_async).parameters) == ["self", "prompt", "skip_mm_cache"]
     assert {"shutdown", "mm_processor_cache"} <= set(dir(BaseRenderer))

@@ -19,8 +19,8 @@ from serving.plugin import metrics
 from serving.plugin.images.decoding import DecodeError
 from serving.plugin.images.page_views import WHITE, PageViews, build_views
 from serving.plugin.images.pool import ImagePool, PageLostError, PoolUnavailableError, Ticket
-from serving.plugin.images.settings import ImageSettings
-from serving.plugin.images.worker_messages import Job
+from serving.plugin.images.settings import ImagePipelineSettings
+from serving.plugin.images.worker_messages import ViewJob
 from serving.plugin.images.worker_process import WorkerLostError, WorkerProcess
 from serving.plugin.modes.resolution import ResolutionMode
 
@@ -41,7 +41,7 @@ def encode(page: Image.Image) -> bytes:
 
 
 def ticket(data: bytes | None = None, mode: ResolutionMode = TINY, size: tuple[int, int] = (900, 700)) -> Ticket:
-    return Ticket(Job(size, mode, GREY, WHITE, ("PNG", "JPEG")), encode(build_page()) if data is None else data)
+    return Ticket(ViewJob(size, mode, GREY, WHITE, ("PNG", "JPEG")), encode(build_page()) if data is None else data)
 
 
 def run(pool: ImagePool, page: Ticket) -> PageViews:
@@ -67,7 +67,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 @pytest.fixture(scope="module")
 def pool() -> Iterator[ImagePool]:
     """One worker that bears whatever the tests do to it."""
-    pool = ImagePool(ImageSettings(workers=1))
+    pool = ImagePool(ImagePipelineSettings(workers=1))
     yield pool
     pool.close()
 
@@ -77,7 +77,7 @@ def build_pool() -> Iterator[Callable[..., ImagePool]]:
     pools: list[ImagePool] = []
 
     def build(**settings: float) -> ImagePool:
-        pools.append(ImagePool(ImageSettings(**{"workers": 1, **settings})))  # type: ignore[arg-type]
+        pools.append(ImagePool(ImagePipelineSettings(**{"workers": 1, **settings})))  # type: ignore[arg-type]
         return pools[-1]
 
     yield build
@@ -155,7 +155,7 @@ def test_a_page_that_takes_two_workers_with_it_is_lost(pool: ImagePool, monkeypa
 def test_a_worker_that_hangs_is_replaced_and_its_page_lost(build_pool: Callable[..., ImagePool]) -> None:
     pool = build_pool(work_timeout_s=20.0)
     run(pool, ticket())
-    pool._settings = ImageSettings(workers=1, work_timeout_s=0.2)
+    pool._settings = ImagePipelineSettings(workers=1, work_timeout_s=0.2)
     (pid,) = pool.pids
     os.kill(pid, signal.SIGSTOP)
     with pytest.raises(PageLostError):
@@ -310,10 +310,10 @@ def test_workers_import_neither_vllm_nor_torch() -> None:
 )
 def test_wrong_settings_are_refused_by_name(variable: str, value: str) -> None:
     with pytest.raises(ValueError, match=f"SERVING_IMAGE_{variable} must"):
-        ImageSettings.from_environ({f"SERVING_IMAGE_{variable}": value})
+        ImagePipelineSettings.from_environ({f"SERVING_IMAGE_{variable}": value})
 
 
 def test_settings_are_read_from_the_environment() -> None:
     environ = {"SERVING_IMAGE_WORKERS": "3", "SERVING_IMAGE_WORK_TIMEOUT_S": "1.5"}
-    assert ImageSettings.from_environ(environ) == ImageSettings(workers=3, work_timeout_s=1.5)
-    assert ImageSettings.from_environ({}) == ImageSettings()
+    assert ImagePipelineSettings.from_environ(environ) == ImagePipelineSettings(workers=3, work_timeout_s=1.5)
+    assert ImagePipelineSettings.from_environ({}) == ImagePipelineSettings()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.plugin.modes.resolution import ResolutionMode
-from serving.plugin.modes.selection import AUTO, DEFAULT, MODE_FOR_DETAIL, MODES, NAMES, ModeRules, SelectionError
+from serving.plugin.modes.selection import AUTO, DEFAULT, MODE_FOR_DETAIL, MODES, NAMES, ModeRules, ModeSelectionError
 
 PUBLISHED = ModeRules.from_config({})
 NANO = ModeRules.from_config({"base_size": 512, "image_size": 512, "crop_mode": False, "auto_min_scale": 1.0})
@@ -88,7 +88,7 @@ def test_auto_never_shrinks_more_than_it_may_while_a_larger_mode_is_left(width: 
     ],
 )
 def test_options_that_cannot_be_followed_are_refused(request_: dict[str, Any], option: str) -> None:
-    with pytest.raises(SelectionError) as caught:
+    with pytest.raises(ModeSelectionError) as caught:
         PUBLISHED.choose(request_, {}, [(9, 9), (9, 9)])
     assert caught.value.option == option
 
@@ -102,7 +102,7 @@ def test_options_that_cannot_be_followed_are_refused(request_: dict[str, Any], o
 def test_any_options_give_modes_or_a_selection_error(request_: dict[str, Any]) -> None:
     try:
         chosen = PUBLISHED.choose(request_, {"max_tiles": 9}, [(2000, 3000)])
-    except SelectionError:
+    except ModeSelectionError:
         return
     _, largest = PUBLISHED.largest({"max_tiles": 9})
     assert chosen[0].mode.num_tokens(2000, 3000) <= largest.num_tokens(*largest.largest_page())

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.plugin import metrics
-from serving.plugin import vllm_internals as private
-from serving.plugin.repetition import loop_stop as repetition
+from serving.plugin import metrics, vllm_internals
+from serving.plugin.repetition import loop_stop
 from serving.plugin.repetition.loop_stop import (
     DEFAULT_REPEATED_TOKENS,
     QUALIFIED_NAME,
@@ -211,7 +210,7 @@ def test_a_request_that_ended_anyway_keeps_its_reason(monkeypatch: pytest.Monkey
     monkeypatch.setattr(Scheduler, "__init__", lambda self, **arguments: None)
     monkeypatch.setattr(Scheduler, "_update_request_with_output", lambda self, request, new, stale: (new, True))
     asked: list[int] = []
-    scheduler = private.build_watched_scheduler(
+    scheduler = vllm_internals.build_watched_scheduler(
         lambda request, count: bool(asked.append(count)), "why", vllm_config=engine_config({})
     )
     assert scheduler._update_request_with_output(types.SimpleNamespace(), [1]) == ([1], True)
@@ -240,7 +239,7 @@ def test_nothing_is_wasted_without_a_loop() -> None:
 
 def test_stops_and_the_tokens_that_they_wasted_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     noters: list[Any] = []
-    monkeypatch.setattr(repetition, "watch_early_length_ends", lambda length, note: noters.append((length, note)))
+    monkeypatch.setattr(loop_stop, "watch_early_length_ends", lambda length, note: noters.append((length, note)))
     count_stops(8192)
     ((length, note),) = noters
     assert length == 8192

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.plugin.repetition import ngram_bans as ngram
+from serving.plugin.repetition import ngram_bans
 from serving.plugin.repetition.ngram_bans import NGramBans
 
 VOCABULARY = 6
@@ -152,7 +152,7 @@ def test_the_time_per_token_does_not_grow_with_size_and_window() -> None:
         bans, tokens = NGramBans(20_000), np.random.default_rng(1).integers(0, 100_000, 20_000)
         seat = bans.open(size, window)
         begin = time.thread_time()
-        ngram._push_all(seat, tokens, bans._table, bans._rolling, bans._rings, bans._hashes, bans._white)
+        ngram_bans._push_all(seat, tokens, bans._table, bans._rolling, bans._rings, bans._hashes, bans._white)
         return time.thread_time() - begin
 
     small, large = (min(seconds(*rule) for _ in range(5)) for rule in ((30, 90), (3000, 9000)))

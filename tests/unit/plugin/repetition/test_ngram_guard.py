@@ -17,7 +17,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor as HostProcessor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as DeviceProcessor
 
-from serving.plugin.repetition import ngram_guard as guard
+from serving.plugin.repetition import ngram_guard
 from serving.plugin.repetition.ngram_guard import DeviceGuard, HostGuard, NGramGuard, configure
 
 IMAGE, CELL, VOCABULARY, MAX_LENGTH = 7, 5, 10, 96
@@ -31,7 +31,7 @@ class Tokenizer:
 
 @pytest.fixture(autouse=True)
 def _tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "cached_tokenizer_from_config", lambda model_config: Tokenizer())
+    monkeypatch.setattr(ngram_guard, "cached_tokenizer_from_config", lambda model_config: Tokenizer())
 
 
 def engine_config(additional: Any = None, **model: Any) -> Any:
@@ -223,7 +223,7 @@ def test_device_guard_bans_the_same_and_sees_draft_tokens(stock: types.ModuleTyp
 
 
 def test_device_guard_in_parts_bans_the_same(stock: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "_MAX_COMPARED", 1)
+    monkeypatch.setattr(ngram_guard, "_MAX_COMPARED", 1)
     batch = SlottedBatch(3)
     for slot, letter in enumerate((1, 2, CELL)):
         batch.add(slot, Sequence({}, [IMAGE], [letter] * 10))
@@ -320,26 +320,26 @@ def test_takes_what_can_be_meant(arguments: dict[str, Any] | None) -> None:
 
 
 def test_the_recipe_is_the_default() -> None:
-    defaults = guard.GuardDefaults.from_config(engine_config(max_model_len=8192))
+    defaults = ngram_guard.GuardDefaults.from_config(engine_config(max_model_len=8192))
     assert (defaults.rule.size, defaults.rule.window, defaults.rule.whitelist) == (30, 90, {CELL})
     assert defaults.image_token_id == IMAGE
 
 
 def test_defaults_are_configured() -> None:
     given = {"ngram_guard": {"size": 4, "window": 40, "whitelist": ["<td>", 3, "<unknown>"]}}
-    rule = guard.GuardDefaults.from_config(engine_config(given)).rule
+    rule = ngram_guard.GuardDefaults.from_config(engine_config(given)).rule
     assert (rule.size, rule.window, rule.whitelist) == (4, 40, {CELL, 3})
-    assert guard.GuardDefaults.from_config(engine_config({"ngram_guard": False})).rule.bans_nothing
+    assert ngram_guard.GuardDefaults.from_config(engine_config({"ngram_guard": False})).rule.bans_nothing
     for wrong in (True, 5, {"sizes": 1}, {"size": "30"}, {"window": 0}):
         with pytest.raises(ValueError, match="ngram_guard"):
-            guard.GuardDefaults.from_config(engine_config({"ngram_guard": wrong}))
+            ngram_guard.GuardDefaults.from_config(engine_config({"ngram_guard": wrong}))
 
 
 def test_configures_the_engine_to_load_it_once() -> None:
     config = engine_config(logits_processors=["mine:Own"])
     configure(config)
     configure(config)
-    assert config.model_config.logits_processors == ["mine:Own", guard.QUALIFIED_NAME]
+    assert config.model_config.logits_processors == ["mine:Own", ngram_guard.QUALIFIED_NAME]
 
 
 def test_leaves_engines_alone_that_have_no_logits_processors() -> None:
@@ -352,7 +352,7 @@ def test_leaves_engines_alone_that_have_no_logits_processors() -> None:
     assert speculative.model_config.logits_processors is None
     speculative.use_v2_model_runner = True
     configure(speculative)
-    assert speculative.model_config.logits_processors == [guard.QUALIFIED_NAME]
+    assert speculative.model_config.logits_processors == [ngram_guard.QUALIFIED_NAME]
 
 
 def test_vllms_loaders_of_both_runners_take_the_name() -> None:
@@ -360,4 +360,4 @@ def test_vllms_loaders_of_both_runners_take_the_name() -> None:
     from vllm.v1.worker.gpu.sample.logits_processor.loader import _load_v2_logitsprocs_by_fqcns
 
     for load in (_load_logitsprocs_by_fqcns, _load_v2_logitsprocs_by_fqcns):
-        assert load([guard.QUALIFIED_NAME]) == [NGramGuard]
+        assert load([ngram_guard.QUALIFIED_NAME]) == [NGramGuard]

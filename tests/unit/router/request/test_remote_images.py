@@ -14,7 +14,7 @@ from yarl import URL
 
 from serving.errors import ImageTooLargeError, InvalidImageError, RequestError
 from serving.http.addresses import is_public_address
-from serving.http.fetching import RefusedError
+from serving.http.fetching import FetchRefusedError
 from serving.router.request.image_headers import check_image_url
 from serving.router.request.parsing import RoutedRequest, parse_request
 from serving.router.request.remote_images import RemoteImages
@@ -337,7 +337,7 @@ def test_hosts_are_those_of_the_list(hosts: tuple[str, ...], url: str, is_allowe
     if is_allowed:
         assert images._fetcher._checked(url) == URL(url)
         return
-    with pytest.raises((RefusedError, ValueError)):
+    with pytest.raises((FetchRefusedError, ValueError)):
         images._fetcher._checked(url)
 
 
