@@ -15,7 +15,7 @@ unset UV_FIND_LINKS
 
 resolve() {
   local lock=$1 && shift
-  .venv/bin/uv pip compile pyproject.toml --extra dev --extra bench --python-version 3.11 \
+  .venv/bin/uv pip compile pyproject.toml --extra plan --extra dev --extra bench --python-version 3.11 \
     --python-platform x86_64-unknown-linux-gnu --no-header --no-annotate --quiet --output-file "$lock" "$@" > /dev/null
 }
 

