@@ -158,7 +158,7 @@ def test_an_address_makes_a_file_name(folder: Path) -> None:
     assert run_file(build_settings(host="::1")) == folder / "__1-8000.json"
 
 
-@pytest.mark.parametrize(("pid", "created_s"), [(2**22 + 1, 0.0), (os.getpid(), 5.0)])
+@pytest.mark.parametrize(("pid", "created_s"), [(2**22 + 1, 0.0), (os.getpid(), 5.0)], ids=["gone", "another's"])
 def test_a_file_whose_process_is_gone_says_nothing(folder: Path, pid: int, created_s: float) -> None:
     run = write_run(folder, pid, created_s=created_s)
     assert find_runs() == []

@@ -88,6 +88,7 @@ def flip(text: str) -> str:
         f"Bearer {RECORD.hash}".encode(),
         f"Bearer sk-{RECORD.id}-{RECORD.hash[:43]}".encode(),
     ],
+    ids=lambda header: f"{len(header)} bytes",
 )
 def test_what_is_no_key_is_refused_and_not_sent_back(file: Path, header: bytes) -> None:
     if header.endswith(b"\n"):
