@@ -25,11 +25,12 @@ serve: install ## start the stack in the foreground, on PORT if given (Ctrl-C st
 demo-metrics: install ## the stack with a Prometheus beside it, whose address is printed (Ctrl-C stops both)
 	@$(if $(PORT),SERVING__ROUTER__PORT=$(PORT)) exec $(BIN)/python -m serving.cli.demo_metrics --config $(CONFIG)
 
-lint: install ## ruff, mypy --strict, import-linter
+lint: install ## ruff, mypy --strict, import-linter, no loops between folders
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python docs/draw_rooms.py --check
 
 format: install ## let ruff mend what it can
 	$(BIN)/ruff check --fix .

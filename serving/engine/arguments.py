@@ -63,7 +63,7 @@ def check_engine_args(settings: Settings) -> None:
     Raises:
         SettingsError: a name that vLLM does not know, with the closest that it does.
     """
-    from serving.plugin.vllm_internals import known_server_args
+    from serving.plugin.interfaces.vllm_internals import known_server_args
 
     known = known_server_args()
     for name, model in settings.models.items():

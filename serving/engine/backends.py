@@ -165,7 +165,7 @@ def _import_vllm() -> ModuleType:
     """Takes seconds, so a thread does it while the event loop goes on."""
     import vllm  # noqa: F401
 
-    from serving.plugin import vllm_internals
+    from serving.plugin.interfaces import vllm_internals
 
     return vllm_internals
 

@@ -16,7 +16,7 @@ def register() -> None:
     """Put this project's model in the place of vLLM's own for the published architecture's name. May run many times."""
     from vllm import ModelRegistry
 
-    from serving.plugin.vllm_internals import adapt_engine_config, replace_renderer
+    from serving.plugin.interfaces.vllm_internals import adapt_engine_config, replace_renderer
 
     ModelRegistry.register_model(ARCHITECTURE, "serving.plugin.model.deepseek_ocr:DeepseekOCRForCausalLM")
     adapt_engine_config(ARCHITECTURE, _configure)

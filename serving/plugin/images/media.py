@@ -14,10 +14,10 @@ from vllm.multimodal.media.base import MediaWithBytes
 from vllm.multimodal.media.connector import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 from vllm.multimodal.media.image import ImageMediaIO
 
-from serving.plugin import vllm_internals
 from serving.plugin.images.decoding import read_header
 from serving.plugin.images.encoded_page import EncodedPage
 from serving.plugin.images.pipeline import image_pipeline
+from serving.plugin.interfaces import vllm_internals
 
 NAME = "serving"
 

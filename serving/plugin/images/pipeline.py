@@ -11,13 +11,13 @@ from functools import cache
 from PIL import Image
 from vllm.exceptions import RetryableRequestError
 
-from serving.plugin import metrics
 from serving.plugin.images.encoded_page import EncodedPage
 from serving.plugin.images.page_views import PageViews, build_views
 from serving.plugin.images.picture import Colour
 from serving.plugin.images.pool import ImagePool, PoolUnavailableError, Ticket
 from serving.plugin.images.settings import ImagePipelineSettings
 from serving.plugin.images.worker_messages import ViewJob
+from serving.plugin.interfaces import metrics
 from serving.plugin.modes.resolution import ResolutionMode
 from serving.plugin.modes.selection import ChosenMode
 

@@ -12,12 +12,12 @@ import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from serving.plugin import metrics
 from serving.plugin.images.decoding import DecodeError
 from serving.plugin.images.page_views import PageViews
 from serving.plugin.images.settings import ImagePipelineSettings
 from serving.plugin.images.worker_messages import ViewJob
 from serving.plugin.images.worker_process import WorkerHungError, WorkerLostError, WorkerProcess, WorkerStartError
+from serving.plugin.interfaces import metrics
 
 _IDLE_CHECK_S = 1.0
 """How often an idle worker is looked after, and a failed start tried again."""

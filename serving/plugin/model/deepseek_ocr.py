@@ -20,6 +20,7 @@ from vllm.model_executor.models.utils import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
+from serving.plugin.interfaces.vllm_internals import mark_image_tower, mark_language_model
 from serving.plugin.model.processor import (
     IMAGE_TOKEN,
     DeepseekOCRDummyInputsBuilder,
@@ -38,7 +39,6 @@ from serving.plugin.model.vision import (
 )
 from serving.plugin.modes.image_config import read_image_config
 from serving.plugin.modes.resolution import TileGrid
-from serving.plugin.vllm_internals import mark_image_tower, mark_language_model
 
 _HALF = (0.5, 0.5, 0.5)
 

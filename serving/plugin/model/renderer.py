@@ -15,9 +15,9 @@ from vllm.renderers.hf import HfRenderer
 from serving.plugin.images import media  # noqa: F401 - makes the connector known to vLLM, which first builds a renderer
 from serving.plugin.images.encoded_page import EncodedPage
 from serving.plugin.images.pipeline import image_pipeline
+from serving.plugin.interfaces.vllm_internals import read_bodies_with_orjson
 from serving.plugin.model.processor import DeepseekOCRMultiModalProcessor
 from serving.plugin.repetition import loop_stop
-from serving.plugin.vllm_internals import read_bodies_with_orjson
 
 
 class PageRenderer(HfRenderer):

@@ -16,8 +16,8 @@ from torch import nn
 from transformers import CLIPVisionConfig
 from vllm.model_executor.layers.conv import Conv2dLayer
 
+from serving.plugin.interfaces.vllm_internals import encoder_layers
 from serving.plugin.model.sam_cpu import EncoderTables, build_tables, run_encoder
-from serving.plugin.vllm_internals import encoder_layers
 
 ImageEncoderViT, DeepCLIPVisionTransformer, MlpProjector = encoder_layers()
 

@@ -22,8 +22,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from serving.plugin import metrics
-from serving.plugin.vllm_internals import build_watched_scheduler, watch_early_length_ends
+from serving.plugin.interfaces import metrics
+from serving.plugin.interfaces.vllm_internals import build_watched_scheduler, watch_early_length_ends
 
 STOP_REASON = "repetition"
 CONFIG_KEY = "loop_stop"

@@ -27,7 +27,7 @@ def run(*arguments: str | Path) -> Result:
 @pytest.fixture
 def _known_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Asking vLLM itself means importing it, which takes seconds."""
-    monkeypatch.setattr("serving.plugin.vllm_internals.known_server_args", lambda: KNOWN)
+    monkeypatch.setattr("serving.plugin.interfaces.vllm_internals.known_server_args", lambda: KNOWN)
 
 
 @pytest.fixture

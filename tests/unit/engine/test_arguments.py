@@ -97,7 +97,7 @@ def test_a_name_that_vllm_does_not_know_is_refused(
     monkeypatch: pytest.MonkeyPatch, name: str, hint: str | None
 ) -> None:
     monkeypatch.setattr(
-        "serving.plugin.vllm_internals.known_server_args", lambda: frozenset({"max_model_len", "dtype"})
+        "serving.plugin.interfaces.vllm_internals.known_server_args", lambda: frozenset({"max_model_len", "dtype"})
     )
     good = ModelSettings(checkpoint="x", engine_args={"dtype": "auto"})
     settings = Settings(models={"good": good, "m": ModelSettings(checkpoint="x", engine_args={name: 1})})

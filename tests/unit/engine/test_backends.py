@@ -12,7 +12,7 @@ import pytest
 
 from serving.engine.backends import _Watcher
 from serving.engine.token_counts import EngineUsage
-from serving.plugin import vllm_internals
+from serving.plugin.interfaces import vllm_internals
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's and torch's imports warn of themselves; ours are not meant here

@@ -17,7 +17,7 @@ REPLICA = """
 import logging, sys
 from logging.handlers import MemoryHandler
 from serving.engine.serve_log import keep_serve_log
-from serving.plugin import vllm_internals as private
+from serving.plugin.interfaces import vllm_internals as private
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 handler = MemoryHandler(1, target=logging.FileHandler(sys.argv[1]))

@@ -28,13 +28,13 @@ from vllm.renderers.base import BaseRenderer
 from vllm.renderers.hf import HfRenderer
 from vllm.renderers.registry import RENDERER_REGISTRY
 
-from serving.plugin import vllm_internals
 from serving.plugin.images import media, pipeline
 from serving.plugin.images.decoding import DecodeError, read_header
 from serving.plugin.images.encoded_page import EncodedPage
 from serving.plugin.images.page_views import WHITE, PageViews, build_views
 from serving.plugin.images.pool import PoolUnavailableError, Ticket
 from serving.plugin.images.settings import ImagePipelineSettings
+from serving.plugin.interfaces import vllm_internals
 from serving.plugin.model import renderer
 from serving.plugin.modes.selection import MODES, ChosenMode
 

@@ -15,13 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
-from serving.plugin import metrics
 from serving.plugin.images.decoding import DecodeError
 from serving.plugin.images.page_views import WHITE, PageViews, build_views
 from serving.plugin.images.pool import ImagePool, PageLostError, PoolUnavailableError, Ticket
 from serving.plugin.images.settings import ImagePipelineSettings
 from serving.plugin.images.worker_messages import ViewJob
 from serving.plugin.images.worker_process import WorkerLostError, WorkerProcess
+from serving.plugin.interfaces import metrics
 from serving.plugin.modes.resolution import ResolutionMode
 
 GREY = (127, 127, 127)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.plugin import metrics, vllm_internals
+from serving.plugin.interfaces import metrics, vllm_internals
 from serving.plugin.repetition import loop_stop
 from serving.plugin.repetition.loop_stop import (
     DEFAULT_REPEATED_TOKENS,

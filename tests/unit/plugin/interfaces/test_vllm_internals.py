@@ -1,4 +1,4 @@
-"""Fails loudly when vLLM moves something that it never promised. See `serving/plugin/vllm_internals.py`."""
+"""Fails loudly when vLLM moves something that it never promised. See `serving/plugin/interfaces/vllm_internals.py`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vllm.model_executor.models.interfaces import SupportsMultiModal
 
-from serving.plugin import vllm_internals
+from serving.plugin.interfaces import vllm_internals
 
 
 def test_this_is_the_version_that_the_private_interfaces_were_read_in() -> None:

@@ -1,7 +1,7 @@
 """Every interface of vLLM that this project touches although vLLM does not promise it.
 
-Written for vLLM 0.32.0. `tests/unit/plugin/test_vllm_internals.py` fails loudly when one of them moves. Each part is
-imported where it is asked for, since the processes that use one part have no use for the others.
+Written for vLLM 0.32.0. When one of them moves, `tests/unit/plugin/interfaces/test_vllm_internals.py` fails loudly.
+Each function imports what it needs of vLLM itself: the processes that use one part have no use for the others.
 """
 
 from __future__ import annotations
