@@ -1,29 +1,39 @@
-"""For all tests: which of them share a process when several processes run them, and what a run ends with."""
+"""For all tests: how they are spread over processes, and what a run ends with."""
 
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
+from xdist.workermanage import Producer
 
-SHARED_STACK = "the shared stack"
+STACKS = "tests/e2e/"
+_ROOMS = ("e2e", "k8s", "monitoring", "unit")
+
+
+class OneLaneForStacks(LoadScopeScheduling):
+    """Hands out tests by file, whose fixtures are costly, and all tests of whole stacks to one process.
+
+    Those share a stack, mostly wait, and would overload a small machine if several processes started stacks at once.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        return STACKS if nodeid.startswith(STACKS) else nodeid.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> OneLaneForStacks:
+    return OneLaneForStacks(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Distribute tests by file, since fixtures of a module are costly; all that use the shared stack go together.
-
-    pytest-xdist hands groups out in the order in which they were collected, so what takes longest comes first: the
-    tests of whole stacks, which mostly wait, beside unit tests, which mostly compute.
-    """
-    for item in items:
-        fixtures = getattr(item, "fixturenames", ())
-        name = SHARED_STACK if "stack" in fixtures and "e2e" in item.path.parts else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(name))
-    items.sort(key=lambda item: _rank(item.path.parts))
+    """What takes longest begins first: files are handed out in this order."""
+    items.sort(key=lambda item: _rank(item.path))
 
 
-def _rank(parts: tuple[str, ...]) -> int:
-    return next((rank for rank, room in enumerate(("e2e", "k8s", "monitoring", "unit")) if room in parts), 9)
+def _rank(file: Path) -> int:
+    return next((rank for rank, room in enumerate(_ROOMS) if room in file.parts), len(_ROOMS))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
