@@ -29,7 +29,7 @@ from rich.table import Table
 
 from benchmarks.fastpath.rows import Row
 from serving.cluster.directory import ReplicaRecord, ReplicaState
-from serving.router.scheduling.balance import Load, Need, choose
+from serving.router.scheduling.balance import Need, ReplicaLoad, choose
 from serving.router.scheduling.queue import AdmissionQueue, Waiter
 from serving.settings.tenants import Priority
 
@@ -187,7 +187,7 @@ class Ours(Policy):
     def __init__(self, num_replicas: int, rng: Random) -> None:
         super().__init__(num_replicas, rng)
         self.queue: AdmissionQueue[_WaitingPage] = AdmissionQueue(1 << 30)
-        self.loads = [Load(_record(i)) for i in range(num_replicas)]
+        self.loads = [ReplicaLoad(_record(i)) for i in range(num_replicas)]
         for load in self.loads:
             load.resize(load.record, None, high_reserve=0.0)
 

@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 import orjson
 
-from serving.billing.reconcile import Reading, Totals
+from serving.billing.reconcile import CounterReading, Totals
 
 _NAMES = ("started_ns", "prompt_tokens", "completion_tokens", "requests")
 
@@ -27,10 +27,10 @@ class Readings:
 
     time_ns: int
     """Before the first was read."""
-    replicas: Mapping[str, Reading]
+    replicas: Mapping[str, CounterReading]
 
 
-def parse_reading(given: Any, source: str) -> Reading:
+def parse_reading(given: Any, source: str) -> CounterReading:
     """From the JSON object of a replica.
 
     Raises:
@@ -40,7 +40,7 @@ def parse_reading(given: Any, source: str) -> Reading:
     if len(numbers) != len(_NAMES) or any(type(number) is not int or number < 0 for number in numbers):
         raise CountersError(f"{source} does not answer with the counts {', '.join(_NAMES)}")
     started_ns, prompt_tokens, completion_tokens, requests = numbers
-    return Reading(started_ns, Totals(prompt_tokens, completion_tokens, requests))
+    return CounterReading(started_ns, Totals(prompt_tokens, completion_tokens, requests))
 
 
 async def fetch_readings(
@@ -58,7 +58,7 @@ async def fetch_readings(
     return Readings(time_ns, dict(zip(base_urls, readings, strict=True)))
 
 
-async def _fetch(session: aiohttp.ClientSession, replica_id: str, base_url: str) -> Reading:
+async def _fetch(session: aiohttp.ClientSession, replica_id: str, base_url: str) -> CounterReading:
     url = f"{base_url.rstrip('/')}/usage"
     try:
         async with session.get(url) as answer:

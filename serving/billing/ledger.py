@@ -20,7 +20,7 @@ from pathlib import Path
 from serving.billing.database import Database, ReplicaLife, is_data_fault
 from serving.billing.journal_frames import clean_record, encode_frame
 from serving.billing.journal_room import JournalRoom
-from serving.billing.open_requests import AskReplica, OpenRequest, close_request
+from serving.billing.open_requests import FetchCounts, OpenRequest, close_request
 from serving.billing.prices import PriceBook
 from serving.billing.queries import sum_month_by_tenant
 from serving.billing.records import RequestRecord
@@ -74,7 +74,7 @@ class Ledger:
         self.counts = LedgerCounts()
         self.is_database_up = False
         """Whether the last thing that was asked of the database succeeded."""
-        self.ask_replica: AskReplica | None = None
+        self.fetch_counts: FetchCounts | None = None
         """Set as soon as it is known which replicas there are; what dead routers left open waits until then."""
         self._prices = prices
         self._room = JournalRoom(settings)
@@ -355,10 +355,10 @@ class Ledger:
         """
         if not orphan.open_requests.has_left_over:
             return True
-        if self.ask_replica is None:
+        if self.fetch_counts is None:
             return False
         await asyncio.sleep(_REST_S)
-        requests, ask, now_ns = orphan.open_requests.read(), self.ask_replica, time.time_ns()
+        requests, ask, now_ns = orphan.open_requests.read(), self.fetch_counts, time.time_ns()
         records = await asyncio.gather(*(close_request(request, ask, now_ns) for request in requests))
         for begin in range(0, len(records), self.settings.batch_rows):
             await self._write(records[begin : begin + self.settings.batch_rows])

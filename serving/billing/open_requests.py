@@ -48,7 +48,7 @@ class OpenRequest(msgspec.Struct, array_like=True, frozen=True):
     """Its record, when a whole answer was about to leave and `replica_ids` had still to be asked for earlier tries."""
 
 
-AskReplica = Callable[[str, str], Awaitable[TokenCounts | None]]
+FetchCounts = Callable[[str, str], Awaitable[TokenCounts | None]]
 """What a replica (by id) counted for a request id when it had ended; None when it cannot tell."""
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -146,19 +146,19 @@ def read_open_requests(path: Path) -> list[OpenRequest]:
     return list(found.values())
 
 
-async def close_request(request: OpenRequest, ask: AskReplica, ended_ns: int) -> RequestRecord:
+async def close_request(request: OpenRequest, fetch_counts: FetchCounts, ended_ns: int) -> RequestRecord:
     """The record of a request whose router has died: failed, so free; its tokens are what the replicas say.
 
     One whose answer may have left keeps the record that was made for it, with what earlier tries have used.
     """
     if request.promised is not None:
-        lost = await _ask_for_lost(request, request.replica_ids, ask)
+        lost = await _count_lost_tries(request, request.replica_ids, fetch_counts)
         wasted = request.promised.num_wasted_tokens + sum(each.num_completion_tokens for each in lost)
         return replace(request.promised, num_wasted_tokens=wasted, lost_tries=tuple(lost))
     *earlier, last = request.replica_ids
-    told = await ask(last, request.request_id)
-    lost = await _ask_for_lost(request, earlier, ask)
-    tokens = told or TokenCounts()
+    counted = await fetch_counts(last, request.request_id)
+    lost = await _count_lost_tries(request, earlier, fetch_counts)
+    tokens = counted or TokenCounts()
     return RequestRecord(
         request_id=request.request_id,
         tenant_id=request.tenant_id,
@@ -170,7 +170,7 @@ async def close_request(request: OpenRequest, ask: AskReplica, ended_ns: int) ->
         error_code=ERROR_CODE,
         num_pages=request.num_pages,
         tokens=tokens,
-        is_estimated=told is None,
+        is_estimated=counted is None,
         num_wasted_tokens=tokens.num_completion_tokens + sum(each.num_completion_tokens for each in lost),
         price_version=request.price_version,
         replica_id=last,
@@ -184,11 +184,13 @@ async def close_request(request: OpenRequest, ask: AskReplica, ended_ns: int) ->
     )
 
 
-async def _ask_for_lost(request: OpenRequest, replica_ids: Iterable[str], ask: AskReplica) -> list[LostTry]:
+async def _count_lost_tries(
+    request: OpenRequest, replica_ids: Iterable[str], fetch_counts: FetchCounts
+) -> list[LostTry]:
     """What was counted for tries that did not answer, where it is known."""
     lost = []
     for replica_id in replica_ids:
-        counts = await ask(replica_id, request.request_id)
+        counts = await fetch_counts(replica_id, request.request_id)
         if counts is not None:
             lost.append(LostTry(replica_id, counts.num_prompt_tokens, counts.num_completion_tokens))
     return lost

@@ -12,7 +12,7 @@ from serving.billing.periods import NS_PER_DAY, Window
 from serving.billing.reconcile import LedgerTotals, Totals
 from serving.billing.reports import GroupBy, UsageRow
 from serving.billing.schema import LOST_TRIES, MONTHS, REPLICAS, REQUESTS
-from serving.billing.stack_costs import Uptime, Work, clip_lives
+from serving.billing.stack_costs import TenantWork, Uptime, clip_lives
 
 _GROUPS: dict[GroupBy, ColumnElement[Any]] = {
     GroupBy.DAY: REQUESTS.c.arrived_ns.op("/")(literal_column(str(NS_PER_DAY))),
@@ -115,11 +115,11 @@ async def sum_by_replica(connection: AsyncConnection, window: Window) -> dict[st
     return found
 
 
-async def sum_work(connection: AsyncConnection, window: Window) -> list[Work]:
+async def sum_work(connection: AsyncConnection, window: Window) -> list[TenantWork]:
     """What was done for each tenant by each model."""
     rows = await sum_usage(connection, window, (GroupBy.MODEL, GroupBy.TENANT))
     return [
-        Work(
+        TenantWork(
             model=row.model or "",
             tenant_id=row.tenant or "",
             num_requests=row.num_requests,

@@ -36,7 +36,7 @@ class Totals:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class CounterReading:
     """An engine's counters: totals since it started."""
 
     started_ns: int
@@ -62,7 +62,7 @@ class Finding(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class ReplicaComparison:
     """One replica compared."""
 
     replica_id: str
@@ -82,7 +82,7 @@ class Line:
 class Comparison:
     """All replicas, in the order of their names."""
 
-    lines: tuple[Line, ...]
+    lines: tuple[ReplicaComparison, ...]
 
     @property
     def is_equal(self) -> bool:
@@ -91,7 +91,9 @@ class Comparison:
 
 
 def compare(
-    ledger: Mapping[str, LedgerTotals], engines: Mapping[str, Reading], earlier: Mapping[str, Reading] | None = None
+    ledger: Mapping[str, LedgerTotals],
+    engines: Mapping[str, CounterReading],
+    earlier: Mapping[str, CounterReading] | None = None,
 ) -> Comparison:
     """Compare by replica id.
 
@@ -105,11 +107,11 @@ def compare(
         booked = ledger.get(replica_id, LedgerTotals())
         reading, before = engines.get(replica_id), earlier.get(replica_id)
         if reading is None:
-            lines.append(Line(replica_id, booked.totals, None, booked.num_estimated, Finding.GONE))
+            lines.append(ReplicaComparison(replica_id, booked.totals, None, booked.num_estimated, Finding.GONE))
         elif before is not None and before.started_ns != reading.started_ns:
-            lines.append(Line(replica_id, booked.totals, None, booked.num_estimated, Finding.RESTARTED))
+            lines.append(ReplicaComparison(replica_id, booked.totals, None, booked.num_estimated, Finding.RESTARTED))
         else:
             counted = reading.totals - before.totals if before is not None else reading.totals
             finding = Finding.EQUAL if counted == booked.totals else Finding.DIFFERENT
-            lines.append(Line(replica_id, booked.totals, counted, booked.num_estimated, finding))
+            lines.append(ReplicaComparison(replica_id, booked.totals, counted, booked.num_estimated, finding))
     return Comparison(tuple(lines))

@@ -30,7 +30,7 @@ class Uptime:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class TenantWork:
     """What was done for one tenant by one model within a window."""
 
     model: str
@@ -105,7 +105,7 @@ def split(amount: int, weights: Sequence[int]) -> list[int]:
     return parts
 
 
-def report_costs(uptimes: Iterable[Uptime], work: Iterable[Work]) -> list[CostLine]:
+def report_costs(uptimes: Iterable[Uptime], work: Iterable[TenantWork]) -> list[CostLine]:
     """One line for every model and one for each of its tenants, in the order of their names."""
     spend: defaultdict[str, int] = defaultdict(int)
     idle: defaultdict[str, int] = defaultdict(int)
@@ -113,7 +113,7 @@ def report_costs(uptimes: Iterable[Uptime], work: Iterable[Work]) -> list[CostLi
         whole = cost_of_time(uptime.up_ns, uptime.nanodollars_per_hour)
         spend[uptime.model] += whole
         idle[uptime.model] += whole - min(whole, cost_of_time(uptime.busy_ns, uptime.nanodollars_per_hour))
-    by_model: defaultdict[str, list[Work]] = defaultdict(list)
+    by_model: defaultdict[str, list[TenantWork]] = defaultdict(list)
     for item in sorted(work, key=lambda item: (item.model, item.tenant_id)):
         by_model[item.model].append(item)
     lines: list[CostLine] = []
@@ -137,7 +137,7 @@ def clip_lives(
     return uptimes
 
 
-def _line(item: Work, spend_nanodollars: int) -> CostLine:
+def _line(item: TenantWork, spend_nanodollars: int) -> CostLine:
     return CostLine(
         item.model,
         item.tenant_id,

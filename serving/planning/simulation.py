@@ -1,6 +1,6 @@
 """A discrete-event simulation of a router and its engines. No clock, no network, a seed.
 
-The router is the real one where it decides: `choose` over the replicas' `Load`, each as full as its record allows, and
+The router is the real one where it decides: `choose` over every `ReplicaLoad`, each as full as its record allows, and
 who has no room anywhere waits in the router. An engine is its `ServiceCurve`, step by step; steps in which nobody comes
 or ends are taken together.
 """
@@ -20,7 +20,7 @@ import simpy
 
 from serving.cluster.directory import ReplicaRecord, ReplicaState
 from serving.planning.curve import ServiceCurve
-from serving.router.scheduling.balance import Load, Need, choose
+from serving.router.scheduling.balance import Need, ReplicaLoad, choose
 
 _WARM_UP, _COOL_DOWN = 0.1, 0.9
 """Pages that come before and after these parts of a run are not counted: it is not in full swing then."""
@@ -148,7 +148,7 @@ class _Fleet:
         self.engines = [_Engine(env, curve) for _ in range(num_replicas)]
         for engine in self.engines:
             env.process(engine.run())
-        self._loads = [Load(_record(index, curve)) for index in range(num_replicas)]
+        self._loads = [ReplicaLoad(_record(index, curve)) for index in range(num_replicas)]
         for load in self._loads:
             load.resize(load.record, None, high_reserve=0.0)
         self._queue: deque[SimulatedPage] = deque()

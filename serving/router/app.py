@@ -25,10 +25,10 @@ from serving.errors import (
 from serving.http.bodies import ClientGoneError, discard_body, read_headers, read_request_id
 from serving.http.reply import Reply
 from serving.router.access.auth import Authenticator
-from serving.router.access.door import Door, Incoming
+from serving.router.access.control import AccessControl, Incoming
 from serving.router.access.limits import TenantLimits
 from serving.router.accounting.accounts import Accounts, build_ledger
-from serving.router.accounting.metering import Accountant, Call
+from serving.router.accounting.metering import Accountant, RequestContext
 from serving.router.generation import Generation
 from serving.router.lookups.openapi import build_document
 from serving.router.lookups.routes import GET_ROUTES, MODEL, QUOTE, Lookups
@@ -68,7 +68,7 @@ class RouterApp:
         read_snapshot: Callable[[], Snapshot] = lambda: EMPTY,
         *,
         on_record: Callable[[RequestRecord], None] = lambda record: None,
-        keeps_books: bool = False,
+        has_ledger: bool = False,
     ) -> None:
         """Put the parts together.
 
@@ -76,7 +76,7 @@ class RouterApp:
             settings: the whole of them.
             read_snapshot: gives the replica list as it is now; whoever follows the directory keeps it.
             on_record: gets the record of every request that ended.
-            keeps_books: whether the records go into the ledger that the settings name.
+            has_ledger: whether the records go into the ledger that the settings name.
 
         Raises:
             SettingsError: the keys file cannot be used.
@@ -94,9 +94,9 @@ class RouterApp:
         self._backend = Gateway(Relay(settings.router, key.get_secret_value() if key is not None else None))
         self._keys = Authenticator(settings.router.keys_file, is_local=is_loopback(settings.router.host))
         self._limits = TenantLimits(time.monotonic)
-        self._door = Door(settings, self._keys, self._limits)
+        self._access = AccessControl(settings, self._keys, self._limits)
         self._dispatcher = Dispatcher(settings, read_snapshot, router_id=self.router_id, rng=random.Random())
-        ledger = build_ledger(settings, self.router_id) if keeps_books else None
+        ledger = build_ledger(settings, self.router_id) if has_ledger else None
         self._accounts = Accounts(settings, ledger, self._backend.fetch_usage)
         self._accountant = Accountant(
             self._backend.fetch_usage, self._settle, self.router_id, on_promise=self._accounts.promise
@@ -111,7 +111,7 @@ class RouterApp:
             self._accounts,
             self._state,
             self._documents,
-            self._door,
+            self._access,
             self.list_targets,
         )
         self._metrics = RouterMetrics(self._read_gauges)
@@ -119,7 +119,7 @@ class RouterApp:
         self._document = orjson.dumps(build_document(settings))
         self._generation = Generation(
             settings,
-            self._door,
+            self._access,
             self._dispatcher,
             self._backend,
             self._accountant,
@@ -152,7 +152,7 @@ class RouterApp:
 
     def refresh(self) -> None:
         """The replica list has changed, or the whole stack is going down."""
-        self._door.is_stopping = self._read_snapshot().is_stopping
+        self._access.is_stopping = self._read_snapshot().is_stopping
         self._dispatcher.refresh()
 
     def tick(self) -> None:
@@ -219,13 +219,13 @@ class RouterApp:
             await self._relay_documents(incoming)
             return
         if path not in _PROBES:
-            await self._door.check_source(incoming)
+            await self._access.check_source(incoming)
         allowed = "GET" if path.startswith(MODEL) else METHODS.get(path)
         if allowed is None:
             raise RouteNotFoundError(f"There is no {method} {incoming.scope['path'][:200]} here.")
         if method != allowed and not (allowed == "GET" and method == "HEAD"):
             raise MethodNotAllowedError(f"{path} answers {allowed} only.", allowed)
-        await self._door.check_open(incoming)
+        await self._access.check_open(incoming)
         if path in GENERATE:
             await self._generation.serve(incoming)
         elif path == "/health":
@@ -244,13 +244,13 @@ class RouterApp:
         self._documents.check_enabled()
         scope = {**incoming.scope, "path": incoming.path or "/"}
         charge = find_charge(scope["method"], incoming.path)
-        await self._door.check_source(incoming, is_page=charge is None, takes_forms=True)
-        await self._door.check_open(incoming)
+        await self._access.check_source(incoming, is_page=charge is None, takes_forms=True)
+        await self._access.check_open(incoming)
         if charge is None:
             await self._documents.relay(incoming.request_id, scope, incoming.receive, incoming.reply)
             return
-        identity = await self._door.identify(incoming)
-        async with self._door.admitted(incoming, identity, charge):
+        identity = await self._access.identify(incoming)
+        async with self._access.admitted(incoming, identity, charge):
             incoming.reply.headers += self._limits.headers(identity, time.monotonic())
             await self._documents.relay(incoming.request_id, scope, incoming.receive, incoming.reply)
 
@@ -265,14 +265,14 @@ class RouterApp:
         yield from self._accounts.read_gauges()
         yield from read_settings(self.settings)
 
-    def _settle(self, call: Call, record: RequestRecord) -> None:
+    def _settle(self, context: RequestContext, record: RequestRecord) -> None:
         used = record.tokens.num_prompt_tokens + record.tokens.num_completion_tokens
-        self._limits.settle(call.identity, call.reserved_tokens, used, time.monotonic())
-        self._accounts.settle(call, record)
+        self._limits.settle(context.identity, context.reserved_tokens, used, time.monotonic())
+        self._accounts.settle(context, record)
         self._metrics.count(record)
         log_request(record)
-        if call.trace is not None:
-            call.trace.end(record)
+        if context.trace is not None:
+            context.trace.end(record)
         self._on_record(record)
 
 

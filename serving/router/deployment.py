@@ -53,7 +53,7 @@ class RouterReplica:
         self._reader = serve.get_replica_context().replica_id.unique_id
         self._report_s = settings.router.report_s
         self._snapshot: Snapshot = EMPTY
-        self._app = RouterApp(settings, read_snapshot=lambda: self._snapshot, keeps_books=True)
+        self._app = RouterApp(settings, read_snapshot=lambda: self._snapshot, has_ledger=True)
         self._drainable = Drainable(self._app)
         self._drain_s = settings.engine.drain_s
         self._server = None if settings.router.behind_serve else self._open_port(settings.router)

@@ -19,10 +19,10 @@ from serving.http.bodies import ClientGoneError, HeldBody, discard_body, read_bo
 from serving.http.disconnects import ClientPresence
 from serving.http.reply import Reply
 from serving.router.access.auth import check_model_allowed
-from serving.router.access.door import Door, Incoming
+from serving.router.access.control import AccessControl, Incoming
 from serving.router.access.limits import GENERATION
 from serving.router.accounting.accounts import Accounts
-from serving.router.accounting.metering import CLIENT_CLOSED, Accountant, Call, Ending
+from serving.router.accounting.metering import CLIENT_CLOSED, Accountant, Ending, RequestContext
 from serving.router.accounting.token_bounds import bound_tokens
 from serving.router.relay.backend import Gateway
 from serving.router.request.parsing import RoutedRequest, parse_request
@@ -43,7 +43,7 @@ class Generation:
     """Serves the routes that generate. Everything it needs is given to it; it decides nothing itself."""
 
     settings: Settings
-    door: Door
+    access: AccessControl
     dispatcher: Dispatcher
     backend: Gateway
     accountant: Accountant
@@ -60,19 +60,23 @@ class Generation:
             ClientGoneError: nobody is there to be answered.
         """
         headers, reply = incoming.headers, incoming.reply
-        identity = await self.door.identify(incoming)
-        credit = self.door.read_credit(incoming)
-        call = Call(_make_id(incoming, is_service=credit is not None), incoming.path, identity, time.time_ns())
-        call.credit_nanodollars = credit or 0
+        identity = await self.access.identify(incoming)
+        credit = self.access.read_credit(incoming)
+        context = RequestContext(
+            _make_id(incoming, is_service=credit is not None), incoming.path, identity, time.time_ns()
+        )
+        context.credit_nanodollars = credit or 0
         if self.traces is not None:
-            call.trace = self.traces.begin(incoming.path, headers, call.arrived_ns)
+            context.trace = self.traces.begin(incoming.path, headers, context.arrived_ns)
         ending = Ending(Outcome.FAILED, 500, "internal_error")
-        reply.on_whole = lambda: self.accountant.finish_whole(call, Ending.of_whole(reply.status, reply.first_byte_ns))
+        reply.on_whole = lambda: self.accountant.finish_whole(
+            context, Ending.of_whole(reply.status, reply.first_byte_ns)
+        )
         try:
-            await self._serve_admitted(call, incoming)
+            await self._serve_admitted(context, incoming)
             ending = Ending.of_whole(reply.status, reply.first_byte_ns)
         except ServingError as error:
-            ending = Ending.from_error(error, call, reply.status, reply.first_byte_ns)
+            ending = Ending.from_error(error, context, reply.status, reply.first_byte_ns)
             if not reply.has_begun:
                 raise
             await reply.end_with_error(error)
@@ -86,68 +90,70 @@ class Generation:
             ending = Ending(Outcome.ABORTED, reply.status or CLIENT_CLOSED, "", reply.first_byte_ns)
             raise
         finally:
-            self.accountant.finish(call, ending)
+            self.accountant.finish(context, ending)
 
-    async def _serve_admitted(self, call: Call, incoming: Incoming) -> None:
-        began_s, limits, reply = time.monotonic(), self.door.limits, incoming.reply
+    async def _serve_admitted(self, context: RequestContext, incoming: Incoming) -> None:
+        began_s, limits, reply = time.monotonic(), self.access.limits, incoming.reply
         timeout_s = _read_timeout(incoming.headers, self.settings.router.admission.request_timeout_s)
         try:
-            self.accounts.check_room(call.identity)
+            self.accounts.check_room(context.identity)
         except ServingError:
             await discard_body(incoming.receive, self.settings.router.limits)
             raise
-        async with self.door.admitted(incoming, call.identity, GENERATION):
-            with self.door.bodies.open() as held:
+        async with self.access.admitted(incoming, context.identity, GENERATION):
+            with self.access.bodies.open() as held:
                 body = await read_body(incoming.scope, incoming.receive, self.settings.router.limits, held)
-                request = await self._understand(call, incoming, body, held)
+                request = await self._understand(context, incoming, body, held)
                 sample = self.dispatcher.sample(request.model)
-                if sample is not None or not self.accounts.has_budget(call.identity):
-                    request = self._reserve(call, request, sample)
-                call.reserved_tokens = self.dispatcher.estimate(request).total
+                if sample is not None or not self.accounts.has_budget(context.identity):
+                    request = self._reserve(context, request, sample)
+                context.reserved_tokens = self.dispatcher.estimate(request).total
                 try:
-                    limits.reserve_tokens(call.identity, call.reserved_tokens, time.monotonic())
+                    limits.reserve_tokens(context.identity, context.reserved_tokens, time.monotonic())
                 except ServingError:
-                    call.reserved_tokens = 0
+                    context.reserved_tokens = 0
                     raise
                 finally:
-                    reply.headers += limits.headers(call.identity, time.monotonic())
-                    reply.headers += self.accounts.headers(call.identity)
+                    reply.headers += limits.headers(context.identity, time.monotonic())
+                    reply.headers += self.accounts.headers(context.identity)
                 # A little longer than the queue's own deadline, whose refusal says more.
                 async with asyncio.timeout(timeout_s + _GRACE_S):
-                    await self._answer(call, request, began_s + timeout_s, reply, incoming.receive)
+                    await self._answer(context, request, began_s + timeout_s, reply, incoming.receive)
 
-    async def _understand(self, call: Call, incoming: Incoming, body: bytes, held: HeldBody) -> RoutedRequest:
-        request = parse_request(call.route, body, self.settings)
+    async def _understand(
+        self, context: RequestContext, incoming: Incoming, body: bytes, held: HeldBody
+    ) -> RoutedRequest:
+        request = parse_request(context.route, body, self.settings)
         if incoming.is_deepinfra or self.settings.router.usage_in_last_chunk:
             request = replace(request, usage_in_last_chunk=not request.wants_stream_usage)
-        check_model_allowed(call.identity, request.model, *self.settings.models[request.model].aliases)
-        call.start(request, self.accounts.find_price(request.model, call.identity.tenant_id, call.arrived_ns))
+        check_model_allowed(context.identity, request.model, *self.settings.models[request.model].aliases)
+        context.start(request, self.accounts.find_price(request.model, context.identity.tenant_id, context.arrived_ns))
         if None in request.image_sizes:
             request = await self.remote.inline(request, self.settings.router)
             held.take(len(request.body) - len(body))
-            call.request = request
+            context.request = request
         return request
 
-    def _reserve(self, call: Call, request: RoutedRequest, replica: ReplicaRecord | None) -> RoutedRequest:
+    def _reserve(self, context: RequestContext, request: RoutedRequest, replica: ReplicaRecord | None) -> RoutedRequest:
         """Hold back what the request can cost, and give it as it may be sent."""
         max_model_len = replica.max_model_len if replica is not None else 0
-        self.accounts.reserve(call, bound_tokens(request, read_images(request, replica), max_model_len))
-        return call.understood()[0]
+        self.accounts.reserve(context, bound_tokens(request, read_images(request, replica), max_model_len))
+        return context.understood()[0]
 
     async def _answer(
-        self, call: Call, request: RoutedRequest, deadline_s: float, reply: Reply, receive: Receive
+        self, context: RequestContext, request: RoutedRequest, deadline_s: float, reply: Reply, receive: Receive
     ) -> None:
-        slot = self.dispatcher.try_enter(request, call.identity, deadline_s=deadline_s)
+        slot = self.dispatcher.try_enter(request, context.identity, deadline_s=deadline_s)
         if slot is None:
             async with ClientPresence(receive):
-                slot = await self.dispatcher.enter(request, call.identity, deadline_s=deadline_s)
-        call.queue_wait_ns = round(slot.waited_s * 1e9)
+                slot = await self.dispatcher.enter(request, context.identity, deadline_s=deadline_s)
+        context.queue_wait_ns = round(slot.waited_s * 1e9)
         try:
-            if call.reservation is None:  # while it waited for the model's first replica, nobody knew its context
-                self._reserve(call, request, slot.replica)
-            await self.backend.answer(call, slot, reply, receive)
+            if context.reservation is None:  # while it waited for the model's first replica, nobody knew its context
+                self._reserve(context, request, slot.replica)
+            await self.backend.answer(context, slot, reply, receive)
         finally:
-            slot.close(call.tokens, is_whole=reply.is_complete)
+            slot.close(context.tokens, is_whole=reply.is_complete)
 
 
 def _make_id(incoming: Incoming, *, is_service: bool) -> str:

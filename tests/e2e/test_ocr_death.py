@@ -64,7 +64,7 @@ async def test_the_other_of_two_services_takes_over(tmp_path: Path) -> None:
     pdf = write_pdf(tmp_path / "x.pdf", NUM_PAGES, (100, 100)).read_bytes()
     async with (
         Engine(reads("Hello page", pause_s=0.3), max_num_seqs=64) as engine,
-        run_router(engine.record, settings=build_stack_settings(tmp_path), keeps_books=True) as router,
+        run_router(engine.record, settings=build_stack_settings(tmp_path), has_ledger=True) as router,
         service_process(tmp_path, router.port) as one,
         service_process(tmp_path, router.port) as two,
     ):
@@ -158,8 +158,8 @@ async def test_a_page_that_was_read_and_not_stored_is_paid_once(tmp_path: Path) 
     pdf = write_pdf(tmp_path / "x.pdf", 3, (100, 100)).read_bytes()
     gate = Gate()
     async with (
-        Engine(gate.answer, max_num_seqs=64, tells_usage=True) as engine,
-        run_router(engine.record, settings=build_stack_settings(tmp_path), keeps_books=True) as router,
+        Engine(gate.answer, max_num_seqs=64, answers_usage=True) as engine,
+        run_router(engine.record, settings=build_stack_settings(tmp_path), has_ledger=True) as router,
     ):
         ledger = router.app._accounts.ledger
         assert ledger is not None

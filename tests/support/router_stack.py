@@ -137,7 +137,7 @@ class Engine:
     script: Script
     replica_id: str = "engine"
     max_num_seqs: int = 4
-    tells_usage: bool = False
+    answers_usage: bool = False
     """Whether its script answers for `GET /usage/...` too; otherwise it knows nothing of any request."""
     asked: list[Asked] = field(default_factory=list)
     _server: asyncio.Server | None = None
@@ -168,7 +168,7 @@ class Engine:
             with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
                 while not writer.is_closing():
                     asked = await read_request(reader)
-                    if asked.path.startswith("/usage/") and not self.tells_usage:
+                    if asked.path.startswith("/usage/") and not self.answers_usage:
                         await answers(b"{}", status=404)(Exchange(reader, writer, asked))
                         continue
                     self.asked.append(asked)
@@ -240,13 +240,13 @@ class RunningRouter:
 
 @contextlib.asynccontextmanager
 async def run_router(
-    *records: ReplicaRecord, settings: Settings | None = None, keeps_books: bool = False
+    *records: ReplicaRecord, settings: Settings | None = None, has_ledger: bool = False
 ) -> AsyncIterator[RunningRouter]:
     known = list(records)
     app = RouterApp(
         settings or build_settings(),
         read_snapshot=lambda: Snapshot((1, 1), tuple(known)),
-        keeps_books=keeps_books,
+        has_ledger=has_ledger,
     )
     server = HttpServer(app, host="127.0.0.1", port=0, drain_s=1, limits=app.settings.router.limits)
     await app.start()

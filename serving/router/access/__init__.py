@@ -1,1 +1,1 @@
-"""Who may ask, and how much: keys, limits, the door that every route goes through."""
+"""Who may ask, and how much: keys, limits, and the control that every route goes through."""

@@ -32,7 +32,7 @@ class Authenticator:
             SettingsError: the file cannot be used.
         """
         self._file = keys_file
-        self._nobody = dataclasses.replace(NOBODY, is_admin=is_local)
+        self._anonymous = dataclasses.replace(NOBODY, is_admin=is_local)
         self._clock = clock
         self._stamp: _Stamp | None = None
         self._known: dict[str, tuple[KeyRecord, Identity]] = {}
@@ -55,7 +55,7 @@ class Authenticator:
             AuthenticationError: no key, or none that is valid; it never tells which part was wrong.
         """
         if self._file is None:
-            return self._nobody
+            return self._anonymous
         header = headers.get(b"authorization")
         if header is None:
             raise AuthenticationError(

@@ -29,7 +29,7 @@ _POLL_WEIGHT = 0.1
 _CONCURRENT_RETRY_S = 1.0  # nobody knows when a request of the tenant's will end
 
 
-class Kind(StrEnum):
+class RequestKind(StrEnum):
     """What is counted at once; each has `max_concurrent` for itself. The value completes a refusal."""
 
     GENERATION = "requests"
@@ -41,15 +41,15 @@ class Kind(StrEnum):
 class Charge:
     """What a request counts as."""
 
-    kind: Kind
+    kind: RequestKind
     weight: float = 1.0
     """Of a request, against the requests per minute."""
 
 
-GENERATION = Charge(Kind.GENERATION)
-DOCUMENT = Charge(Kind.DOCUMENT)
-LOOKUP = Charge(Kind.LOOKUP)
-POLL = Charge(Kind.LOOKUP, _POLL_WEIGHT)
+GENERATION = Charge(RequestKind.GENERATION)
+DOCUMENT = Charge(RequestKind.DOCUMENT)
+LOOKUP = Charge(RequestKind.LOOKUP)
+POLL = Charge(RequestKind.LOOKUP, _POLL_WEIGHT)
 
 
 @dataclass(slots=True)
@@ -102,29 +102,29 @@ class Bucket:
 class _State:
     """One tenant in this router."""
 
-    heard_s: float
+    last_seen_s: float
     requests: Bucket | None = None
     tokens: Bucket | None = None
-    running: Counter[Kind] = field(default_factory=Counter)
+    running: Counter[RequestKind] = field(default_factory=Counter)
     num_requests: float = 0
     num_charged: int = 0
     """Tokens that were reserved or, once known, used."""
-    num_told: int = 0
+    num_reported: int = 0
     """The most that `num_charged` ever was. What was reserved too high goes down there, but never in a report."""
 
     def fit(self, tenant: Tenant, now_s: float) -> None:
         """Take over the tenant's limits as they are now."""
-        self.heard_s = now_s
+        self.last_seen_s = now_s
         self.requests = _fit(self.requests, tenant.requests_per_minute, now_s)
         self.tokens = _fit(self.tokens, tenant.tokens_per_minute, now_s)
 
     def is_forgettable(self, now_s: float) -> bool:
         is_full = all(bucket is None or not bucket.reset_s(now_s) for bucket in (self.requests, self.tokens))
-        return is_full and not self.running.total() and now_s - self.heard_s > _FORGET_S
+        return is_full and not self.running.total() and now_s - self.last_seen_s > _FORGET_S
 
     def charge(self, num_tokens: int) -> None:
         self.num_charged += num_tokens
-        self.num_told = max(self.num_told, self.num_charged)
+        self.num_reported = max(self.num_reported, self.num_charged)
 
 
 def _fit(bucket: Bucket | None, limit: int | None, now_s: float) -> Bucket | None:
@@ -146,7 +146,7 @@ class TenantLimits:
     _states: dict[str, _State] = field(default_factory=dict)
     _seen: dict[str, dict[str, TenantUse]] = field(default_factory=dict)
     """By router, then tenant: what the last reports said."""
-    _running_elsewhere: Counter[tuple[str, Kind]] = field(default_factory=Counter)
+    _running_elsewhere: Counter[tuple[str, RequestKind]] = field(default_factory=Counter)
     _swept_s: float = 0.0
 
     def admit(self, identity: Identity, now_s: float, charge: Charge = GENERATION) -> None:
@@ -216,7 +216,10 @@ class TenantLimits:
         """Totals of every tenant for this router's report."""
         self._sweep(self.clock())
         return tuple(
-            (tenant_id, TenantUse(state.num_requests, state.num_told, *(state.running[kind] for kind in Kind)))
+            (
+                tenant_id,
+                TenantUse(state.num_requests, state.num_reported, *(state.running[kind] for kind in RequestKind)),
+            )
             for tenant_id, state in self._states.items()
         )
 
@@ -228,12 +231,14 @@ class TenantLimits:
         """
         now_s = self.clock()
         seen: dict[str, dict[str, TenantUse]] = {}
-        running: Counter[tuple[str, Kind]] = Counter()
+        running: Counter[tuple[str, RequestKind]] = Counter()
         for report in reports:
             known = self._seen.get(report.router_id)
             seen[report.router_id] = dict(report.tenants)
             for tenant_id, use in report.tenants:
-                for kind, number in zip(Kind, (use.num_running, use.num_documents, use.num_lookups), strict=True):
+                for kind, number in zip(
+                    RequestKind, (use.num_running, use.num_documents, use.num_lookups), strict=True
+                ):
                     running[tenant_id, kind] += number
                 if known is not None:
                     self._debit(tenant_id, known.get(tenant_id, TenantUse()), use, now_s)

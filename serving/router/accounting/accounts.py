@@ -17,7 +17,7 @@ from serving.billing.prices import Price, PriceBook
 from serving.billing.records import RequestRecord, TokenCounts
 from serving.cluster.directory import EMPTY, Snapshot
 from serving.errors import OverloadedError
-from serving.router.accounting.metering import Call, FetchUsage, ask_replica
+from serving.router.accounting.metering import FetchUsage, RequestContext, poll_counts
 from serving.router.accounting.token_bounds import TokenBounds
 from serving.settings.stack import Settings
 from serving.settings.tenants import Identity
@@ -79,7 +79,7 @@ class Accounts:
         if self.ledger is not None:
             self.ledger.check_room(identity.tenant_id, is_one_of_many=bool(identity.key_id))
 
-    def reserve(self, call: Call, bounds: TokenBounds) -> None:
+    def reserve(self, context: RequestContext, bounds: TokenBounds) -> None:
         """Hold back the most that a request can cost. An answer that its client has put no bound on is bounded to what
         the rest of the budget pays for.
 
@@ -88,9 +88,9 @@ class Accounts:
             RateLimitError: running requests have reserved what it would need.
             OverloadedError: nobody knows yet what is left of it, since the ledger's database has not been read.
         """
-        request, notes = call.understood()
-        price, tenant_id = notes.price, call.identity.tenant_id
-        limit = _limit(call.identity)
+        request, notes = context.understood()
+        price, tenant_id = notes.price, context.identity.tenant_id
+        limit = _limit(context.identity)
         answer = bounds.longest_answer
         if limit is not None:
             self._known[tenant_id] = limit
@@ -100,43 +100,43 @@ class Accounts:
                     self._refresh_s,
                     code="budget_unknown",
                 )
-            payable = self._count_payable(call, limit, bounds)
+            payable = self._count_payable(context, limit, bounds)
             if request.max_tokens_field is None and payable is not None and (answer is None or payable < answer):
                 answer = max(1, payable)  # what does not pay for a single token is refused below
-                call.request = request = request.with_max_tokens(answer)
+                context.request = request = request.with_max_tokens(answer)
         most = price.most_nanodollars(
             num_prompt_tokens=bounds.prompt.most,
             num_completion_tokens=(answer or 0) * bounds.num_choices,
             num_image_tokens=bounds.num_image_tokens,
         )
-        call.reservation = self._budgets.reserve(
+        context.reservation = self._budgets.reserve(
             tenant_id,
             limit_nanodollars=limit,
             most_nanodollars=most,
-            now_ns=call.arrived_ns,
+            now_ns=context.arrived_ns,
             param=request.max_tokens_field,
         )
         if self.ledger is not None:
-            call.on_try = self._open
+            context.on_try = self._open
 
     def has_budget(self, identity: Identity) -> bool:
         """Whether what a tenant spends is limited."""
         return _limit(identity) is not None
 
-    def _count_payable(self, call: Call, limit: int, bounds: TokenBounds) -> int | None:
+    def _count_payable(self, context: RequestContext, limit: int, bounds: TokenBounds) -> int | None:
         """Tokens of each answer that the rest of the budget pays for; None for any number."""
-        status = self._budgets.status(call.identity.tenant_id, limit_nanodollars=limit, now_ns=call.arrived_ns)
-        payable = call.understood()[1].price.count_payable(
+        status = self._budgets.status(context.identity.tenant_id, limit_nanodollars=limit, now_ns=context.arrived_ns)
+        payable = context.understood()[1].price.count_payable(
             status.left_nanodollars or 0,
             num_prompt_tokens=bounds.prompt.most,
             num_image_tokens=bounds.num_image_tokens,
         )
         return None if payable is None else payable // bounds.num_choices
 
-    def settle(self, call: Call, record: RequestRecord) -> None:
+    def settle(self, context: RequestContext, record: RequestRecord) -> None:
         """A request has ended: its reservation becomes its cost, and its record goes into the ledger."""
-        if call.reservation is not None:
-            self._budgets.settle(call.reservation, record.cost_nanodollars)
+        if context.reservation is not None:
+            self._budgets.settle(context.reservation, record.cost_nanodollars)
         if self.ledger is not None and record.error_code not in REFUSED_FOR_ROOM:
             self.ledger.record(record)
 
@@ -153,7 +153,7 @@ class Accounts:
         self._snapshot = snapshot
         if self.ledger is not None:
             if snapshot.version != EMPTY.version:
-                self.ledger.ask_replica = self._ask_replica
+                self.ledger.fetch_counts = self._fetch_counts
             now_ns = time.time_ns()
             self.ledger.see_replicas(
                 ReplicaLife(record.replica_id, record.model, now_ns, now_ns) for record in snapshot.records
@@ -165,38 +165,38 @@ class Accounts:
             yield from read_ledger(self.ledger)
         yield from read_budgets(self._budgets, self._known, time.time_ns())
 
-    def promise(self, call: Call, record: RequestRecord) -> None:
+    def promise(self, context: RequestContext, record: RequestRecord) -> None:
         """A whole answer is about to leave, and tries of it that others lost must still be asked for."""
         if self.ledger is not None:
-            self._open(call, record)
+            self._open(context, record)
 
-    def _open(self, call: Call, promised: RequestRecord | None = None) -> None:
+    def _open(self, context: RequestContext, promised: RequestRecord | None = None) -> None:
         """Note on disk that a replica gets this request, should this router not live to see its end."""
         assert self.ledger is not None
-        request, notes = call.understood()
+        request, notes = context.understood()
         self.ledger.open(
             OpenRequest(
-                request_id=call.request_id,
-                tenant_id=call.identity.tenant_id,
-                key_id=call.identity.key_id,
+                request_id=context.request_id,
+                tenant_id=context.identity.tenant_id,
+                key_id=context.identity.key_id,
                 model=request.model,
-                route=call.route,
+                route=context.route,
                 price_version=notes.price.version,
                 router_id=self.ledger.router_id,
-                arrived_ns=call.arrived_ns,
+                arrived_ns=context.arrived_ns,
                 num_pages=len(request.image_sizes),
-                priority=call.identity.tenant.priority,
+                priority=context.identity.tenant.priority,
                 is_stream=request.is_stream,
-                num_tries=len(call.asked),
-                replica_ids=tuple(replica.replica_id for replica in call.unheard),
+                num_tries=len(context.tried),
+                replica_ids=tuple(replica.replica_id for replica in context.uncounted),
                 promised=promised,
             )
         )
 
-    async def _ask_replica(self, replica_id: str, request_id: str) -> TokenCounts | None:
+    async def _fetch_counts(self, replica_id: str, request_id: str) -> TokenCounts | None:
         for replica in self._snapshot.records:
             if replica.replica_id == replica_id:
-                return await ask_replica(self._fetch_usage, replica, request_id)
+                return await poll_counts(self._fetch_usage, replica, request_id)
         return None
 
     async def _refresh_forever(self) -> None:

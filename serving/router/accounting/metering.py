@@ -28,7 +28,7 @@ _POLL_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 
 
 @dataclass(slots=True)
-class Call:
+class RequestContext:
     """One request of one tenant, from its arrival to its end."""
 
     request_id: str
@@ -39,15 +39,15 @@ class Call:
     request: RoutedRequest | None = None
     """Set when the body was understood."""
     notes: UsageNotes | None = None
-    asked: list[ReplicaRecord] = field(default_factory=list)
+    tried: list[ReplicaRecord] = field(default_factory=list)
     """Replicas that were tried, in turn."""
-    unheard: list[ReplicaRecord] = field(default_factory=list)
+    uncounted: list[ReplicaRecord] = field(default_factory=list)
     """Those that may have generated something for it and have not said how much."""
     queue_wait_ns: int = 0
     reservation: Reservation | None = None
     """What its tenant's budget holds back for it."""
-    on_try: Callable[[Call], None] = lambda call: None
-    """Called before a replica, the last of `asked`, is sent the request."""
+    on_try: Callable[[RequestContext], None] = lambda context: None
+    """Called before a replica, the last of `tried`, is sent the request."""
     reserved_tokens: int = 0
     """Taken from the tenant's tokens per minute before its real use was known."""
     trace: RequestTrace | None = None
@@ -62,7 +62,7 @@ class Call:
         return self.notes.tokens if self.notes is not None else None
 
     def understood(self) -> tuple[RoutedRequest, UsageNotes]:
-        """The request and its notes, of a call whose body was understood."""
+        """The request and its notes, of a request whose body was understood."""
         assert self.request is not None
         assert self.notes is not None
         return self.request, self.notes
@@ -75,7 +75,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a call ended, as its client saw it."""
+    """How a request ended, as its client saw it."""
 
     outcome: Outcome
     status: int
@@ -88,9 +88,9 @@ class Ending:
         return cls(Outcome.COMPLETED, status, "", first_byte_ns)
 
     @classmethod
-    def from_error(cls, error: ServingError, call: Call, status: int, first_byte_ns: int) -> Ending:
+    def from_error(cls, error: ServingError, context: RequestContext, status: int, first_byte_ns: int) -> Ending:
         """A request that no replica got was refused; what failed later failed."""
-        outcome = Outcome.FAILED if call.asked and error.http_status >= 500 else Outcome.REFUSED
+        outcome = Outcome.FAILED if context.tried and error.http_status >= 500 else Outcome.REFUSED
         return cls(outcome, status or error.http_status, error.code or "", first_byte_ns)
 
 
@@ -99,18 +99,18 @@ FetchUsage = Callable[[ReplicaRecord, str], Awaitable[dict[str, Any] | None]]
 
 
 class Accountant:
-    """Makes one record of every call, at once when its tokens are known, else as soon as its engine has told them."""
+    """Makes one record of every request: at once if its tokens are known, else when its engine has reported them."""
 
     def __init__(
         self,
         fetch_usage: FetchUsage,
-        on_record: Callable[[Call, RequestRecord], None],
+        on_record: Callable[[RequestContext, RequestRecord], None],
         router_id: str = "",
-        on_promise: Callable[[Call, RequestRecord], None] = lambda call, record: None,
+        on_promise: Callable[[RequestContext, RequestRecord], None] = lambda context, record: None,
     ) -> None:
         """Args:
         fetch_usage: asks a replica what it counted.
-        on_record: gets the record of every call, once.
+        on_record: gets the record of every context, once.
         router_id: stands in the records.
         on_promise: gets the record of a whole answer that is about to leave while earlier tries of it are still asked
             for; what is recorded later differs from it in those only.
@@ -126,27 +126,27 @@ class Accountant:
         """Calls that have ended and whose tokens are not known yet."""
         return len(self._asking)
 
-    def finish_whole(self, call: Call, ending: Ending) -> None:
-        """Take a call whose answer is whole, before its last bytes leave: its record is on disk when this returns."""
-        if call.tokens is None:
+    def finish_whole(self, context: RequestContext, ending: Ending) -> None:
+        """Record a request whose answer is whole, before its last bytes leave: on disk when this returns."""
+        if context.tokens is None:
             return  # its engine must be asked first
-        call.unheard.pop()
-        if call.unheard:
-            record = _build_record(call, ending, time.time_ns(), call.tokens)
-            self._on_promise(call, replace(record, router_id=self._router_id))
-        self.finish(call, ending)
+        context.uncounted.pop()
+        if context.uncounted:
+            record = _build_record(context, ending, time.time_ns(), context.tokens)
+            self._on_promise(context, replace(record, router_id=self._router_id))
+        self.finish(context, ending)
 
-    def finish(self, call: Call, ending: Ending) -> None:
-        """Take a call that has ended; returns at once. One that was taken before stays as it was."""
-        if call.is_finished:
+    def finish(self, context: RequestContext, ending: Ending) -> None:
+        """Take a request that has ended; returns at once. One that was taken before stays as it was."""
+        if context.is_finished:
             return
-        call.is_finished = True
+        context.is_finished = True
         ended_ns = time.time_ns()
-        if not call.unheard:
-            record = _build_record(call, ending, ended_ns, call.tokens or TokenCounts())
-            self._on_record(call, replace(record, router_id=self._router_id))
+        if not context.uncounted:
+            record = _build_record(context, ending, ended_ns, context.tokens or TokenCounts())
+            self._on_record(context, replace(record, router_id=self._router_id))
             return
-        task = asyncio.get_running_loop().create_task(self._complete(call, ending, ended_ns))
+        task = asyncio.get_running_loop().create_task(self._complete(context, ending, ended_ns))
         self._asking.add(task)
         task.add_done_callback(self._asking.discard)
 
@@ -155,15 +155,15 @@ class Accountant:
         if self._asking:
             await asyncio.wait(self._asking)
 
-    async def _complete(self, call: Call, ending: Ending, ended_ns: int) -> None:
-        told = await asyncio.gather(
-            *(ask_replica(self._fetch_usage, replica, call.request_id) for replica in call.unheard)
+    async def _complete(self, context: RequestContext, ending: Ending, ended_ns: int) -> None:
+        counted = await asyncio.gather(
+            *(poll_counts(self._fetch_usage, replica, context.request_id) for replica in context.uncounted)
         )
-        tries = list(zip(call.unheard, told, strict=True))
-        last = call.tokens
-        if call.unheard[-1].replica_id == call.asked[-1].replica_id:
-            told_last = tries.pop()[1]  # the same as was told in the stream, if that broke behind its usage
-            last = last or told_last
+        tries = list(zip(context.uncounted, counted, strict=True))
+        last = context.tokens
+        if context.uncounted[-1].replica_id == context.tried[-1].replica_id:
+            counted_last = tries.pop()[1]  # the same as was told in the stream, if that broke behind its usage
+            last = last or counted_last
         lost = tuple(
             LostTry(replica.replica_id, counts.num_prompt_tokens, counts.num_completion_tokens)
             for replica, counts in tries
@@ -172,14 +172,14 @@ class Accountant:
         is_estimated = last is None
         if last is None:
             # The engine is gone and its count with it; what certainly came is what reached the client.
-            last = TokenCounts(num_completion_tokens=call.notes.num_frames if call.notes is not None else 0)
-        record = _build_record(call, ending, ended_ns, last)
+            last = TokenCounts(num_completion_tokens=context.notes.num_frames if context.notes is not None else 0)
+        record = _build_record(context, ending, ended_ns, last)
         wasted = record.num_wasted_tokens + sum(each.num_completion_tokens for each in lost)
         record = replace(record, router_id=self._router_id, is_estimated=is_estimated)
-        self._on_record(call, replace(record, num_wasted_tokens=wasted, lost_tries=lost))
+        self._on_record(context, replace(record, num_wasted_tokens=wasted, lost_tries=lost))
 
 
-async def ask_replica(fetch_usage: FetchUsage, replica: ReplicaRecord, request_id: str) -> TokenCounts | None:
+async def poll_counts(fetch_usage: FetchUsage, replica: ReplicaRecord, request_id: str) -> TokenCounts | None:
     """What a replica counted for a request that has ended, or is about to; None when it cannot tell."""
     for pause_s in _POLL_S:
         found = await fetch_usage(replica, request_id)
@@ -196,32 +196,32 @@ async def ask_replica(fetch_usage: FetchUsage, replica: ReplicaRecord, request_i
     return None
 
 
-def _build_record(call: Call, ending: Ending, ended_ns: int, tokens: TokenCounts) -> RequestRecord:
-    notes = call.notes
+def _build_record(context: RequestContext, ending: Ending, ended_ns: int, tokens: TokenCounts) -> RequestRecord:
+    notes = context.notes
     cost, credited = notes.bill(tokens, ending.outcome) if notes is not None else (0, 0)
     return RequestRecord(
-        request_id=call.request_id,
-        tenant_id=call.identity.tenant_id,
-        key_id=call.identity.key_id,
-        model=call.request.model if call.request is not None else "",
-        route=call.route,
+        request_id=context.request_id,
+        tenant_id=context.identity.tenant_id,
+        key_id=context.identity.key_id,
+        model=context.request.model if context.request is not None else "",
+        route=context.route,
         outcome=ending.outcome,
         status=ending.status,
         error_code=ending.error_code,
         modes=notes.image_modes if notes is not None else (),
-        num_pages=len(call.request.image_sizes) if call.request is not None else 0,
+        num_pages=len(context.request.image_sizes) if context.request is not None else 0,
         tokens=tokens,
         num_wasted_tokens=tokens.num_completion_tokens if ending.outcome is Outcome.FAILED else 0,
         cost_nanodollars=cost,
         price_version=notes.price.version if notes is not None else "",
-        replica_id=call.asked[-1].replica_id if call.asked else "",
-        num_tries=len(call.asked),
+        replica_id=context.tried[-1].replica_id if context.tried else "",
+        num_tries=len(context.tried),
         finish_reason=notes.finish_reason if notes is not None else "",
-        arrived_ns=call.arrived_ns,
+        arrived_ns=context.arrived_ns,
         first_byte_ns=ending.first_byte_ns,
         ended_ns=ended_ns,
-        queue_wait_ns=call.queue_wait_ns,
-        priority=call.identity.tenant.priority,
-        is_stream=call.request is not None and call.request.is_stream,
+        queue_wait_ns=context.queue_wait_ns,
+        priority=context.identity.tenant.priority,
+        is_stream=context.request is not None and context.request.is_stream,
         credit_nanodollars=credited,
     )

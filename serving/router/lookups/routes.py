@@ -15,7 +15,7 @@ from serving.cluster.directory import Snapshot
 from serving.errors import ModelNotFoundError, PermissionDeniedError
 from serving.http.bodies import decode_json, read_body
 from serving.router.access.auth import check_model_allowed
-from serving.router.access.door import Door, Incoming
+from serving.router.access.control import AccessControl, Incoming
 from serving.router.access.limits import DOCUMENT, LOOKUP, Charge
 from serving.router.accounting.accounts import Accounts
 from serving.router.lookups.state import RouterState
@@ -64,7 +64,7 @@ class Lookups:
         accounts: Accounts,
         state: RouterState,
         documents: DocumentRelay,
-        door: Door,
+        access: AccessControl,
         list_targets: Callable[[], list[Group]] = list,
     ) -> None:
         self._settings = settings
@@ -73,7 +73,7 @@ class Lookups:
         self._accounts = accounts
         self._state = state
         self._documents = documents
-        self._door = door
+        self._access = access
         self._list_targets = list_targets
         self._started_s = int(time.time())
 
@@ -83,13 +83,13 @@ class Lookups:
         Raises:
             ServingError: what is wrong with the request.
         """
-        identity = await self._door.identify(incoming)
+        identity = await self._access.identify(incoming)
         charge = GET_ROUTES.get(incoming.path)
         if charge is None:
             await self._answer(incoming, identity)
             return
-        async with self._door.admitted(incoming, identity, charge):
-            incoming.reply.headers += self._door.limits.headers(identity, time.monotonic())
+        async with self._access.admitted(incoming, identity, charge):
+            incoming.reply.headers += self._access.limits.headers(identity, time.monotonic())
             await self._answer(incoming, identity)
 
     async def _answer(self, incoming: Incoming, identity: Identity) -> None:
@@ -124,19 +124,19 @@ class Lookups:
             ServingError: what is wrong with the request.
             ClientGoneError: the client has left.
         """
-        identity = await self._door.identify(incoming)
-        with self._door.bodies.open() as held:
+        identity = await self._access.identify(incoming)
+        with self._access.bodies.open() as held:
             async with contextlib.AsyncExitStack() as admitted:
                 # A service asks for every page of a document whose own quote was counted.
-                if self._door.read_credit(incoming) is None:
-                    await admitted.enter_async_context(self._door.admitted(incoming, identity, LOOKUP))
-                    incoming.reply.headers += self._door.limits.headers(identity, time.monotonic())
+                if self._access.read_credit(incoming) is None:
+                    await admitted.enter_async_context(self._access.admitted(incoming, identity, LOOKUP))
+                    incoming.reply.headers += self._access.limits.headers(identity, time.monotonic())
                 body = await read_body(incoming.scope, incoming.receive, self._settings.router.limits, held)
                 path = self._find_quoted(body)
                 if path is not None:
                     await incoming.reply.send_body(200, orjson.dumps(self._quote(identity, path, body)))
                     return
-            async with self._door.admitted(incoming, identity, _COUNTED_DOCUMENT):
+            async with self._access.admitted(incoming, identity, _COUNTED_DOCUMENT):
                 receive = _replay(body, incoming.receive)
                 await self._documents.relay_quote(incoming.request_id, incoming.scope, receive, incoming.reply)
 

@@ -77,10 +77,10 @@ async def answer_costs(ledger: Ledger | None, query: Query) -> dict[str, Any]:
     """`GET /admin/costs`: what the stack itself cost, beside what it earned."""
     window = _window(query)
     try:
-        async with _books(ledger).database.reading() as connection:
+        async with _require_ledger(ledger).database.reading() as connection:
             uptimes, work = await read_uptimes(connection, window), await sum_work(connection, window)
     except (SQLAlchemyError, OSError) as error:
-        raise _away() from error
+        raise _unavailable() from error
     return costs_to_json(window, report_costs(uptimes, work))
 
 
@@ -110,20 +110,20 @@ async def _read_usage(
     ledger: Ledger | None, window: Window, groups: tuple[GroupBy, ...], tenant: str | None
 ) -> UsageReport:
     try:
-        async with _books(ledger).database.reading() as connection:
+        async with _require_ledger(ledger).database.reading() as connection:
             rows = await sum_usage(connection, window, groups, tenant_id=tenant)
     except (SQLAlchemyError, OSError) as error:
-        raise _away() from error
+        raise _unavailable() from error
     return UsageReport(window, groups, tuple(rows))
 
 
-def _books(ledger: Ledger | None) -> Ledger:
+def _require_ledger(ledger: Ledger | None) -> Ledger:
     if ledger is None:
-        raise _away()
+        raise _unavailable()
     return ledger
 
 
-def _away() -> OverloadedError:
+def _unavailable() -> OverloadedError:
     return OverloadedError("The ledger's database cannot be reached; nothing is lost.", 5.0, code="ledger_unavailable")
 
 

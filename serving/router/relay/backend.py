@@ -11,7 +11,7 @@ from serving.cluster.directory import ReplicaRecord
 from serving.errors import EngineError, NoReplicaError, ReplicaConnectError, ServingError
 from serving.http.disconnects import ClientPresence
 from serving.http.reply import Reply
-from serving.router.accounting.metering import Call
+from serving.router.accounting.metering import RequestContext
 from serving.router.relay.replica_relay import Relay
 from serving.router.scheduling.dispatcher import Slot
 
@@ -35,7 +35,7 @@ class Gateway:
         """What the replica's engine counted for a request; None when it cannot tell."""
         return await self._relay.fetch_usage(replica, request_id)
 
-    async def answer(self, call: Call, slot: Slot, reply: Reply, receive: Receive) -> None:
+    async def answer(self, context: RequestContext, slot: Slot, reply: Reply, receive: Receive) -> None:
         """Try replicas until one has begun to answer; nothing reaches the client before that.
 
         Raises:
@@ -45,26 +45,26 @@ class Gateway:
         async with ClientPresence(receive):
             while True:
                 try:
-                    return await self._try(call, slot, reply)
+                    return await self._try(context, slot, reply)
                 except ServingError as error:
                     has_another = slot.fail(error) and error.is_retryable
-                    if reply.has_begun or not (has_another or await slot.outlive(error)):
+                    if reply.has_begun or not (has_another or await slot.wait_for_replacement(error)):
                         raise
-                    logger.warning("replica %s failed %s: %s", call.asked[-1].replica_id, call.request_id, error)
+                    logger.warning("replica %s failed %s: %s", context.tried[-1].replica_id, context.request_id, error)
 
-    async def _try(self, call: Call, slot: Slot, reply: Reply) -> None:
-        request, notes = call.understood()
-        call.asked.append(slot.replica)
-        call.unheard.append(slot.replica)
-        call.on_try(call)
+    async def _try(self, context: RequestContext, slot: Slot, reply: Reply) -> None:
+        request, notes = context.understood()
+        context.tried.append(slot.replica)
+        context.uncounted.append(slot.replica)
+        context.on_try(context)
         notes.image_modes = slot.modes
         try:
-            if call.trace is None:
-                await self._relay.relay(request, call.request_id, slot.replica, notes, reply)
+            if context.trace is None:
+                await self._relay.relay(request, context.request_id, slot.replica, notes, reply)
             else:
-                with call.trace.trying(slot.replica.replica_id) as headers:
-                    await self._relay.relay(request, call.request_id, slot.replica, notes, reply, headers)
+                with context.trace.trying(slot.replica.replica_id) as headers:
+                    await self._relay.relay(request, context.request_id, slot.replica, notes, reply, headers)
         except (ReplicaConnectError, EngineError, NoReplicaError):
-            call.unheard.pop()  # it refused, or was never asked; one that failed may have worked for it before
+            context.uncounted.pop()  # it refused, or was never asked; one that failed may have worked for it before
             raise
         slot.succeed()

@@ -74,7 +74,7 @@ class Upstream:
         self._busy: set[_Connection] = set()
 
     @contextlib.asynccontextmanager
-    async def ask(
+    async def request(
         self,
         method: str,
         url: str,
@@ -172,7 +172,7 @@ class _Connection(asyncio.Protocol):
         self._is_paused = False
         self._keeps_alive = False
         self._read_timeout_s = 0.0
-        self._heard_s = 0.0
+        self._last_read_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -188,8 +188,8 @@ class _Connection(asyncio.Protocol):
         self._has_headers = self._is_framed = self._is_whole = self._keeps_alive = False
         self._failure = None
         self._read_timeout_s = read_timeout_s
-        self._heard_s = self._loop.time()
-        self._timer = self._loop.call_at(self._heard_s + read_timeout_s, self._look_for_silence)
+        self._last_read_s = self._loop.time()
+        self._timer = self._loop.call_at(self._last_read_s + read_timeout_s, self._look_for_silence)
         if len(body) <= _JOINED_BYTES:
             self._transport.write(head + body)
         else:
@@ -234,7 +234,7 @@ class _Connection(asyncio.Protocol):
         self._num_unread = 0
         if self._is_paused and self._transport is not None:
             self._is_paused = False
-            self._heard_s = self._loop.time()
+            self._last_read_s = self._loop.time()
             self._transport.resume_reading()
         return data
 
@@ -256,7 +256,7 @@ class _Connection(asyncio.Protocol):
 
     def _look_for_silence(self) -> None:
         assert self._parser is not None
-        due_s = self._heard_s + self._read_timeout_s
+        due_s = self._last_read_s + self._read_timeout_s
         if self._is_paused:  # it is the client who is slow
             due_s = self._loop.time() + self._read_timeout_s
         elif self._loop.time() >= due_s:
@@ -274,7 +274,7 @@ class _Connection(asyncio.Protocol):
         if self._parser is None or self._is_whole:
             self.abort()  # nobody has asked
             return
-        self._heard_s = self._loop.time()
+        self._last_read_s = self._loop.time()
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError:

@@ -131,7 +131,7 @@ class DocumentRelay:
         given = ((name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"])
         headers = [(name, value) for name, value in given if name not in _DROPPED and not name.startswith(_FETCH)]
         headers.append(("x-request-id", request_id))
-        body = _Body(receive, self._router.limits, self._find_limit())
+        body = RelayedBody(receive, self._router.limits, self._find_limit())
         has_body = scope["method"] in _METHODS_WITH_BODY
         path = scope["path"] + (f"?{scope['query_string'].decode('latin-1')}" if scope["query_string"] else "")
         for service in self._in_turn():
@@ -154,7 +154,7 @@ class DocumentRelay:
                 await _break_off(reply, ReplicaUnreachableError("The OCR service was lost while it answered."), error)
         raise NoReplicaError("No OCR service is ready; try again shortly.", code="no_ocr_service")
 
-    async def _pass_on(self, answer: aiohttp.ClientResponse, receive: Receive, reply: Reply, body: _Body) -> None:
+    async def _pass_on(self, answer: aiohttp.ClientResponse, receive: Receive, reply: Reply, body: RelayedBody) -> None:
         headers = [
             (name.lower().encode("latin-1"), value.encode("latin-1"))
             for name, value in answer.headers.items()
@@ -193,7 +193,7 @@ async def _break_off(reply: Reply, failure: ServingError, cause: Exception) -> N
     raise ClientGoneError from cause
 
 
-class _Body:
+class RelayedBody:
     """A request's body on its way. What is wrong with it is kept, since aiohttp wraps what its body raises."""
 
     def __init__(self, receive: Receive, limits: LimitSettings, max_bytes: int) -> None:

@@ -63,7 +63,7 @@ class Relay:
             raise InternalError("The router has not started.")
         headers = {**self._headers, "x-request-id": request_id, **trace_headers}
         url = replica.base_url + request.path
-        async with self._upstream.ask("POST", url, headers, request.body) as answer:
+        async with self._upstream.request("POST", url, headers, request.body) as answer:
             if answer.status >= 400:
                 raise blame(request, from_engine(answer.status, await _read_error(answer)))
             if request.is_stream:
@@ -78,7 +78,7 @@ class Relay:
         assert self._upstream is not None
         url = f"{replica.base_url}/usage/{request_id}"
         try:
-            async with self._upstream.ask("GET", url, self._headers, read_timeout_s=_USAGE_TIMEOUT_S) as answer:
+            async with self._upstream.request("GET", url, self._headers, read_timeout_s=_USAGE_TIMEOUT_S) as answer:
                 found = orjson.loads(await answer.read()) if answer.status == 200 else None
         except (UpstreamError, orjson.JSONDecodeError):
             return None

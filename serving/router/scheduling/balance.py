@@ -16,12 +16,12 @@ without that."""
 MANY_ALONE = 64
 """The same for a router that is alone. It cannot herd, and its books are exact, so it compares all while that costs
 little."""
-_UNTOLD_TOKENS_PER_SEQ = 1024  # of a replica that does not tell what its KV cache holds
+_ASSUMED_TOKENS_PER_SEQ = 1024  # of a replica that does not tell what its KV cache holds
 _WITHOUT_LIMITS = 1 << 62
 
 
 @dataclass(slots=True)
-class Load:
+class ReplicaLoad:
     """One replica and what it has to do, as one router knows it. Work is in tokens."""
 
     record: ReplicaRecord
@@ -56,8 +56,8 @@ class Load:
         from their start and so is counted high.
         """
         self.record = record
-        told = record.capacity_tokens or max(1, record.max_num_seqs) * _UNTOLD_TOKENS_PER_SEQ
-        self.capacity = work_per_replica or told
+        reported = record.capacity_tokens or max(1, record.max_num_seqs) * _ASSUMED_TOKENS_PER_SEQ
+        self.capacity = work_per_replica or reported
         self.common_capacity = max(1, int(self.capacity * (1 - high_reserve)))
         most = record.max_num_seqs
         self.num_places = most if most > 0 else _WITHOUT_LIMITS
@@ -118,19 +118,19 @@ class Fleet:
     high_reserve: float
     num_routers: int = 1
     """That share the replicas, this one included."""
-    _loads: dict[str, Load] = field(default_factory=dict)
+    _loads: dict[str, ReplicaLoad] = field(default_factory=dict)
     _others_work: dict[str, int] = field(default_factory=dict)
 
-    def follow(self, snapshot: Snapshot) -> dict[str, list[Load]]:
+    def follow(self, snapshot: Snapshot) -> dict[str, list[ReplicaLoad]]:
         """Take over a replica list; gives the replicas that are ready, by model. One that has left is remembered until
         nothing runs on it any more, so that it is not taken for idle should it come back."""
         listed = {record.replica_id for record in snapshot.records}
         for replica_id, load in list(self._loads.items()):
             load.is_gone = replica_id not in listed
             self.forget(load)
-        ready: dict[str, list[Load]] = {}
+        ready: dict[str, list[ReplicaLoad]] = {}
         for record in snapshot.records:
-            load = self._loads.setdefault(record.replica_id, Load(record))
+            load = self._loads.setdefault(record.replica_id, ReplicaLoad(record))
             load.resize(record, self.work_per_replica, self.high_reserve)
             load.others_work = self._others_work.get(record.replica_id, 0)
             if record.state is ReplicaState.READY:
@@ -147,7 +147,7 @@ class Fleet:
         for replica_id, load in self._loads.items():
             load.others_work = self._others_work.get(replica_id, 0)
 
-    def forget(self, load: Load) -> None:
+    def forget(self, load: ReplicaLoad) -> None:
         """Drop a replica if it has left and nothing runs on it."""
         if load.is_gone and not load.num_seqs:
             self._loads.pop(load.replica_id, None)
@@ -157,7 +157,9 @@ class Fleet:
         return {replica_id: load.work for replica_id, load in self._loads.items() if load.num_seqs}
 
 
-def choose(loads: Sequence[Load], need: Need | None, excluded: Collection[str], rng: Random) -> Load | None:
+def choose(
+    loads: Sequence[ReplicaLoad], need: Need | None, excluded: Collection[str], rng: Random
+) -> ReplicaLoad | None:
     """The replica with the smallest burden; between equals each is as likely.
 
     Args:
@@ -180,8 +182,10 @@ def choose(loads: Sequence[Load], need: Need | None, excluded: Collection[str], 
     return _least(loads, need, excluded, rng)
 
 
-def _least(loads: Sequence[Load], need: Need | None, excluded: Collection[str], rng: Random) -> Load | None:
-    best: Load | None = None
+def _least(
+    loads: Sequence[ReplicaLoad], need: Need | None, excluded: Collection[str], rng: Random
+) -> ReplicaLoad | None:
+    best: ReplicaLoad | None = None
     least = 0.0
     num_equal = 0
     for load in loads:

@@ -18,7 +18,7 @@ from enum import StrEnum
 from serving.settings.router import BreakerSettings
 
 NO_PROBE = 0
-_NOBODY: frozenset[str] = frozenset()
+_NONE: frozenset[str] = frozenset()
 
 
 class BreakerState(StrEnum):
@@ -50,7 +50,7 @@ class Breakers:
     def blocked(self, now_s: float) -> frozenset[str]:
         """Replicas that must not get a request now."""
         if not self._breakers:
-            return _NOBODY
+            return _NONE
         return frozenset(
             replica_id
             for replica_id, breaker in self._breakers.items()

@@ -18,11 +18,11 @@ from serving.billing.records import TokenCounts
 from serving.cluster.directory import EMPTY, ReplicaRecord, RouterReport, Snapshot
 from serving.errors import EngineError, OverloadedError, ReplicaUnreachableError, ServingError, UpstreamError
 from serving.router.request.parsing import RoutedRequest
-from serving.router.scheduling.balance import Fleet, Load, Need, choose
+from serving.router.scheduling.balance import Fleet, Need, ReplicaLoad, choose
 from serving.router.scheduling.circuit_breaker import NO_PROBE, Breakers, BreakerState
 from serving.router.scheduling.model_pool import Pool, Waiting, no_replica, refuse
 from serving.router.scheduling.queue import AdmissionQueue, check_deadline, retry_after_s
-from serving.router.scheduling.work_estimate import OutputForecast, Work, estimate_work, read_images
+from serving.router.scheduling.work_estimate import OutputForecast, WorkEstimate, estimate_work, read_images
 from serving.settings.stack import Settings
 from serving.settings.tenants import Identity, Priority
 
@@ -38,13 +38,13 @@ class Slot:
     """Resolution mode in which this replica reads every image, empty where only it can know."""
     num_image_tokens: int | None
     waited_s: float
-    work: Work
+    work: WorkEstimate
     """As it was admitted; it does not change when the request moves to another replica."""
     num_tries: int
     _dispatcher: Dispatcher
     _request: RoutedRequest
     _label: str
-    _load: Load
+    _load: ReplicaLoad
     _probe: int
     _started_s: float
     _failed: tuple[str, ...] = ()
@@ -62,7 +62,7 @@ class Slot:
         """
         return not self._is_closed and self._dispatcher.move(self, error)
 
-    async def outlive(self, error: ServingError) -> bool:
+    async def wait_for_replacement(self, error: ServingError) -> bool:
         """After `fail` found nobody to move to: wait for another replica, as those do whom none has had yet.
 
         Only for what was lost with its replica; one that says that it is overloaded lives, and stands for the others.
@@ -70,7 +70,7 @@ class Slot:
         Returns:
             False when the error is another, the tries are used up, or none came within `replica_wait_s`.
         """
-        return not self._is_closed and await self._dispatcher.wait_for_successor(self, error)
+        return not self._is_closed and await self._dispatcher.wait_for_replacement(self, error)
 
     def succeed(self) -> None:
         """The replica has begun to answer."""
@@ -152,23 +152,29 @@ class Dispatcher:
         self._look()
         return self._pools[model].sample
 
-    def estimate(self, request: RoutedRequest) -> Work:
+    def estimate(self, request: RoutedRequest) -> WorkEstimate:
         """What a request would be admitted as now."""
         self._look()
         return self._estimate(self._pools[request.model], request)
 
-    def _estimate(self, pool: Pool, request: RoutedRequest) -> Work:
+    def _estimate(self, pool: Pool, request: RoutedRequest) -> WorkEstimate:
         sample = pool.sample
         reading = read_images(request, sample)
         return estimate_work(request, reading, self._forecast, sample.max_model_len if sample is not None else 0)
 
     async def _wait(
-        self, pool: Pool, request: RoutedRequest, work: Work, identity: Identity, deadline_s: float, now_s: float
+        self,
+        pool: Pool,
+        request: RoutedRequest,
+        work: WorkEstimate,
+        identity: Identity,
+        deadline_s: float,
+        now_s: float,
     ) -> Slot:
         tenant_id, priority = identity.tenant_id, identity.tenant.priority
-        pool.check_presence(self.breakers.blocked(now_s), now_s)
+        pool.check_availability(self.breakers.blocked(now_s), now_s)
         wait_s = None
-        if pool.absent_since_s is None:
+        if pool.unavailable_since_s is None:
             ahead = pool.queue.work_ahead(tenant_id, priority, work.total)
             wait_s = pool.wait_s(ahead + work.total)
         elif self._router.admission.replica_wait_s <= 0:
@@ -212,8 +218,8 @@ class Dispatcher:
             self._pump(pool, now_s)
         return has_moved
 
-    async def wait_for_successor(self, slot: Slot, error: ServingError) -> bool:
-        """See `Slot.outlive`."""
+    async def wait_for_replacement(self, slot: Slot, error: ServingError) -> bool:
+        """See `Slot.wait_for_replacement`."""
         patience_s = self._router.admission.replica_wait_s
         if not isinstance(error, ReplicaUnreachableError) or slot.num_tries >= self._router.max_tries:
             return False
@@ -310,13 +316,17 @@ class Dispatcher:
         """Whether nothing waits and no slot is open."""
         return not self._num_slots and not any(pool.queue for pool in self._pools.values())
 
-    def _need(self, work: Work, request: RoutedRequest, priority: Priority) -> Need:
+    def _need(self, work: WorkEstimate, request: RoutedRequest, priority: Priority) -> Need:
         return Need(work.total, max(1, request.num_choices), priority is Priority.HIGH, self._fleet.num_routers)
 
-    def _find(self, pool: Pool, work: Work, request: RoutedRequest, priority: Priority, now_s: float) -> Load | None:
+    def _find(
+        self, pool: Pool, work: WorkEstimate, request: RoutedRequest, priority: Priority, now_s: float
+    ) -> ReplicaLoad | None:
         return choose(pool.loads, self._need(work, request, priority), self.breakers.blocked(now_s), self._rng)
 
-    def _place(self, request: RoutedRequest, work: Work, load: Load, entered_s: float, now_s: float) -> Slot:
+    def _place(
+        self, request: RoutedRequest, work: WorkEstimate, load: ReplicaLoad, entered_s: float, now_s: float
+    ) -> Slot:
         load.add(work.total, max(1, request.num_choices))
         reading = read_images(request, load.record)
         self._num_slots += 1
@@ -382,9 +392,9 @@ class Dispatcher:
                 break
             pool.queue.pop(waiter)
             waiter.placed.set_result(self._place(waiter.request, waiter.estimate, load, waiter.entered_s, now_s))
-        pool.check_presence(self.breakers.blocked(now_s), now_s)
+        pool.check_availability(self.breakers.blocked(now_s), now_s)
         patience_s = self._router.admission.replica_wait_s
-        if pool.absent_since_s is not None and pool.absent_since_s + patience_s <= now_s:
+        if pool.unavailable_since_s is not None and pool.unavailable_since_s + patience_s <= now_s:
             for late in pool.queue.take_older(now_s - patience_s):
                 refuse(late, no_replica())
         self._settle(pool, now_s)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 from serving.cluster.directory import ReplicaRecord
 from serving.errors import NoReplicaError, OverloadedError, ServingError
 from serving.router.request.parsing import RoutedRequest
-from serving.router.scheduling.balance import Load
+from serving.router.scheduling.balance import ReplicaLoad
 from serving.router.scheduling.queue import AdmissionQueue, ServiceRate, Waiter, retry_after_s
-from serving.router.scheduling.work_estimate import Work
+from serving.router.scheduling.work_estimate import WorkEstimate
 
 if TYPE_CHECKING:
     from serving.router.scheduling.dispatcher import Slot
@@ -27,7 +27,7 @@ class Waiting(Waiter):
     """A request in the queue, and the future that its coroutine sleeps on."""
 
     request: RoutedRequest
-    estimate: Work
+    estimate: WorkEstimate
     placed: asyncio.Future[Slot]
 
 
@@ -36,14 +36,14 @@ class Pool:
     """One model."""
 
     queue: AdmissionQueue[Waiting]
-    loads: list[Load] = field(default_factory=list)
+    loads: list[ReplicaLoad] = field(default_factory=list)
     """Of the replicas that are ready."""
     capacity: int = 0
     """Of all of them, in tokens."""
     sample: ReplicaRecord | None = None
     """Stands for all of them when work is estimated; the last one known while there is none."""
     rate: ServiceRate = field(default_factory=ServiceRate)
-    absent_since_s: float | None = None
+    unavailable_since_s: float | None = None
     """Since when waiting requests have had no replica that may be used, full or not."""
     stranded: dict[Slot, asyncio.Future[bool]] = field(default_factory=dict)
     """Requests whose replica was lost with no other to go on on, and where to say whether one has come."""
@@ -51,7 +51,7 @@ class Pool:
     timer_s: float = math.inf
     """When it rings."""
 
-    def offer(self, loads: list[Load]) -> None:
+    def offer(self, loads: list[ReplicaLoad]) -> None:
         """These replicas are ready from now on."""
         self.loads = loads
         self.capacity = sum(load.capacity for load in loads)
@@ -65,30 +65,30 @@ class Pool:
         """How long until so much work has ended, None while that is not known."""
         return self.rate.wait_s(self.share(work), self.share(sum(load.work for load in self.loads)))
 
-    def service_s(self, request: RoutedRequest, work: Work) -> float:
+    def service_s(self, request: RoutedRequest, work: WorkEstimate) -> float:
         """How long its answer takes once it has begun; 0 while that is not known."""
         return self.rate.service_s(work.output_tokens // max(1, request.num_choices))
 
-    def check_presence(self, blocked: Collection[str], now_s: float) -> None:
+    def check_availability(self, blocked: Collection[str], now_s: float) -> None:
         """Note whether any replica may be used; `blocked` are those that circuit breakers hold back."""
         if any(load.replica_id not in blocked for load in self.loads):
-            self.absent_since_s = None
-        elif self.absent_since_s is None:
-            self.absent_since_s = now_s
+            self.unavailable_since_s = None
+        elif self.unavailable_since_s is None:
+            self.unavailable_since_s = now_s
 
     def note(self, now_s: float, breaker_change_s: float | None, patience_s: float) -> float:
         """Note whether requests wait; gives the time of the next thing that comes without an event: a deadline, the
         end of a breaker's pause, or of the patience for a replica to come. Infinity when nobody waits."""
-        self.rate.mark(len(self.queue) > 0 and self.absent_since_s is None, now_s)
+        self.rate.mark(len(self.queue) > 0 and self.unavailable_since_s is None, now_s)
         if not self.queue:
-            self.absent_since_s = None
+            self.unavailable_since_s = None
             return breaker_change_s if self.stranded and breaker_change_s is not None else math.inf
         next_s = self.queue.next_deadline_s()
         if breaker_change_s is not None:
             next_s = min(next_s, breaker_change_s)
-        if self.absent_since_s is not None:
+        if self.unavailable_since_s is not None:
             oldest_s = next(iter(self.queue)).entered_s
-            next_s = min(next_s, max(oldest_s, self.absent_since_s) + patience_s)
+            next_s = min(next_s, max(oldest_s, self.unavailable_since_s) + patience_s)
         return next_s
 
     def too_late(self) -> OverloadedError:

@@ -27,7 +27,7 @@ _Frozen = tuple[tuple[str, str | int | tuple[str, ...]], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class WorkEstimate:
     """What a request is expected to take of a replica, in tokens."""
 
     prompt_tokens: int
@@ -147,7 +147,7 @@ class OutputForecast:
 
 def estimate_work(
     request: RoutedRequest, reading: ImageReading, forecast: OutputForecast, max_model_len: int = 0
-) -> Work:
+) -> WorkEstimate:
     """The work of a request.
 
     Args:
@@ -166,4 +166,4 @@ def estimate_work(
     if max_model_len:
         prompt = min(prompt, max_model_len)
         output = min(output, max_model_len - prompt)
-    return Work(prompt, max(1, round(output)) * max(1, request.num_choices))
+    return WorkEstimate(prompt, max(1, round(output)) * max(1, request.num_choices))

@@ -139,7 +139,7 @@ async def test_whoever_adopts_a_spool_closes_what_its_router_left_open(make_sett
     async def ask(_replica_id: str, _request_id: str) -> TokenCounts | None:
         return COUNTS
 
-    other.ask_replica = ask
+    other.fetch_counts = ask
     await wait_until(lambda: other.counts.num_closed == 2)
     await other.close()
     await dead.database.close()

@@ -7,7 +7,7 @@ from support.billing_samples import SAMPLE, make_record
 from serving.billing.database import Database
 from serving.billing.periods import Window
 from serving.billing.queries import sum_by_replica
-from serving.billing.reconcile import Finding, LedgerTotals, Reading, Totals, compare
+from serving.billing.reconcile import CounterReading, Finding, LedgerTotals, Totals, compare
 from serving.billing.records import LostTry, TokenCounts
 
 EVER = Window(0, 2**63 - 1)
@@ -18,7 +18,7 @@ TOTALS = st.builds(Totals, st.integers(0, 10), st.integers(0, 10), st.integers(0
 def test_only_equal_counts_are_equal(ledger: dict[str, Totals], engines: dict[str, Totals]) -> None:
     found = compare(
         {name: LedgerTotals(totals) for name, totals in ledger.items()},
-        {name: Reading(1, totals) for name, totals in engines.items()},
+        {name: CounterReading(1, totals) for name, totals in engines.items()},
     )
     assert [line.replica_id for line in found.lines] == sorted(ledger.keys() | engines.keys())
     assert found.is_equal == all(ledger.get(name, Totals()) == totals for name, totals in engines.items())
@@ -29,11 +29,11 @@ def test_only_equal_counts_are_equal(ledger: dict[str, Totals], engines: dict[st
 
 def test_a_window_begins_at_an_earlier_reading() -> None:
     ledger = {"old": LedgerTotals(Totals(5, 5, 1)), "new": LedgerTotals(Totals(1, 1, 1)), "again": LedgerTotals()}
-    earlier = {"old": Reading(1, Totals(100, 100, 10)), "again": Reading(1, Totals(7, 7, 7))}
+    earlier = {"old": CounterReading(1, Totals(100, 100, 10)), "again": CounterReading(1, Totals(7, 7, 7))}
     engines = {
-        "old": Reading(1, Totals(105, 105, 11)),
-        "new": Reading(2, Totals(1, 1, 1)),
-        "again": Reading(3, Totals()),
+        "old": CounterReading(1, Totals(105, 105, 11)),
+        "new": CounterReading(2, Totals(1, 1, 1)),
+        "again": CounterReading(3, Totals()),
     }
     found = compare(ledger, engines, earlier)
     assert {line.replica_id: line.finding for line in found.lines} == {
@@ -42,7 +42,7 @@ def test_a_window_begins_at_an_earlier_reading() -> None:
         "again": Finding.RESTARTED,
     }
     assert found.is_equal
-    worse = compare(ledger, {**engines, "old": Reading(1, Totals(105, 106, 11))}, earlier)
+    worse = compare(ledger, {**engines, "old": CounterReading(1, Totals(105, 106, 11))}, earlier)
     assert not worse.is_equal
     assert next(line.difference for line in worse.lines if line.replica_id == "old") == Totals(0, -1, 0)
 

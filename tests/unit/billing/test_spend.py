@@ -13,7 +13,7 @@ from serving.billing.database import Database, ReplicaLife
 from serving.billing.periods import NS_PER_HOUR, Window
 from serving.billing.queries import read_uptimes, sum_work
 from serving.billing.records import TokenCounts
-from serving.billing.stack_costs import Uptime, Work, cost_of_time, report_costs, split
+from serving.billing.stack_costs import TenantWork, Uptime, cost_of_time, report_costs, split
 from serving.settings.billing import BillingSettings
 
 DOLLAR = 10**9
@@ -28,8 +28,8 @@ def test_cost_idle_time_and_margin_by_model_and_tenant() -> None:
         Uptime("large#1", "large", HOUR, HOUR, DOLLAR),
     ]
     work = [
-        Work("nano", "acme", 10, 30, 2_000_000, 0, 1_000_000, 0, 40 * DOLLAR),
-        Work("nano", "beta", 5, 10, 500_000, 0, 500_000, 0, DOLLAR),
+        TenantWork("nano", "acme", 10, 30, 2_000_000, 0, 1_000_000, 0, 40 * DOLLAR),
+        TenantWork("nano", "beta", 5, 10, 500_000, 0, 500_000, 0, DOLLAR),
     ]
     large, nano, acme, beta = report_costs(uptimes, work)
     assert (large.model, large.spend_nanodollars, large.idle_nanodollars) == ("large", DOLLAR, 0)
@@ -62,9 +62,9 @@ def test_time_costs_its_price_to_the_nearest_nanodollar(duration_ns: int, rate: 
 
 @given(
     st.lists(st.builds(Uptime, st.text(), st.sampled_from("ab"), AMOUNTS, AMOUNTS, AMOUNTS), max_size=5),
-    st.lists(st.builds(Work, st.sampled_from("abc"), st.text(), *[st.integers(0, 10**6)] * 7), max_size=8),
+    st.lists(st.builds(TenantWork, st.sampled_from("abc"), st.text(), *[st.integers(0, 10**6)] * 7), max_size=8),
 )
-def test_tenants_and_idle_time_add_up_to_the_spend(uptimes: list[Uptime], work: list[Work]) -> None:
+def test_tenants_and_idle_time_add_up_to_the_spend(uptimes: list[Uptime], work: list[TenantWork]) -> None:
     uptimes = [Uptime(u.replica_id, u.model, max(u.up_ns, u.busy_ns), u.busy_ns, 10**9) for u in uptimes]
     lines = report_costs(uptimes, work)
     totals = [line for i, line in enumerate(lines) if i == 0 or lines[i - 1].model != line.model]
@@ -97,7 +97,7 @@ async def test_uptime_and_work_are_read_from_the_ledger(database: Database) -> N
         window = Window(NOON_NS, NOON_NS + 4 * HOUR)
         assert await read_uptimes(connection, window) == [Uptime("nano#1", "nano", 4 * HOUR, 3 * HOUR, rate)]
         work = await sum_work(connection, window)
-    assert work == [Work("nano", "acme", 2, 4, 1001, 100, 501, 0, 160_000)]
+    assert work == [TenantWork("nano", "acme", 2, 4, 1001, 100, 501, 0, 160_000)]
 
 
 SPANS = st.lists(st.tuples(st.sampled_from(["a", "b"]), st.integers(0, 30), st.integers(0, 30)), max_size=12)

@@ -15,7 +15,7 @@ from serving.errors import RequestTimeoutError
 from serving.http.bodies import read_body
 from serving.http.body_pace import BodyPace
 from serving.ocr.api.uploads import _Body as Upload
-from serving.router.relay.ocr_relay import _Body as Relayed
+from serving.router.relay.ocr_relay import RelayedBody as Relayed
 from serving.settings.router import LimitSettings
 
 SILENCE_S, RATE = 60.0, 100.0

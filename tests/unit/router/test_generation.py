@@ -169,7 +169,7 @@ async def test_an_answer_after_a_lost_try_is_promised_before_it_leaves() -> None
         else:
             await hang_up(exchange)
 
-    bad = Engine(loses, "bad", max_num_seqs=1000, tells_usage=True)
+    bad = Engine(loses, "bad", max_num_seqs=1000, answers_usage=True)
     async with recording(bad, Engine(answers(orjson.dumps(ANSWER)), "good")) as recorded:
         promised: list[RequestRecord] = []
         recorded.router.app._accountant._on_promise = lambda call, record: promised.append(record)
@@ -191,7 +191,7 @@ async def test_a_stream_that_breaks_behind_its_usage_is_counted_once() -> None:
         await exchange.chunk(TEXT + USAGE_FRAME)
         await exchange.die()
 
-    async with recording(Engine(telling(breaks), tells_usage=True)) as recorded:
+    async with recording(Engine(telling(breaks), answers_usage=True)) as recorded:
         response = await recorded.router.chat(stream=True, stream_options={"include_usage": True})
         record = await recorded.only()
     assert b"estimated_cost" not in response.content, "it costs nothing"
@@ -202,7 +202,7 @@ async def test_a_stream_that_breaks_behind_its_usage_is_counted_once() -> None:
 @pytest.mark.parametrize("frames", [(), (TEXT, TEXT)], ids=["before the answer", "in the middle"])
 async def test_what_a_client_used_before_it_left_is_asked_of_the_engine_and_billed(frames: tuple[bytes, ...]) -> None:
     left = asyncio.Event()
-    engine = Engine(telling(streams_and_waits(left, *frames)), tells_usage=True)
+    engine = Engine(telling(streams_and_waits(left, *frames)), answers_usage=True)
     async with recording(engine) as recorded:
         _, writer = await asyncio.open_connection("127.0.0.1", recorded.router.port)
         body = chat_body(stream=True)
@@ -231,7 +231,7 @@ async def test_an_engine_that_has_not_noticed_yet_is_asked_again() -> None:
         else:
             await streams_and_waits(left, TEXT)(exchange)
 
-    async with recording(Engine(script, tells_usage=True)) as recorded:
+    async with recording(Engine(script, answers_usage=True)) as recorded:
         async with recorded.router.client.stream("POST", "/v1/chat/completions", content=chat_body(stream=True)) as it:
             await anext(it.aiter_raw())
         record = await recorded.only()
@@ -254,7 +254,7 @@ async def test_what_a_lost_engine_generated_is_estimated_and_not_billed() -> Non
 
 
 async def test_what_a_failed_try_generated_is_wasted() -> None:
-    bad = Engine(telling(hang_up), "bad", max_num_seqs=1000, tells_usage=True)
+    bad = Engine(telling(hang_up), "bad", max_num_seqs=1000, answers_usage=True)
     good = Engine(answers(orjson.dumps(ANSWER)), "good")
     async with recording(bad, good) as recorded:
         while not any(asked.path.startswith("/v1") for asked in bad.asked):
@@ -305,7 +305,7 @@ async def test_what_the_engine_refuses_is_refused() -> None:
 @pytest.mark.parametrize("frames", [(), (TEXT,)], ids=["before the answer", "in the middle"])
 async def test_a_request_ends_when_its_time_is_over(frames: tuple[bytes, ...]) -> None:
     left = asyncio.Event()
-    engine = Engine(telling(streams_and_waits(left, *frames)), tells_usage=True)
+    engine = Engine(telling(streams_and_waits(left, *frames)), answers_usage=True)
     async with recording(engine) as recorded:
         response = await recorded.router.client.post(
             "/v1/chat/completions", content=chat_body(stream=True), headers={"x-request-timeout-ms": "200"}

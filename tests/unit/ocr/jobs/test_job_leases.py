@@ -175,7 +175,7 @@ async def test_a_tenants_own_chats_are_no_tries_of_its_pages(
     answer = orjson.dumps({"choices": [{"message": {"content": "a"}}], "usage": USAGE})
     async with (
         Engine(answers(answer)) as engine,
-        run_router(engine.record, settings=settings, keeps_books=True) as router,
+        run_router(engine.record, settings=settings, has_ledger=True) as router,
     ):
         asked = await router.client.post("/v1/chat/completions", content=chat_body(), headers=headers)
         assert (asked.status_code, asked.headers["x-request-id"]) == (200, request_id)

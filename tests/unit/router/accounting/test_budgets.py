@@ -138,7 +138,7 @@ async def test_a_budget_that_nobody_can_look_up_is_not_opened_anew(tmp_path: Pat
     settings = settings.model_copy(update={"billing": billing})
     async with (
         Engine(generate_all) as engine,
-        run_router(engine.record, settings=settings, keeps_books=True) as router,
+        run_router(engine.record, settings=settings, has_ledger=True) as router,
     ):
         refused = await router.client.post("/v1/chat/completions", content=chat_body(max_tokens=4), headers=headers)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "budget_unknown")

@@ -87,7 +87,7 @@ async def test_the_secret_may_be_in_the_services_file(tmp_path: Path) -> None:
 
 async def test_a_request_that_is_broken_off_again_costs_the_rest() -> None:
     left = asyncio.Event()
-    engine = Engine(telling(streams_and_waits(left, TEXT)), tells_usage=True)
+    engine = Engine(telling(streams_and_waits(left, TEXT)), answers_usage=True)
     async with recording(engine, settings=settings()) as recorded:
         body = chat_body(stream=True)
         client = recorded.router.client

@@ -22,7 +22,7 @@ async def test_a_router_refuses_what_it_could_not_record_before_it_costs_anythin
     settings = build_settings().model_copy(update={"billing": billing})
     async with (
         Engine(reads()) as engine,
-        run_router(engine.record, settings=settings, keeps_books=True) as router,
+        run_router(engine.record, settings=settings, has_ledger=True) as router,
     ):
         num_served = 0
         while (answer := await router.client.post("/v1/chat/completions", content=chat_body())).status_code == 200:

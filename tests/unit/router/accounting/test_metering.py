@@ -68,7 +68,7 @@ async def run_office(folder: Path, **budgets: Decimal) -> AsyncIterator[Office]:
     settings: Settings = build_settings(keys_file=folder / "keys.yaml").model_copy(update={"billing": billing})
     async with Engine(answers(ANSWER)) as engine:
         snapshot = Snapshot((1, 1), (engine.record,))
-        app = RouterApp(settings, lambda: snapshot, keeps_books=True)
+        app = RouterApp(settings, lambda: snapshot, has_ledger=True)
         server = HttpServer(app, host="127.0.0.1", port=0, drain_s=1, limits=settings.router.limits)
         await app.start()
         await server.start()

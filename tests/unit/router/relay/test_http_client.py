@@ -43,12 +43,12 @@ def url_of(engine: Engine, path: str = PATH) -> str:
 
 
 async def post(upstream: Upstream, engine: Engine, body: bytes = b"{}") -> tuple[int, bytes]:
-    async with upstream.ask("POST", url_of(engine), {"x-request-id": "r1"}, body) as answer:
+    async with upstream.request("POST", url_of(engine), {"x-request-id": "r1"}, body) as answer:
         return answer.status, await answer.read()
 
 
 async def pieces(upstream: Upstream, engine: Engine) -> list[bytes]:
-    async with upstream.ask("POST", url_of(engine), {}, b"") as answer:
+    async with upstream.request("POST", url_of(engine), {}, b"") as answer:
         return [piece async for piece in _pieces(answer.read_some)]
 
 
@@ -94,7 +94,7 @@ async def test_a_get_has_no_body() -> None:
     async with (
         Engine(answers(b"ok", status=404)) as engine,
         open_upstream() as upstream,
-        upstream.ask("GET", url_of(engine, "/health?a=b"), {}) as answer,
+        upstream.request("GET", url_of(engine, "/health?a=b"), {}) as answer,
     ):
         assert (answer.status, await answer.read()) == (404, b"ok")
     assert engine.asked[0].path == "/health?a=b"
@@ -149,7 +149,7 @@ async def test_an_answer_is_read_no_further_than_it_is_wanted() -> None:
     async with (
         Engine(answers(b"x" * 100_000)) as engine,
         open_upstream() as upstream,
-        upstream.ask("POST", url_of(engine), {}) as answer,
+        upstream.request("POST", url_of(engine), {}) as answer,
     ):
         assert await answer.read(max_bytes=10) == b"x" * 10
 
@@ -224,7 +224,7 @@ async def test_leaving_early_closes_the_connection() -> None:
         left.set()
 
     async with Engine(script) as engine, open_upstream() as upstream:
-        async with upstream.ask("POST", url_of(engine), {}) as answer:
+        async with upstream.request("POST", url_of(engine), {}) as answer:
             assert await answer.read_some() == b"one"
         async with asyncio.timeout(1):
             await left.wait()
@@ -317,7 +317,7 @@ async def test_what_came_before_a_loss_is_read_first() -> None:
     async with (
         Engine(dies_after(b"one", b"two")) as engine,
         open_upstream() as upstream,
-        upstream.ask("POST", url_of(engine), {}) as answer,
+        upstream.request("POST", url_of(engine), {}) as answer,
     ):
         await asyncio.sleep(0.1)
         assert await answer.read_some() == b"onetwo"
@@ -340,7 +340,7 @@ async def test_silence_is_counted_from_the_last_byte() -> None:
 async def test_a_timeout_may_be_given_for_one_request() -> None:
     async with Engine(silence) as engine, open_upstream() as upstream:
         with pytest.raises(ReplicaTimeoutError):
-            async with upstream.ask("GET", url_of(engine), {}, read_timeout_s=0.05):
+            async with upstream.request("GET", url_of(engine), {}, read_timeout_s=0.05):
                 pass
 
 
@@ -348,7 +348,7 @@ async def test_nobody_there_and_nobody_who_answers() -> None:
     async with open_upstream(connect_timeout_s=0.1) as upstream:
         for context in (dead_replica(), deaf_replica()):
             with context as replica, pytest.raises(ReplicaConnectError):
-                async with upstream.ask("POST", replica.base_url + PATH, {}):
+                async with upstream.request("POST", replica.base_url + PATH, {}):
                     pass
 
 
@@ -366,7 +366,7 @@ async def test_an_answer_that_nobody_takes_holds_the_engine_back() -> None:
     async with (
         Engine(script) as engine,
         open_upstream(read_timeout_s=0.2) as upstream,
-        upstream.ask("POST", url_of(engine), {}) as answer,
+        upstream.request("POST", url_of(engine), {}) as answer,
     ):
         await asyncio.sleep(0.3)  # longer than the timeout: it is not the engine that is silent
         assert num_sent < 400
@@ -380,7 +380,7 @@ async def test_an_answer_that_nobody_takes_holds_the_engine_back() -> None:
 async def test_a_header_cannot_break_the_request(headers: dict[str, str]) -> None:
     async with open_upstream() as upstream:
         with pytest.raises(InternalError):
-            async with upstream.ask("POST", "http://127.0.0.1:1/", headers):
+            async with upstream.request("POST", "http://127.0.0.1:1/", headers):
                 pass
 
 
@@ -388,7 +388,7 @@ async def test_a_header_cannot_break_the_request(headers: dict[str, str]) -> Non
 async def test_only_plain_http_is_spoken(url: str) -> None:
     async with open_upstream() as upstream:
         with pytest.raises(InternalError):
-            async with upstream.ask("POST", url, {}):
+            async with upstream.request("POST", url, {}):
                 pass
 
 

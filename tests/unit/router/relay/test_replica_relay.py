@@ -322,7 +322,7 @@ async def test_the_engine_learns_the_requests_id() -> None:
 async def test_an_engine_is_asked_for_what_it_counted(script: Script, found: Any) -> None:
     relay = Relay(RouterSettings(), "sesame")
     await relay.start()
-    async with Engine(script, tells_usage=True) as engine:
+    async with Engine(script, answers_usage=True) as engine:
         assert await relay.fetch_usage(engine.record, "r-1") == found
     assert (engine.asked[0].method, engine.asked[0].path) == ("GET", "/usage/r-1")
     assert engine.asked[0].headers["authorization"] == "Bearer sesame"

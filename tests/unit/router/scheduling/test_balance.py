@@ -9,15 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.cluster.directory import ReplicaRecord, ReplicaState, RouterReport, Snapshot
-from serving.router.scheduling.balance import MANY, Fleet, Load, Need, choose
+from serving.router.scheduling.balance import MANY, Fleet, Need, ReplicaLoad, choose
 
 
 def replica(replica_id: str, max_num_seqs: int = 4, state: ReplicaState = ReplicaState.READY) -> ReplicaRecord:
     return ReplicaRecord(replica_id, "nano", f"http://{replica_id}", state, max_num_seqs=max_num_seqs)
 
 
-def load(name: str, work: int = 0, num_seqs: int | None = None, capacity: int = 1000, others: int = 0) -> Load:
-    one = Load(replica(name), work=work, num_seqs=int(work > 0) if num_seqs is None else num_seqs, others_work=others)
+def load(name: str, work: int = 0, num_seqs: int | None = None, capacity: int = 1000, others: int = 0) -> ReplicaLoad:
+    one = ReplicaLoad(
+        replica(name), work=work, num_seqs=int(work > 0) if num_seqs is None else num_seqs, others_work=others
+    )
     one.capacity = one.common_capacity = capacity
     return one
 
@@ -31,7 +33,7 @@ NEEDS = st.none() | st.builds(Need, st.integers(1, 3000), st.integers(1, 20), st
 
 @given(LOAD_LISTS, NEEDS, st.sets(st.integers(0, 23)), st.randoms(use_true_random=False))
 def test_the_choice_has_room_and_is_not_excluded(
-    loads: list[Load], need: Need | None, out: set[int], rng: Random
+    loads: list[ReplicaLoad], need: Need | None, out: set[int], rng: Random
 ) -> None:
     excluded = {one.replica_id for i, one in enumerate(loads) if i in out}
     usable = [one for one in loads if one.replica_id not in excluded and (need is None or one.has_room(need))]
@@ -48,7 +50,7 @@ def test_the_choice_has_room_and_is_not_excluded(
 def test_nothing_goes_over_the_capacity_but_what_is_alone(
     under_way: int, work: int, num_seqs: int, more_seqs: int, is_high: bool
 ) -> None:
-    one = Load(replica("a"))
+    one = ReplicaLoad(replica("a"))
     one.resize(replica("a", 16), 4000, 0.25)
     one.add(under_way, num_seqs)
     limit, seqs = (4000, 18) if is_high else (3000, 14)
@@ -71,7 +73,7 @@ def test_nothing_goes_over_the_capacity_but_what_is_alone(
 def test_capacity_is_what_is_set_or_told_or_guessed(
     record: ReplicaRecord, work_per_replica: int | None, capacity: int, max_seqs: int
 ) -> None:
-    one = Load(record)
+    one = ReplicaLoad(record)
     one.resize(record, work_per_replica, 0.0)
     assert (one.capacity, one.common_capacity, one.max_seqs, one.common_seqs) == (
         capacity,

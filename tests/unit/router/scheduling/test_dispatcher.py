@@ -381,7 +381,7 @@ async def test_who_lost_the_only_replica_waits_for_its_successor() -> None:
     stage = Stage(replica("a"))
     slot = await stage.enter(600)
     assert not slot.fail(LOST)
-    outliving = asyncio.create_task(slot.outlive(LOST))
+    outliving = asyncio.create_task(slot.wait_for_replacement(LOST))
     newcomer = stage.queue(600)
     await settle()
     stage.list()
@@ -409,7 +409,7 @@ async def test_nobody_waits_for_the_successor_of_a_replica_that_outlives_its_lea
     slot = await stage.enter()
     assert not slot.fail(LOST)
     async with asyncio.timeout(10):  # replica_wait_s is 30
-        assert not await slot.outlive(LOST)
+        assert not await slot.wait_for_replacement(LOST)
     slot.close(None)
     stage.check_idle()
 
@@ -424,7 +424,7 @@ async def test_who_waits_for_a_successor_waits_for_a_breaker_too() -> None:
     slot = await stage.enter()
     assert slot.replica.replica_id == "a"
     assert not slot.fail(LOST)
-    assert await slot.outlive(LOST)
+    assert await slot.wait_for_replacement(LOST)
     assert slot.replica.replica_id == "b"
     slot.close(None)
     stage.check_idle()
@@ -434,18 +434,18 @@ async def test_the_wait_for_a_successor_ends() -> None:
     stage = Stage(replica("a"), replica_wait_s=0.05)
     slot = await stage.enter()
     assert not slot.fail(LOST)
-    assert not await slot.outlive(LOST)
-    leaving = asyncio.create_task(slot.outlive(LOST))
+    assert not await slot.wait_for_replacement(LOST)
+    leaving = asyncio.create_task(slot.wait_for_replacement(LOST))
     await settle()
     leaving.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await leaving
-    going_down = asyncio.create_task(slot.outlive(LOST))
+    going_down = asyncio.create_task(slot.wait_for_replacement(LOST))
     await settle()
     stage.dispatcher.close()
     assert not await going_down
     slot.close(None)
-    assert not await slot.outlive(LOST)
+    assert not await slot.wait_for_replacement(LOST)
     stage.check_idle()
 
 
@@ -454,12 +454,12 @@ async def test_only_the_lost_wait_for_a_successor_and_not_for_ever() -> None:
     slot = await stage.enter()
     for error in (NoReplicaError("full"), InternalError("500")):
         assert not slot.fail(error)
-        assert not await slot.outlive(error)
+        assert not await slot.wait_for_replacement(error)
     for name in ("b", "c"):
         stage.list(replica(name))
         assert slot.fail(LOST)
     assert not slot.fail(LOST)
-    assert not await slot.outlive(LOST), "three tries are enough"
+    assert not await slot.wait_for_replacement(LOST), "three tries are enough"
     slot.close(None)
     stage.check_idle()
 

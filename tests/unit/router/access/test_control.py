@@ -1,4 +1,4 @@
-"""Every route of a router goes through its door: keys, the tenant's limits, and the memory that bodies may take.
+"""Every route of a router is under access control: keys, the tenant's limits, and the memory that bodies may take.
 
 The routes are read from the tables that serve them, so one that is added later is tried too.
 """
@@ -138,7 +138,7 @@ async def test_of_a_crowd_one_document_passes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", [path for path, method in METHODS.items() if method == "POST"])
 async def test_no_route_reads_a_body_that_there_is_no_room_for(tmp_path: Path, path: str) -> None:
     async with run_office(tmp_path, Tenant()) as office:
-        bodies = office.router.app._door.bodies
+        bodies = office.router.app._access.bodies
         body = chat_body() if path != GENERATE[1] else b'{"model":"nano","prompt":"a"}'
         assert (await office.ask("POST", path, body)).status_code == 200
         assert bodies.num_held_bytes == 0
@@ -152,7 +152,7 @@ async def test_a_quote_of_a_document_is_held_until_it_is_answered(tmp_path: Path
     seen: list[int] = []
 
     async def look(exchange: Any) -> None:
-        seen.append(office.router.app._door.bodies.num_held_bytes)
+        seen.append(office.router.app._access.bodies.num_held_bytes)
         await answers(b"{}")(exchange)
 
     body = orjson.dumps({"model": "nano", "document": {"type": "file", "file": "eA=="}})

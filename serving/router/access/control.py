@@ -1,7 +1,4 @@
-"""The door of a router: whose request it is, whether the tenant may have one more, and room for its body.
-
-Every route goes through it, whoever answers behind.
-"""
+"""Access to a router, on every route: who asks, whether the tenant may have one more request, room for its body."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ _STOPPING_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Incoming:
-    """One HTTP request at the door."""
+    """One HTTP request that has come in."""
 
     request_id: str
     path: str
@@ -42,7 +39,7 @@ class Incoming:
 
 
 @dataclass(slots=True)
-class Door:
+class AccessControl:
     """One per router process."""
 
     settings: Settings
