@@ -25,7 +25,7 @@ from benchmarks.load.__main__ import find_stack
 from serving.nano.documents import BookKind, BookPage, sample_sheet, write_document
 from serving.nano.training.metrics import character_error_rate
 from serving.ocr_client.client import DEFAULT_URL, Mode, OcrClient, Options
-from serving.ocr_client.results import Page
+from serving.ocr_client.results import OcrPage
 
 _MODES = ("tiny", "small", "base", "large", "gundam")
 _VISION_TOKENS = {"tiny": 64, "small": 100, "base": 256, "large": 400, "gundam": 256}
@@ -75,7 +75,7 @@ def measure(client: OcrClient, book: Path, sheets: Sequence[BookPage], options: 
     return Measured(str(options.mode), rates, chars, seconds, result.usage.estimated_cost, num_failed)
 
 
-def _rate(page: Page, sheet: BookPage) -> float:
+def _rate(page: OcrPage, sheet: BookPage) -> float:
     return character_error_rate(page.content, sheet.text) if page.is_completed else 1.0
 
 

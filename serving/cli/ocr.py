@@ -13,7 +13,16 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from serving.ocr_client.bulk import BulkRun, Outcome, OutputFormat, SelectionError, Tally, Task, find_files, plan_tasks
+from serving.ocr_client.bulk import (
+    BulkRun,
+    FileOutcome,
+    FileSelectionError,
+    OutputFormat,
+    Tally,
+    Task,
+    find_files,
+    plan_tasks,
+)
 from serving.ocr_client.bulk_state import BulkState, RunningError
 from serving.ocr_client.client import DEFAULT_URL, AsyncOcrClient, Options, RetryPolicy
 from serving.ocr_client.errors import KeyRefusedError, OcrError
@@ -65,7 +74,7 @@ def read_files(
         found = find_files(files, out)
         tasks = plan_tasks(found.files, out, output)
         state = BulkState(out)
-    except SelectionError as error:
+    except FileSelectionError as error:
         _fail(2, str(error))
     except RunningError:
         _fail(2, f"another `serving ocr` writes into {show_name(out)}; wait for it, or take another folder")
@@ -90,7 +99,7 @@ def read_files(
 
 async def _run(
     client: AsyncOcrClient, state: BulkState, options: Options, output: OutputFormat, tasks: list[Task], jobs: int
-) -> list[Outcome]:
+) -> list[FileOutcome]:
     console = Console(stderr=True)
     began_s = time.monotonic()
     async with client:
@@ -104,11 +113,11 @@ async def _run(
                 rates = _describe(tally, time.monotonic() - began_s)
                 progress.update(bar, total=tally.num_pages or None, completed=tally.num_done, rates=rates)
 
-            def note(outcome: Outcome) -> None:
+            def note(outcome: FileOutcome) -> None:
                 nonlocal num_over
                 num_over += 1
                 progress.update(bar, files=f"{num_over}/{len(tasks)} files")
-                _tell(console, outcome)
+                _print_outcome(console, outcome)
 
             run = BulkRun(client, state, options, output, show, note)
             outcomes = await run.run(tasks, jobs)
@@ -146,7 +155,7 @@ def _describe(tally: Tally, seconds: float) -> str:
     return f"{rates}, ${tally.dollars:.6f}{failed}"
 
 
-def _tell(console: Console, outcome: Outcome) -> None:
+def _print_outcome(console: Console, outcome: FileOutcome) -> None:
     name = show_name(outcome.task.file)
     if outcome.failure is not None:
         console.print(f"{name}: {outcome.failure}", markup=False, style="red", soft_wrap=True)

@@ -45,8 +45,8 @@ class OcrReplica:
         self._host = OcrHost(settings, self._routers, host, pages, metrics_host)
         await self._host.start()
         with contextlib.suppress(ray.exceptions.RayError):
-            await self._tell()
-        self._telling = asyncio.create_task(self._tell_forever())
+            await self._report()
+        self._report_task = asyncio.create_task(self._report_forever())
 
     async def check_health(self) -> None:
         """Called by Ray Serve, which replaces a service that raises.
@@ -54,26 +54,26 @@ class OcrReplica:
         Raises:
             RuntimeError: nothing listens any more, jobs are no longer read, or routers no longer told.
         """
-        if not self._host.is_well or self._telling.done():
+        if not self._host.is_well or self._report_task.done():
             raise RuntimeError("a part of the OCR service has ended")
 
     async def __del__(self) -> None:
         """Called by Ray Serve before it ends the replica: routers go elsewhere, what runs is finished."""
-        self._telling.cancel()
+        self._report_task.cancel()
         with contextlib.suppress(ray.exceptions.RayError):
             await self._directory.withdraw.remote(self._host.record.service_id)
         await asyncio.sleep(self._report_s + _NOTICE_S)
         await self._host.stop()
 
-    async def _tell_forever(self) -> None:
+    async def _report_forever(self) -> None:
         while True:
             try:
-                await self._tell()
+                await self._report()
             except ray.exceptions.RayError as error:
                 logger.warning("the directory cannot be reached, trying again: %s", error)
             await asyncio.sleep(self._report_s)
 
-    async def _tell(self) -> None:
+    async def _report(self) -> None:
         reports = await self._directory.announce.remote(self._host.record)
         if self._follows:
             self._routers.update([report.url for report in reports if report.url])

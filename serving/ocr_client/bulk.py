@@ -22,12 +22,12 @@ from serving.ocr_client.errors import (
     NotFoundError,
     OcrError,
     QuotaError,
-    RefusedError,
+    RequestRefusedError,
     ServiceError,
 )
 from serving.ocr_client.file_names import name_key, safe_place, show_name
 from serving.ocr_client.page_ranges import select_pages
-from serving.ocr_client.results import Job, JobStatus, Page
+from serving.ocr_client.results import JobStatus, OcrJob, OcrPage
 
 SUFFIXES = frozenset((".pdf", ".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".gif", ".bmp"))
 """Of files that are taken from folders; a file that is named is sent whatever its suffix."""
@@ -46,7 +46,7 @@ class OutputFormat(StrEnum):
         return {"markdown": ".md", "text": ".txt", "json": ".json"}[self.value]
 
 
-class SelectionError(Exception):
+class FileSelectionError(Exception):
     """Files that cannot be taken; the message says which and why."""
 
 
@@ -58,7 +58,7 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class FileOutcome:
     """How a file ended."""
 
     task: Task
@@ -88,7 +88,7 @@ class Tally:
     """Of text."""
     dollars: float = 0.0
 
-    def add(self, pages: Iterable[Page]) -> None:
+    def add(self, pages: Iterable[OcrPage]) -> None:
         for page in pages:
             self.num_done += 1
             self.num_failed += not page.is_completed
@@ -121,7 +121,7 @@ def find_files(arguments: Sequence[str], out: Path) -> Found:
         if os.path.isdir(path):
             inside, failed = _search(path, out)
             if not inside and not failed:
-                raise SelectionError(
+                raise FileSelectionError(
                     f"{show_name(argument)}: no documents in this folder ({', '.join(sorted(SUFFIXES))})"
                 )
             found |= {file: file.relative_to(path) for file in inside}
@@ -132,7 +132,9 @@ def find_files(arguments: Sequence[str], out: Path) -> Found:
             matches = [Path(name) for name in sorted(glob.glob(argument, recursive=True))]
             failed = _find_closed(argument)
             if not matches and not failed:
-                raise SelectionError(f"{show_name(argument)}: there is no such file or folder, and no file matches it")
+                raise FileSelectionError(
+                    f"{show_name(argument)}: there is no such file or folder, and no file matches it"
+                )
             found |= {file: Path(file.name) for file in matches if file.is_file()}
             unread |= failed
     unique = {file.resolve(): (file, place) for file, place in reversed(found.items())}
@@ -186,7 +188,7 @@ def plan_tasks(files: Sequence[tuple[Path, Path]], out: Path, kind: OutputFormat
         target = out / name.with_name(name.name + kind.suffix)
         if target in targets:
             names = map(show_name, (file, targets[target], target))
-            raise SelectionError("{} and {} would both become {}; read them into two folders".format(*names))
+            raise FileSelectionError("{} and {} would both become {}; read them into two folders".format(*names))
         targets[target] = file
         tasks.append(Task(file, target))
     return tasks
@@ -202,7 +204,7 @@ class BulkRun:
         options: Options,
         kind: OutputFormat,
         on_change: Callable[[Tally], None] = lambda tally: None,
-        on_outcome: Callable[[Outcome], None] = lambda outcome: None,
+        on_outcome: Callable[[FileOutcome], None] = lambda outcome: None,
     ) -> None:
         """Args:
         client: whose retries wait out a service that restarts.
@@ -218,7 +220,7 @@ class BulkRun:
         self._on_change, self._on_outcome = on_change, on_outcome
         self.tally = Tally()
 
-    async def run(self, tasks: Sequence[Task], num_at_once: int) -> list[Outcome]:
+    async def run(self, tasks: Sequence[Task], num_at_once: int) -> list[FileOutcome]:
         """Every file's end, in order.
 
         Raises:
@@ -226,7 +228,7 @@ class BulkRun:
         """
         room = asyncio.Semaphore(num_at_once)
 
-        async def do(task: Task) -> Outcome:
+        async def do(task: Task) -> FileOutcome:
             async with room:
                 outcome = await self._do(task)
             self._on_outcome(outcome)
@@ -239,12 +241,12 @@ class BulkRun:
             raise errors.exceptions[0] from errors  # they have one cause: the service
         return [task.result() for task in running]
 
-    async def _do(self, task: Task) -> Outcome:
+    async def _do(self, task: Task) -> FileOutcome:
         path = name_key(task.file.resolve())
         try:
             digest = await asyncio.to_thread(digest_file, task.file)
         except OSError as error:
-            return Outcome(task, failure=f"it cannot be read ({error.strerror})")
+            return FileOutcome(task, failure=f"it cannot be read ({error.strerror})")
         file = self._state.open_file(path, digest, describe_options(self._options.fields()))
         failed = self._state.numbers(path, is_completed=False)
         if file.is_over and not failed:
@@ -257,10 +259,10 @@ class BulkRun:
             failure = await self._follow(task, path)
         except (KeyRefusedError, QuotaError, BusyError, ServiceError, NotFoundError):
             raise
-        except RefusedError as error:
-            return Outcome(task, failure=str(error))
+        except RequestRefusedError as error:
+            return FileOutcome(task, failure=str(error))
         except OSError as error:
-            return Outcome(task, failure=f"it cannot be read ({error.strerror})")
+            return FileOutcome(task, failure=f"it cannot be read ({error.strerror})")
         return self._conclude(task, path, failure)
 
     async def _follow(self, task: Task, path: str) -> str | None:
@@ -297,7 +299,7 @@ class BulkRun:
         self._state.begin_job(path, job.id)
         return job.id
 
-    async def _take_pages(self, path: str, job_id: str) -> Job:
+    async def _take_pages(self, path: str, job_id: str) -> OcrJob:
         """Pages as they finish, until the job is over; then the job."""
         file = self._state.find(path)
         after, poll_s, num_known = file.after, _FIRST_POLL_S, 0
@@ -334,10 +336,10 @@ class BulkRun:
         done = set(self._state.numbers(path, is_completed=True))
         return join_ranges([number for number in wanted if number not in done]) or None
 
-    def _conclude(self, task: Task, path: str, failure: str | None) -> Outcome:
+    def _conclude(self, task: Task, path: str, failure: str | None) -> FileOutcome:
         pages = self._state.pages(path)
         failed = {p.number: p.error.message if p.error is not None else "" for p in pages if not p.is_completed}
-        return Outcome(task, len(pages) - len(failed), failed, failure)
+        return FileOutcome(task, len(pages) - len(failed), failed, failure)
 
     def _write(self, task: Task, path: str) -> None:
         task.target.parent.mkdir(parents=True, exist_ok=True)
@@ -346,7 +348,7 @@ class BulkRun:
         os.replace(half, task.target)
 
 
-def render(kind: OutputFormat, file: Path, pages: Sequence[Page]) -> str:
+def render(kind: OutputFormat, file: Path, pages: Sequence[OcrPage]) -> str:
     """The file of results. Pages of text are parted by form feeds, as pdftotext does; those of markdown by comments."""
     if kind is OutputFormat.JSON:
         listed = [page.model_dump(mode="json", exclude={"seq"}, exclude_none=True) for page in pages]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from serving.ocr_client.results import Page
+from serving.ocr_client.results import OcrPage
 
 STATE_NAME = ".serving-ocr.sqlite"
 _LOCK_NAME = ".serving-ocr.lock"
@@ -122,7 +122,7 @@ class BulkState:
             (uuid.uuid4().hex, chosen, path),
         )
 
-    def add_pages(self, path: str, pages: tuple[Page, ...], after: int) -> None:
+    def add_pages(self, path: str, pages: tuple[OcrPage, ...], after: int) -> None:
         """Pages that have come, and the `seq` of the last of them, at once."""
         rows = [(path, page.number, page.is_completed, page.model_dump_json()) for page in pages]
         self._database.execute("BEGIN")
@@ -134,10 +134,10 @@ class BulkState:
         """Its job is over."""
         self._database.execute("UPDATE files SET is_over = 1 WHERE path = ?", (path,))
 
-    def pages(self, path: str) -> list[Page]:
+    def pages(self, path: str) -> list[OcrPage]:
         """Pages that are here, in the document's order."""
         rows = self._database.execute("SELECT page FROM pages WHERE path = ? ORDER BY number", (path,))
-        return [Page.model_validate_json(row[0]) for row in rows]
+        return [OcrPage.model_validate_json(row[0]) for row in rows]
 
     def numbers(self, path: str, *, is_completed: bool) -> list[int]:
         """Numbers of pages that were read, or that failed."""

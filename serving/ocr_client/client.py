@@ -25,9 +25,9 @@ from typing import Any, Self
 import httpx
 import tenacity
 
-from serving.ocr_client import calls
-from serving.ocr_client.calls import Call, Follower
-from serving.ocr_client.results import Job, JobList, JobPages, OcrResult, Page, StreamEvent
+from serving.ocr_client import requests
+from serving.ocr_client.requests import Follower, OcrRequest
+from serving.ocr_client.results import JobList, JobPages, OcrJob, OcrPage, OcrResult, StreamEvent
 from serving.ocr_client.wire import (
     Answer,
     Document,
@@ -67,7 +67,7 @@ class OcrClient:
         retry: when requests are sent again.
         transport: httpx's, to reach the service some other way.
         """
-        self._http = httpx.Client(transport=transport, **calls.client_arguments(base_url, api_key, timeout_s))
+        self._http = httpx.Client(transport=transport, **requests.client_arguments(base_url, api_key, timeout_s))
         self._retry = retry
 
     def __enter__(self) -> Self:
@@ -81,7 +81,7 @@ class OcrClient:
 
     def models(self) -> list[str]:
         """Names that `Options.model` may have."""
-        return self._ask(calls.models()).names
+        return self._ask(requests.models()).names
 
     def read(self, source: Source, options: Options) -> OcrResult:
         """Read a document and wait for all of it. Pages that failed say why.
@@ -90,7 +90,7 @@ class OcrClient:
             OcrError: the document as a whole was not read.
             OSError: the file cannot be read.
         """
-        return self._ask(calls.read(source, options))
+        return self._ask(requests.read(source, options))
 
     def stream(self, source: Source, options: Options) -> Generator[StreamEvent]:
         """Read a document and see its pages arrive. Whoever closes the generator ends the work.
@@ -100,7 +100,7 @@ class OcrClient:
             OSError: the file cannot be read.
         """
         events = EventReader()
-        with contextlib.closing(self._send(calls.stream(source, options))) as answer, calls.own_errors():
+        with contextlib.closing(self._send(requests.stream(source, options))) as answer, requests.own_errors():
             for line in answer.iter_lines():
                 if (event := events.take(line)) is not None:
                     yield event
@@ -108,7 +108,7 @@ class OcrClient:
                     return
             events.finish()
 
-    def submit(self, source: Source, options: Options, *, idempotency_key: str | None = None) -> Job:
+    def submit(self, source: Source, options: Options, *, idempotency_key: str | None = None) -> OcrJob:
         """Have a document read in a job.
 
         Args:
@@ -121,20 +121,20 @@ class OcrClient:
             OcrError: it was refused.
             OSError: the file cannot be read.
         """
-        return self._ask(calls.submit(source, options, idempotency_key))
+        return self._ask(requests.submit(source, options, idempotency_key))
 
-    def job(self, job_id: str) -> Job:
-        return self._ask(calls.job(job_id))
+    def job(self, job_id: str) -> OcrJob:
+        return self._ask(requests.job(job_id))
 
     def jobs(self, *, limit: int = 20, after: str | None = None) -> JobList:
         """Newest first; `after` is the last job of the list before."""
-        return self._ask(calls.jobs(limit, after))
+        return self._ask(requests.jobs(limit, after))
 
     def job_pages(self, job_id: str, *, after: int = 0, limit: int = _PAGES_AT_ONCE) -> JobPages:
         """Pages that finished after the one whose `seq` is `after`."""
-        return self._ask(calls.job_pages(job_id, after, limit))
+        return self._ask(requests.job_pages(job_id, after, limit))
 
-    def follow(self, job_id: str, *, after: int = 0, poll_s: float = 1.0) -> Iterator[Page]:
+    def follow(self, job_id: str, *, after: int = 0, poll_s: float = 1.0) -> Iterator[OcrPage]:
         """Pages as they finish, until the job is over; its end is in `job`."""
         while True:
             is_over = self.job(job_id).status.is_over  # before its pages, so that none is missed
@@ -146,25 +146,25 @@ class OcrClient:
             after = follower.after
             time.sleep(poll_s)
 
-    def cancel(self, job_id: str) -> Job:
+    def cancel(self, job_id: str) -> OcrJob:
         """End it; pages that are finished stay."""
-        return self._ask(calls.cancel(job_id))
+        return self._ask(requests.cancel(job_id))
 
     def delete(self, job_id: str) -> None:
         """Forget it, with its document and results."""
-        self._send(calls.delete(job_id))
+        self._send(requests.delete(job_id))
 
-    def _ask(self, call: Call[Answer]) -> Answer:
-        return read_answer(self._send(call), call.kind)
+    def _ask(self, request: OcrRequest[Answer]) -> Answer:
+        return read_answer(self._send(request), request.kind)
 
-    def _send(self, call: Call[Any]) -> httpx.Response:
-        retrying = tenacity.Retrying(**build_retrying(self._retry, is_repeatable=call.is_repeatable))
-        return retrying(self._try, call)
+    def _send(self, request: OcrRequest[Any]) -> httpx.Response:
+        retrying = tenacity.Retrying(**build_retrying(self._retry, is_repeatable=request.is_repeatable))
+        return retrying(self._try, request)
 
-    def _try(self, call: Call[Any]) -> httpx.Response:
-        with call.opened() as request:
-            answer = self._http.send(self._http.build_request(**request), stream=True)
-            if not call.is_stream or not answer.is_success:
+    def _try(self, request: OcrRequest[Any]) -> httpx.Response:
+        with request.opened() as arguments:
+            answer = self._http.send(self._http.build_request(**arguments), stream=True)
+            if not request.is_stream or not answer.is_success:
                 with contextlib.closing(answer):
                     answer.read()
         check_answer(answer)
@@ -184,7 +184,7 @@ class AsyncOcrClient:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         """As of `OcrClient`."""
-        self._http = httpx.AsyncClient(transport=transport, **calls.client_arguments(base_url, api_key, timeout_s))
+        self._http = httpx.AsyncClient(transport=transport, **requests.client_arguments(base_url, api_key, timeout_s))
         self._retry = retry
 
     async def __aenter__(self) -> Self:
@@ -197,15 +197,15 @@ class AsyncOcrClient:
         await self._http.aclose()
 
     async def models(self) -> list[str]:
-        return (await self._ask(calls.models())).names
+        return (await self._ask(requests.models())).names
 
     async def read(self, source: Source, options: Options) -> OcrResult:
-        return await self._ask(calls.read(source, options))
+        return await self._ask(requests.read(source, options))
 
     async def stream(self, source: Source, options: Options) -> AsyncGenerator[StreamEvent]:
         events = EventReader()
-        async with contextlib.aclosing(await self._send(calls.stream(source, options))) as answer:
-            with calls.own_errors():
+        async with contextlib.aclosing(await self._send(requests.stream(source, options))) as answer:
+            with requests.own_errors():
                 async for line in answer.aiter_lines():
                     if (event := events.take(line)) is not None:
                         yield event
@@ -213,19 +213,19 @@ class AsyncOcrClient:
                         return
                 events.finish()
 
-    async def submit(self, source: Source, options: Options, *, idempotency_key: str | None = None) -> Job:
-        return await self._ask(calls.submit(source, options, idempotency_key))
+    async def submit(self, source: Source, options: Options, *, idempotency_key: str | None = None) -> OcrJob:
+        return await self._ask(requests.submit(source, options, idempotency_key))
 
-    async def job(self, job_id: str) -> Job:
-        return await self._ask(calls.job(job_id))
+    async def job(self, job_id: str) -> OcrJob:
+        return await self._ask(requests.job(job_id))
 
     async def jobs(self, *, limit: int = 20, after: str | None = None) -> JobList:
-        return await self._ask(calls.jobs(limit, after))
+        return await self._ask(requests.jobs(limit, after))
 
     async def job_pages(self, job_id: str, *, after: int = 0, limit: int = _PAGES_AT_ONCE) -> JobPages:
-        return await self._ask(calls.job_pages(job_id, after, limit))
+        return await self._ask(requests.job_pages(job_id, after, limit))
 
-    async def follow(self, job_id: str, *, after: int = 0, poll_s: float = 1.0) -> AsyncIterator[Page]:
+    async def follow(self, job_id: str, *, after: int = 0, poll_s: float = 1.0) -> AsyncIterator[OcrPage]:
         while True:
             is_over = (await self.job(job_id)).status.is_over
             follower = Follower(after)
@@ -237,23 +237,23 @@ class AsyncOcrClient:
             after = follower.after
             await asyncio.sleep(poll_s)
 
-    async def cancel(self, job_id: str) -> Job:
-        return await self._ask(calls.cancel(job_id))
+    async def cancel(self, job_id: str) -> OcrJob:
+        return await self._ask(requests.cancel(job_id))
 
     async def delete(self, job_id: str) -> None:
-        await self._send(calls.delete(job_id))
+        await self._send(requests.delete(job_id))
 
-    async def _ask(self, call: Call[Answer]) -> Answer:
-        return read_answer(await self._send(call), call.kind)
+    async def _ask(self, request: OcrRequest[Answer]) -> Answer:
+        return read_answer(await self._send(request), request.kind)
 
-    async def _send(self, call: Call[Any]) -> httpx.Response:
-        retrying = tenacity.AsyncRetrying(**build_retrying(self._retry, is_repeatable=call.is_repeatable))
-        return await retrying(self._try, call)
+    async def _send(self, request: OcrRequest[Any]) -> httpx.Response:
+        retrying = tenacity.AsyncRetrying(**build_retrying(self._retry, is_repeatable=request.is_repeatable))
+        return await retrying(self._try, request)
 
-    async def _try(self, call: Call[Any]) -> httpx.Response:
-        with call.opened() as request:
-            answer = await self._http.send(self._http.build_request(**request), stream=True)
-            if not call.is_stream or not answer.is_success:
+    async def _try(self, request: OcrRequest[Any]) -> httpx.Response:
+        with request.opened() as arguments:
+            answer = await self._http.send(self._http.build_request(**arguments), stream=True)
+            if not request.is_stream or not answer.is_success:
                 async with contextlib.aclosing(answer):
                     await answer.aread()
         check_answer(answer)

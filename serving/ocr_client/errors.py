@@ -3,7 +3,7 @@
     OcrError
     ├── ConnectionLostError     no answer, or one that broke off
     ├── BadAnswerError          an answer that is not this API's
-    └── RefusedError            an error in OpenAI's shape; `status`, `code`, `param`
+    └── RequestRefusedError     an error in OpenAI's shape; `status`, `code`, `param`
         ├── KeyRefusedError     401, 403: no valid key, or one that may not
         ├── NotFoundError       404: no such model or job
         ├── QuotaError          429 `insufficient_quota`: waiting does not help
@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx
 
-from serving.ocr_client.results import Failure
+from serving.ocr_client.results import ErrorDetail
 
 
 class OcrError(Exception):
@@ -42,8 +42,8 @@ class BadAnswerError(OcrError):
     """Something else answers at this address, or a service of another version."""
 
 
-class RefusedError(OcrError):
-    def __init__(self, status: int, failure: Failure, retry_after_s: float | None = None) -> None:
+class RequestRefusedError(OcrError):
+    def __init__(self, status: int, failure: ErrorDetail, retry_after_s: float | None = None) -> None:
         super().__init__(failure.message)
         self.status = status
         self.code = failure.code
@@ -52,27 +52,27 @@ class RefusedError(OcrError):
         """How long the service asks to wait, if it does."""
 
 
-class KeyRefusedError(RefusedError):
+class KeyRefusedError(RequestRefusedError):
     pass
 
 
-class NotFoundError(RefusedError):
+class NotFoundError(RequestRefusedError):
     pass
 
 
-class QuotaError(RefusedError):
+class QuotaError(RequestRefusedError):
     pass
 
 
-class BusyError(RefusedError):
+class BusyError(RequestRefusedError):
     is_passing = True
 
 
-class ServiceError(RefusedError):
+class ServiceError(RequestRefusedError):
     is_passing = True
 
 
-_KINDS: dict[int, type[RefusedError]] = {401: KeyRefusedError, 403: KeyRefusedError, 404: NotFoundError}
+_KINDS: dict[int, type[RequestRefusedError]] = {401: KeyRefusedError, 403: KeyRefusedError, 404: NotFoundError}
 _BUSY = frozenset({408, 409, 429, 503})
 
 
@@ -89,15 +89,17 @@ def from_answer(status: int, body: Any, retry_after_s: float | None = None) -> O
         message = f"The address answered {status}, and not as an OCR service does."
         # A proxy's own page while the service restarts.
         return (
-            ServiceError(status, Failure(message=message), retry_after_s) if status >= 500 else BadAnswerError(message)
+            ServiceError(status, ErrorDetail(message=message), retry_after_s)
+            if status >= 500
+            else BadAnswerError(message)
         )
     texts = {name: error[name] for name in ("type", "param", "code") if isinstance(error.get(name), str)}
-    failure = Failure(message=error["message"], **texts)
+    failure = ErrorDetail(message=error["message"], **texts)
     if failure.code == "insufficient_quota":
         return QuotaError(status, failure)
     if status in _BUSY:
         return BusyError(status, failure, retry_after_s)
-    kind = _KINDS.get(status, ServiceError if status >= 500 or status == 200 else RefusedError)
+    kind = _KINDS.get(status, ServiceError if status >= 500 or status == 200 else RequestRefusedError)
     return kind(status, failure, retry_after_s)
 
 

@@ -29,7 +29,7 @@ class Block(_Answer):
     boxes: tuple[tuple[int, int, int, int], ...] = ()
 
 
-class Figure(_Answer):
+class PageFigure(_Answer):
     """A picture that was cut out of a page."""
 
     id: str
@@ -37,14 +37,14 @@ class Figure(_Answer):
     image_base64: str
 
 
-class PageUsage(_Answer):
+class OcrPageUsage(_Answer):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     image_tokens: int = 0
     estimated_cost: float = 0.0
 
 
-class Failure(_Answer):
+class ErrorDetail(_Answer):
     """Why a page or a job failed, in the shape of OpenAI's errors."""
 
     message: str
@@ -53,7 +53,7 @@ class Failure(_Answer):
     code: str | None = None
 
 
-class Page(_Answer):
+class OcrPage(_Answer):
     index: int
     number: int
     status: Literal["completed", "failed"]
@@ -61,12 +61,12 @@ class Page(_Answer):
     markdown: str | None = None
     text: str | None = None
     blocks: tuple[Block, ...] | None = None
-    images: tuple[Figure, ...] | None = None
+    images: tuple[PageFigure, ...] | None = None
     mode: str | None = None
     finish_reason: str | None = None
     retries: int = 0
-    usage: PageUsage = PageUsage()
-    error: Failure | None = None
+    usage: OcrPageUsage = OcrPageUsage()
+    error: ErrorDetail | None = None
     seq: int | None = None
     """Of a job's page: its place in the order of finishing."""
 
@@ -84,7 +84,7 @@ class ImageTokens(_Answer):
     image_tokens: int = 0
 
 
-class Usage(_Answer):
+class OcrUsage(_Answer):
     """Of a document, or of as much of it as is done."""
 
     prompt_tokens: int = 0
@@ -106,8 +106,8 @@ class OcrResult(_Answer):
     id: str
     model: str
     document: DocumentFacts
-    pages: tuple[Page, ...]
-    usage: Usage
+    pages: tuple[OcrPage, ...]
+    usage: OcrUsage
 
     @property
     def content(self) -> str:
@@ -127,7 +127,7 @@ class JobStatus(StrEnum):
         return self not in (JobStatus.QUEUED, JobStatus.RUNNING)
 
 
-class Job(_Answer):
+class OcrJob(_Answer):
     id: str
     status: JobStatus
     created_at: float
@@ -140,19 +140,19 @@ class Job(_Answer):
     pages_done: int = 0
     """Pages that are finished, the failed ones included."""
     pages_failed: int = 0
-    usage: Usage = Usage()
-    error: Failure | None = None
+    usage: OcrUsage = OcrUsage()
+    error: ErrorDetail | None = None
 
 
 class JobPages(_Answer):
     """Pages of a job that have finished since the one that was asked after."""
 
-    data: tuple[Page, ...]
+    data: tuple[OcrPage, ...]
     has_more: bool = False
 
 
 class JobList(_Answer):
-    data: tuple[Job, ...]
+    data: tuple[OcrJob, ...]
     has_more: bool = False
 
 
@@ -206,12 +206,12 @@ class PageDelta(_Answer):
 class PageFinished(_Answer):
     type: Literal["page.completed", "page.failed"]
     index: int
-    page: Page
+    page: OcrPage
 
 
 class ResultFinished(_Answer):
     type: Literal["result"]
-    usage: Usage
+    usage: OcrUsage
 
 
 StreamEvent = DocumentStarted | PageStarted | PageImage | PageDelta | PageFinished | ResultFinished

@@ -12,7 +12,7 @@ import pydantic
 import tenacity
 
 from serving.http.retry_after import read_retry_after
-from serving.ocr_client.errors import BadAnswerError, ConnectionLostError, OcrError, RefusedError, from_answer
+from serving.ocr_client.errors import BadAnswerError, ConnectionLostError, OcrError, RequestRefusedError, from_answer
 from serving.ocr_client.file_names import show_name
 from serving.ocr_client.results import StreamEvent, read_event
 
@@ -104,7 +104,7 @@ def build_retrying(policy: RetryPolicy, *, is_repeatable: bool) -> dict[str, Any
 
     def pause_s(state: tenacity.RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome is not None else None
-        asked_s = error.retry_after_s if isinstance(error, RefusedError) else None
+        asked_s = error.retry_after_s if isinstance(error, RequestRefusedError) else None
         # Whoever was refused together shall not come back together.
         return own(state) if asked_s is None else asked_s + min(own(state), 1.0)
 
@@ -121,7 +121,7 @@ def _can_repeat(error: BaseException, *, is_repeatable: bool) -> bool:
         return False
     if isinstance(error, ConnectionLostError):
         return is_repeatable or not error.was_sent
-    return is_repeatable or (isinstance(error, RefusedError) and error.status in (429, 502, 503))
+    return is_repeatable or (isinstance(error, RequestRefusedError) and error.status in (429, 502, 503))
 
 
 def check_answer(answer: httpx.Response) -> None:

@@ -29,7 +29,7 @@ from serving.engine.scripted.answering import Core, ScriptedRun, UsageFrames, se
 from serving.engine.scripted.batching import RequestUsage, RunningBatch, UsageLog, render_metrics
 from serving.engine.scripted.failures import parse_failures
 from serving.engine.scripted.frames import build_error
-from serving.engine.scripted.requests import RequestRefusedError, read_request
+from serving.engine.scripted.requests import ScriptedRefusalError, read_request
 from serving.errors import SettingsError
 from serving.settings.stack import ScriptSettings
 
@@ -119,7 +119,7 @@ class ScriptedEngine:
         elif scope["type"] == "http":
             try:
                 await self._route(scope, receive, send)
-            except RequestRefusedError as error:
+            except ScriptedRefusalError as error:
                 body = build_error(error.status, str(error), error.type, error.param)
                 await send_body(send, error.status, body)
 
@@ -141,7 +141,7 @@ class ScriptedEngine:
         elif path == "/script":
             await self._change_script(method, receive, send)
         else:
-            raise RequestRefusedError("Not Found", status=404, type="NotFoundError")
+            raise ScriptedRefusalError("Not Found", status=404, type="NotFoundError")
 
     def _lets_in(self, scope: Scope) -> bool:
         if self._api_key is None:
@@ -156,7 +156,7 @@ class ScriptedEngine:
     async def _answer_usage(self, request_id: str, send: Send) -> None:
         usage = self._ledger.find(request_id)
         if usage is None:
-            raise RequestRefusedError("No request of this id is known here.", status=404, type="NotFoundError")
+            raise ScriptedRefusalError("No request of this id is known here.", status=404, type="NotFoundError")
         await send_body(send, 200, orjson.dumps(dataclasses.asdict(usage)))
 
     async def _change_script(self, method: str, receive: Receive, send: Send) -> None:
@@ -166,7 +166,7 @@ class ScriptedEngine:
                 script = ScriptSettings(**{**self.script.model_dump(), **changes})
                 failures = parse_failures(script.failures)
             except (orjson.JSONDecodeError, TypeError, ValidationError, SettingsError) as error:
-                raise RequestRefusedError(str(error)) from error
+                raise ScriptedRefusalError(str(error)) from error
             if "failures" in changes:
                 self._failures = failures  # counts requests anew
             self._core.batch.change(script)
@@ -178,7 +178,7 @@ class ScriptedEngine:
         if body is None:
             return
         if self.errored:
-            raise RequestRefusedError("EngineCore encountered an issue.", status=500, type="InternalServerError")
+            raise ScriptedRefusalError("EngineCore encountered an issue.", status=500, type="InternalServerError")
         request = read_request(path, body, self.script, self.names)
         given_id = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         run = ScriptedRun(self._core, request, RequestUsage(given_id), self._failures.next(), send)

@@ -26,7 +26,7 @@ _PAGE = (1654, 2339)  # A4 at 200 dpi: an image whose size cannot be read
 _RULES = ModeRules.from_config({})
 
 
-class RequestRefusedError(Exception):
+class ScriptedRefusalError(Exception):
     """A request that vLLM refuses as well; `type` and `status` are vLLM's."""
 
     def __init__(self, message: str, *, status: int = 400, type: str = "BadRequestError", param: str | None = None):  # noqa: A002
@@ -65,12 +65,12 @@ def read_request(path: str, body: bytes, script: ScriptSettings, names: tuple[st
     payload = _decode(body)
     model = payload.get("model") or names[0]
     if model not in names:
-        raise RequestRefusedError(
+        raise ScriptedRefusalError(
             f"The model `{model}` does not exist.", status=404, type="NotFoundError", param="model"
         )
     is_chat = path.endswith("/chat/completions")
     if is_chat and not isinstance(payload.get("messages"), list):
-        raise RequestRefusedError("messages: Field required", param="messages")
+        raise ScriptedRefusalError("messages: Field required", param="messages")
     num_prompts, prompt_tokens = (1, _count_messages(payload["messages"])) if is_chat else _count_prompts(payload)
     image_tokens = _count_images(payload) if is_chat else 0
     prompt_tokens += image_tokens
@@ -95,16 +95,16 @@ def _decode(body: bytes) -> dict[str, Any]:
     try:
         payload = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise RequestRefusedError(f"JSON decode error: {error}") from error
+        raise ScriptedRefusalError(f"JSON decode error: {error}") from error
     if not isinstance(payload, dict):
-        raise RequestRefusedError("Input should be a valid dictionary")
+        raise ScriptedRefusalError("Input should be a valid dictionary")
     return payload
 
 
 def _read_count(payload: Mapping[str, Any], key: str) -> int | None:
     value = payload.get(key)
     if value is not None and (type(value) is not int or value < 1):
-        raise RequestRefusedError(f"{key} must be at least 1, got {value}.", param=key)
+        raise ScriptedRefusalError(f"{key} must be at least 1, got {value}.", param=key)
     return value
 
 
@@ -112,7 +112,7 @@ def _plan_output(payload: Mapping[str, Any], prompt_tokens: int, script: ScriptS
     """Tokens of the answer, and what ends it."""
     room = script.max_model_len - prompt_tokens
     if room < 1:
-        raise RequestRefusedError(
+        raise ScriptedRefusalError(
             f"This model's maximum context length is {script.max_model_len} tokens. However, your request has "
             f"{prompt_tokens} input tokens. Please reduce the length of the input messages."
         )
@@ -149,7 +149,7 @@ def _count_prompts(payload: Mapping[str, Any]) -> tuple[int, int]:
     if isinstance(prompt, str):
         return 1, 1 + _count_text(prompt)
     if not isinstance(prompt, list) or not prompt:
-        raise RequestRefusedError("Either prompt or prompt_embeds must be provided and non-empty.", param="prompt")
+        raise ScriptedRefusalError("Either prompt or prompt_embeds must be provided and non-empty.", param="prompt")
     if isinstance(prompt[0], int):
         return 1, len(prompt)
     return len(prompt), sum(1 + _count_text(part) if isinstance(part, str) else len(part) for part in prompt)
@@ -164,7 +164,7 @@ def _count_images(payload: Mapping[str, Any]) -> int:
     try:
         chosen = _RULES.choose(options if isinstance(options, Mapping) else {}, {}, sizes)
     except ModeSelectionError as error:
-        raise RequestRefusedError(str(error), param="mm_processor_kwargs") from error
+        raise ScriptedRefusalError(str(error), param="mm_processor_kwargs") from error
     return sum(choice.mode.num_tokens(*size) for choice, size in zip(chosen, sizes, strict=True))
 
 

@@ -50,7 +50,7 @@ class OcrApp:
             route("/ready", GET=_answer_up),
             *pages,
         ]
-        self._app = Starlette(routes=routes, exception_handlers={HTTPException: _show_http_error})
+        self._app = Starlette(routes=routes, exception_handlers={HTTPException: _answer_http_error})
         self._app.router.redirect_slashes = False
         self._service = service
         self._hosts = build_rules(service.settings.ocr.host, service.settings.router.allowed_hosts)
@@ -134,10 +134,10 @@ async def _answer_up(request: Request, reply: Reply) -> None:
     await reply.send_body(200, b'{"status":"up","ready":true}')
 
 
-async def _show_http_error(request: Request, error: Exception) -> Response:
+async def _answer_http_error(request: Request, error: Exception) -> Response:
     """What Starlette's own routing refuses."""
     status = error.status_code if isinstance(error, HTTPException) else 500
-    shown: ServingError = RouteNotFoundError(f"There is no {request.method} {request.url.path[:200]} here.")
+    refusal: ServingError = RouteNotFoundError(f"There is no {request.method} {request.url.path[:200]} here.")
     if status == 405:
-        shown = MethodNotAllowedError("Another method answers here.", "GET")
-    return Response(orjson.dumps(shown.body()), shown.http_status, shown.headers, "application/json")
+        refusal = MethodNotAllowedError("Another method answers here.", "GET")
+    return Response(orjson.dumps(refusal.body()), refusal.http_status, refusal.headers, "application/json")

@@ -11,10 +11,10 @@ from starlette.requests import Request
 from serving.errors import InvalidRequestError, JobNotFoundError
 from serving.http.disconnects import ClientPresence
 from serving.http.reply import Reply
-from serving.ocr.api.documents import show_document
+from serving.ocr.api.documents import document_to_json
 from serving.ocr.api.service import OcrService
 from serving.ocr.api.uploads import Submission
-from serving.ocr.jobs.model import Job, NewJob, new_job_id
+from serving.ocr.jobs.model import JobRow, NewJob, new_job_id
 from serving.ocr.reading.options import without_stream
 from serving.ocr.reading.router_client import Caller
 from serving.ocr_client.page_ranges import select_pages
@@ -40,18 +40,20 @@ class JobsRoute:
             raise InvalidRequestError("Idempotency-Key must be 1 to 255 printable characters.", param="idempotency-key")
         async with (
             service.admitting(request, caller, is_job=True),
-            service.intake.receive(request, caller) as submission,
+            service.uploads.receive(request, caller) as submission,
             ClientPresence(request.receive),
         ):
             job = await self._keep(submission, caller, idempotency_key)
         service.runner.wake()
-        await reply.send_body(202, orjson.dumps(job.shown()))
+        await reply.send_body(202, orjson.dumps(job.to_json()))
 
-    async def _keep(self, submission: Submission, caller: Caller, idempotency_key: str | None) -> Job:
+    async def _keep(self, submission: Submission, caller: Caller, idempotency_key: str | None) -> JobRow:
         service = self._service
         options = without_stream(submission.options)
-        shown = options.shown()
-        digest = hashlib.sha256(orjson.dumps([submission.digest, shown], option=orjson.OPT_SORT_KEYS)).hexdigest()
+        options_json = options.to_json()
+        digest = hashlib.sha256(
+            orjson.dumps([submission.digest, options_json], option=orjson.OPT_SORT_KEYS)
+        ).hexdigest()
         if idempotency_key is not None:
             try:
                 return await service.store.find_repeated(caller.owner, idempotency_key, digest)
@@ -62,10 +64,10 @@ class JobsRoute:
         new = NewJob(
             owner=caller.owner,
             model=options.model,
-            options=shown,
-            document=show_document(document, submission.size_bytes),
+            options=options_json,
+            document=document_to_json(document, submission.size_bytes),
             pages=pages,
-            sealed_key=service.vault.seal(caller.api_key),
+            sealed_key=service.key_sealer.seal(caller.api_key),
             digest=digest,
             idempotency_key=idempotency_key,
         )
@@ -86,12 +88,12 @@ class JobsRoute:
         caller = await self._identify(request)
         limit = _read_count(request, "limit", _DEFAULT_LIMIT, 1, _MAX_JOBS)
         jobs, has_more = await self._service.store.list_jobs(caller.owner, limit, request.query_params.get("after"))
-        await reply.send_body(200, _list([job.shown() for job in jobs], has_more))
+        await reply.send_body(200, _list([job.to_json() for job in jobs], has_more))
 
     async def show(self, request: Request, reply: Reply) -> None:
         caller = await self._identify(request)
         job = await self._service.store.find(request.path_params["job_id"], caller.owner)
-        await reply.send_body(200, orjson.dumps(job.shown()))
+        await reply.send_body(200, orjson.dumps(job.to_json()))
 
     async def list_pages(self, request: Request, reply: Reply) -> None:
         caller = await self._identify(request)
@@ -108,7 +110,7 @@ class JobsRoute:
         service.runner.abandon(job.job_id)
         if not service.settings.ocr.jobs.keep_documents_s:
             await service.runner.remove_file(job.job_id)
-        await reply.send_body(200, orjson.dumps(job.shown()))
+        await reply.send_body(200, orjson.dumps(job.to_json()))
 
     async def delete(self, request: Request, reply: Reply) -> None:
         """Everything of a job, whether it has ended or not."""

@@ -11,9 +11,9 @@ from starlette.requests import Request
 from serving.billing.database import Database
 from serving.errors import ServingError
 from serving.http.bodies import discard_body
-from serving.ocr.api.uploads import Intake
+from serving.ocr.api.uploads import UploadReceiver
 from serving.ocr.jobs.database import JobDatabase
-from serving.ocr.jobs.key_sealing import Vault
+from serving.ocr.jobs.key_sealing import KeySealer
 from serving.ocr.jobs.leases import JobLeases
 from serving.ocr.jobs.runner import JobRunner
 from serving.ocr.jobs.store import JobStore
@@ -61,15 +61,15 @@ class OcrService:
         self.metrics = OcrMetrics(self._read_gauges)
         self.renderer = Renderer(ocr.render)
         self.storage = Storage(ocr)
-        self.intake = Intake(ocr, settings.router.limits, self.storage)
-        self.vault = Vault(ocr.secret, ocr.directory)
-        self.callers = Callers(routers, self.vault.signer.sign)
+        self.uploads = UploadReceiver(ocr, settings.router.limits, self.storage)
+        self.key_sealer = KeySealer(ocr.secret, ocr.directory)
+        self.callers = Callers(routers, self.key_sealer.signer.sign)
         self._reader = PageReader(
             routers.choose,
             ocr.read,
             # As many as pages can be with the router: none waits for a connection of another tenant's.
             max_connections=(ocr.max_documents + ocr.jobs.running) * ocr.pages_in_parallel,
-            sign_credit=self.vault.signer.sign,
+            sign_credit=self.key_sealer.signer.sign,
         )
         self.pipeline = Pipeline(self.renderer, self._reader, ocr, self.metrics)
         self.quoter = Quoter(self.renderer, self.callers, ocr)
@@ -79,7 +79,7 @@ class OcrService:
         self.store = JobStore(jobs, ocr.jobs.max_open_per_tenant)
         leases = JobLeases(jobs, ocr.jobs.lease_s, self.service_id)
         sweeper = JobSweeper(jobs, ocr, settings.router.limits, self.storage)
-        self.runner = JobRunner(leases, sweeper, self.pipeline, self.renderer, self.vault, ocr)
+        self.runner = JobRunner(leases, sweeper, self.pipeline, self.renderer, self.key_sealer, ocr)
         self._running = contextlib.AsyncExitStack()
 
     async def start(self) -> None:
@@ -91,8 +91,8 @@ class OcrService:
         self._running.push_async_callback(self._database.close)
         self.storage.make_folders()
         await self.storage.look(_find_nobody)
-        await self.intake.start()
-        self._running.push_async_callback(self.intake.close)
+        await self.uploads.start()
+        self._running.push_async_callback(self.uploads.close)
         self._running.push_async_callback(self.renderer.close)
         await self._running.enter_async_context(self.callers)
         await self._running.enter_async_context(self._reader)

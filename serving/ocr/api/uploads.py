@@ -27,7 +27,7 @@ from serving.http.body_pace import BodyPace, receive_in_time
 from serving.http.fetching import FETCH_ERRORS, Fetcher
 from serving.ocr.limits.shares import Refusals, Shares
 from serving.ocr.limits.storage import Storage, StoredFile
-from serving.ocr.reading.options import Options, read_form_options, read_options
+from serving.ocr.reading.options import ReadOptions, read_form_options, read_options
 from serving.ocr.reading.router_client import Caller
 from serving.settings.ocr import OcrSettings
 from serving.settings.router import LimitSettings
@@ -60,10 +60,10 @@ class Submission:
     size_bytes: int
     digest: str
     """SHA-256 of the document."""
-    options: Options
+    options: ReadOptions
 
 
-class Intake:
+class UploadReceiver:
     """Takes requests in. One per process."""
 
     def __init__(
@@ -113,9 +113,9 @@ class Intake:
                 raise InvalidRequestError("There is no document in this request.", param="document")
             yield Submission(file.path, sink.size_bytes, sink.digest.hexdigest(), options)
 
-    async def _receive_form(self, request: Request, boundary: bytes, sink: _Sink) -> Options:
+    async def _receive_form(self, request: Request, boundary: bytes, sink: _Sink) -> ReadOptions:
         form = _Form(sink)
-        body = _Body(request, self._limits, self._settings.max_document_bytes)
+        body = UploadBody(request, self._limits, self._settings.max_document_bytes)
         try:
             parser = MultipartParser(boundary, form.callbacks())  # type: ignore[arg-type]  # its stubs want protocols
             async for part in body.pieces():
@@ -137,7 +137,7 @@ class Intake:
             raise InvalidRequestError("The form ends before it should.", code="invalid_body")
         return read_form_options(form.decoded())
 
-    async def _receive_json(self, request: Request, caller: Caller, sink: _Sink) -> Options:
+    async def _receive_json(self, request: Request, caller: Caller, sink: _Sink) -> ReadOptions:
         with self._bodies.hold(caller) as held:
             body = await read_body(request.scope, request.receive, self._limits, held)
             given = await asyncio.to_thread(decode_json, body, self._limits)
@@ -190,7 +190,7 @@ class Intake:
             ) from None
 
 
-class _Body:
+class UploadBody:
     """A request's body, bounded in size and slowness."""
 
     def __init__(self, request: Request, limits: LimitSettings, max_document_bytes: int) -> None:

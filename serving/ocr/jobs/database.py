@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from serving.billing.database import Database
 from serving.billing.schema import JOBS
 from serving.errors import JobNotFoundError, OverloadedError
-from serving.ocr.jobs.model import NS, Job, read_job
+from serving.ocr.jobs.model import NS, JobRow, read_job
 
 
 class JobDatabase:
@@ -34,7 +34,7 @@ class JobDatabase:
         self._is_prepared = not migrates
         self._preparing = asyncio.Lock()
 
-    async def find_one(self, where: ColumnElement[bool]) -> Job:
+    async def find_one(self, where: ColumnElement[bool]) -> JobRow:
         """Raises JobNotFoundError when there is none."""
         async with self.reading() as connection:
             row = (await connection.execute(select(JOBS).where(where))).one_or_none()

@@ -17,7 +17,7 @@ from serving.errors import SettingsError
 _CONTEXT = b"serving.ocr.jobs.model"
 
 
-class Vault:
+class KeySealer:
     """Seals keys with a secret of the settings', or with one in a file that only this user can read."""
 
     def __init__(self, secret: SecretStr | None, folder: Path) -> None:

@@ -18,10 +18,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from serving.billing.credits import SERVICE_MARK
 from serving.billing.schema import JOB_PAGES, JOBS, REQUESTS
 from serving.ocr.jobs.database import JobDatabase
-from serving.ocr.jobs.model import COMPLETED, FAILED, NS, OPEN, RUNNING, Job, dump, find_page
+from serving.ocr.jobs.model import COMPLETED, FAILED, NS, OPEN, RUNNING, JobRow, dump, find_page
 from serving.ocr.jobs.turns import JobTurns, OwnerJobs
-from serving.ocr.reading.page_json import PageResult, show_failure
-from serving.ocr.reading.pages import Failure
+from serving.ocr.reading.page_json import PageResult, failure_to_json
+from serving.ocr.reading.pages import PageFailure
 
 _CLOCKS_S = 600.0
 """By so much a router's clock may be behind a service's."""
@@ -64,7 +64,7 @@ class JobLeases:
             rows = (await connection.execute(wanted)).all()
         return [OwnerJobs(owner, total - int(free), int(free), oldest or 0) for owner, total, free, oldest in rows]
 
-    async def take(self, turns: JobTurns, held: Collection[str] = ()) -> Job | None:
+    async def take(self, turns: JobTurns, held: Collection[str] = ()) -> JobRow | None:
         """A job that nobody reads, now this service's; None when there is none. Of the tenant whose turn it is the
         oldest one.
 
@@ -102,7 +102,7 @@ class JobLeases:
             found = await connection.execute(select(JOB_PAGES.c.page).where(JOB_PAGES.c.job_id == job_id))
             return set(found.scalars())
 
-    async def read_charged(self, job: Job) -> Mapping[int, int]:
+    async def read_charged(self, job: JobRow) -> Mapping[int, int]:
         """What requests for pages of a job were charged so far, by page, in nanodollars, as far as the ledger is in
         the same database."""
         wanted = and_(
@@ -131,7 +131,7 @@ class JobLeases:
         Raises:
             LeaseLostError: the job is no longer this service's.
         """
-        used, text = result.usage, dump(result.shown)
+        used, text = result.usage, dump(result.body)
         changes = {
             "num_done": JOBS.c.num_done + 1,
             "num_failed": JOBS.c.num_failed + int(result.is_failed),
@@ -155,14 +155,14 @@ class JobLeases:
             }
             await connection.execute(insert(JOB_PAGES).values(row))
 
-    async def finish(self, job_id: str, failure: Failure | None = None) -> None:
+    async def finish(self, job_id: str, failure: PageFailure | None = None) -> None:
         """The job has ended; its key goes.
 
         Raises:
             LeaseLostError: it is no longer this service's.
         """
         changes = self._jobs.ended(FAILED if failure is not None else COMPLETED)
-        changes["error"] = dump(show_failure(failure)) if failure is not None else ""
+        changes["error"] = dump(failure_to_json(failure)) if failure is not None else ""
         async with self._jobs.writing() as connection:
             await self._update_own(connection, job_id, changes)
 

@@ -11,8 +11,8 @@ from typing import Any
 import orjson
 
 from serving.billing.credits import SERVICE_MARK
-from serving.ocr.reading.page_json import show_usage
-from serving.ocr.reading.pages import Usage
+from serving.ocr.reading.page_json import usage_to_json
+from serving.ocr.reading.pages import PageUsage
 
 QUEUED, RUNNING, COMPLETED, FAILED, CANCELLED = "queued", "running", "completed", "failed", "cancelled"
 OPEN = (QUEUED, RUNNING)
@@ -35,7 +35,7 @@ class NewJob:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class JobRow:
     """A row."""
 
     job_id: str
@@ -49,14 +49,14 @@ class Job:
     error: dict[str, Any] | None
     num_done: int
     num_failed: int
-    usage: Usage
+    usage: PageUsage
     created_ns: int
     started_ns: int
     finished_ns: int
     expires_ns: int
     num_takes: int
 
-    def shown(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """As the API shows it."""
         return {
             "id": self.job_id,
@@ -72,7 +72,7 @@ class Job:
             "pages_total": len(self.pages),
             "pages_done": self.num_done,
             "pages_failed": self.num_failed,
-            "usage": show_usage(self.usage, self.num_done, self.num_failed),
+            "usage": usage_to_json(self.usage, self.num_done, self.num_failed),
             "error": self.error,
         }
 
@@ -93,10 +93,10 @@ def dump(value: Any) -> str:
     return orjson.dumps(value).decode()
 
 
-def read_job(row: Any) -> Job:
+def read_job(row: Any) -> JobRow:
     """A row of the database."""
-    usage = Usage(row.prompt_tokens, row.completion_tokens, row.image_tokens, row.cost_nanodollars)
-    return Job(
+    usage = PageUsage(row.prompt_tokens, row.completion_tokens, row.image_tokens, row.cost_nanodollars)
+    return JobRow(
         job_id=row.job_id,
         owner=row.owner,
         status=row.status,

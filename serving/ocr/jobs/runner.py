@@ -19,15 +19,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from serving.errors import OverloadedError, ServingError, SettingsError
-from serving.ocr.jobs.key_sealing import Vault
+from serving.ocr.jobs.key_sealing import KeySealer
 from serving.ocr.jobs.leases import JobLeases, LeaseLostError
-from serving.ocr.jobs.model import Job
+from serving.ocr.jobs.model import JobRow
 from serving.ocr.jobs.sweeper import JobSweeper
 from serving.ocr.jobs.turns import HeldJob, JobTurns
-from serving.ocr.reading.documents import Order, PageEnded, Pipeline, is_for_all
+from serving.ocr.reading.documents import PageEnded, Pipeline, ReadRequest, is_for_all
 from serving.ocr.reading.options import read_options
 from serving.ocr.reading.page_json import as_failure
-from serving.ocr.reading.pages import Failure
+from serving.ocr.reading.pages import PageFailure
 from serving.ocr.rendering.pool import Effort, Renderer
 from serving.settings.ocr import OcrSettings
 
@@ -42,7 +42,7 @@ _MAX_LEFT = 1000
 
 
 @dataclass(slots=True)
-class _Reading:
+class _RunningJob:
     """A job that is being read."""
 
     owner: str
@@ -63,18 +63,18 @@ class JobRunner:
         sweeper: JobSweeper,
         pipeline: Pipeline,
         renderer: Renderer,
-        vault: Vault,
+        key_sealer: KeySealer,
         settings: OcrSettings,
     ) -> None:
         self._leases = leases
         self._sweeper = sweeper
         self._pipeline = pipeline
         self._renderer = renderer
-        self._vault = vault
+        self._key_sealer = key_sealer
         self._settings = settings
         self._wake = asyncio.Event()
         self._turns = JobTurns(settings.jobs.turn_s)
-        self._reading: dict[str, _Reading] = {}
+        self._reading: dict[str, _RunningJob] = {}
         self._efforts: OrderedDict[str, Effort] = OrderedDict()
         """Of jobs that were left for another turn: a document does not get more time for being read in turns."""
         self._tasks: list[asyncio.Task[None]] = []
@@ -142,7 +142,7 @@ class JobRunner:
             job = await self._leases.take(self._turns, list(self._reading))
             if job is None:
                 return
-            self._reading[job.job_id] = reading = _Reading(job.owner, time.monotonic())
+            self._reading[job.job_id] = reading = _RunningJob(job.owner, time.monotonic())
             reading.task = asyncio.create_task(self._read_to_end(job, reading.stop))
 
     async def _make_room(self) -> None:
@@ -158,7 +158,7 @@ class JobRunner:
             if job_id in self._reading:
                 self._reading[job_id].stop.set()
 
-    async def _read_to_end(self, job: Job, stop: asyncio.Event) -> None:
+    async def _read_to_end(self, job: JobRow, stop: asyncio.Event) -> None:
         """One job, until it has ended, is no longer ours, or gives its place up."""
         reading = asyncio.create_task(self._read(job, stop))
         try:
@@ -192,53 +192,55 @@ class JobRunner:
             self._reading.pop(job.job_id, None)
             self._wake.set()
 
-    async def _count_left(self, job: Job) -> int:
+    async def _count_left(self, job: JobRow) -> int:
         return len(set(job.pages) - await self._leases.read_done(job.job_id))
 
-    async def _read(self, job: Job, stop: asyncio.Event) -> Failure | None:
+    async def _read(self, job: JobRow, stop: asyncio.Event) -> PageFailure | None:
         """Read what is left of a job; gives the failure that ended all of it.
 
         Raises:
             LeaseLostError: it is no longer ours.
         """
         if job.num_takes > _MAX_TAKES + job.num_done:
-            return Failure("job_given_up", "Services that read this job have ended too often.")
+            return PageFailure("job_given_up", "Services that read this job have ended too often.")
         try:
-            api_key = self._vault.open(job.sealed_key)
+            api_key = self._key_sealer.open(job.sealed_key)
             charged = await self._find_charged(job)
             done = await self._leases.read_done(job.job_id)
             effort = self._efforts.pop(job.job_id, None)
             document = await self._renderer.open(self.find_file(job.job_id), job.owner, effort)
         except FileNotFoundError:
-            return Failure("document_missing", "The job's document is no longer there.")
+            return PageFailure("document_missing", "The job's document is no longer there.")
         except SettingsError as error:
             logger.error("job %s: %s", job.job_id, error)
-            return Failure("key_unreadable", "The service's secret has changed since this job was made.")
+            return PageFailure("key_unreadable", "The service's secret has changed since this job was made.")
         except OverloadedError:
             raise
         except ServingError as error:
             return as_failure(error)
         options = read_options(job.options)
         left = [page for page in job.pages if page not in done]
-        question = options.question(self._settings, api_key)
-        failure = await self._read_pages(job, Order(document, left, options, question, job.job_id, charged, stop))
+        page_request = options.page_request(self._settings, api_key)
+        failure = await self._read_pages(
+            job, ReadRequest(document, left, options, page_request, job.job_id, charged, stop)
+        )
         if stop.is_set():
             self._efforts[job.job_id] = document.effort
             while len(self._efforts) > _MAX_LEFT:
                 self._efforts.popitem(last=False)
         return failure
 
-    async def _find_charged(self, job: Job) -> Mapping[int, int]:
+    async def _find_charged(self, job: JobRow) -> Mapping[int, int]:
         """What pages were charged while another service had the job, in nanodollars."""
         if job.num_takes == 1:
             return {}
         await asyncio.sleep(self._settings.jobs.settle_s)
         return await self._leases.read_charged(job)
 
-    async def _read_pages(self, job: Job, order: Order) -> Failure | None:
-        if not order.pages:
+    async def _read_pages(self, job: JobRow, request: ReadRequest) -> PageFailure | None:
+        if not request.pages:
             return None
-        async with contextlib.aclosing(self._pipeline.read(order)) as events:
+        async with contextlib.aclosing(self._pipeline.read(request)) as events:
             async for event in events:
                 if not isinstance(event, PageEnded):
                     continue

@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from serving.billing.schema import JOB_PAGES, JOBS
 from serving.errors import InvalidRequestError, JobNotFoundError, RateLimitError
 from serving.ocr.jobs.database import JobDatabase
-from serving.ocr.jobs.model import CANCELLED, OPEN, QUEUED, Job, NewJob, dump, read_job
+from serving.ocr.jobs.model import CANCELLED, OPEN, QUEUED, JobRow, NewJob, dump, read_job
 
 _ZEROS = (
     "num_done",
@@ -38,7 +38,7 @@ class JobStore:
         self._jobs = jobs
         self._max_open = max_open_per_tenant
 
-    async def add(self, job_id: str, new: NewJob) -> Job:
+    async def add(self, job_id: str, new: NewJob) -> JobRow:
         """A new job; the one that is there already when the owner has used the idempotency key before.
 
         Raises:
@@ -70,7 +70,7 @@ class JobStore:
             return await self.find_repeated(new.owner, new.idempotency_key or "", new.digest)
         return await self.find(job_id, new.owner)
 
-    async def find_repeated(self, owner: str, idempotency_key: str, digest: str) -> Job:
+    async def find_repeated(self, owner: str, idempotency_key: str, digest: str) -> JobRow:
         """The job that an idempotency key has made.
 
         Raises:
@@ -94,11 +94,11 @@ class JobStore:
                 code="too_many_jobs",
             )
 
-    async def find(self, job_id: str, owner: str) -> Job:
+    async def find(self, job_id: str, owner: str) -> JobRow:
         """Raises JobNotFoundError for one that is not there, or another's."""
         return await self._jobs.find_one(and_(JOBS.c.job_id == job_id, JOBS.c.owner == owner))
 
-    async def list_jobs(self, owner: str, limit: int, after: str | None) -> tuple[list[Job], bool]:
+    async def list_jobs(self, owner: str, limit: int, after: str | None) -> tuple[list[JobRow], bool]:
         """An owner's jobs, newest first, and whether there are more.
 
         Raises:
@@ -123,7 +123,7 @@ class JobStore:
             rows = (await connection.execute(wanted)).all()
         return [{**orjson.loads(row.result), "seq": row.seq} for row in rows[:limit]], len(rows) > limit
 
-    async def cancel(self, job_id: str, owner: str) -> Job:
+    async def cancel(self, job_id: str, owner: str) -> JobRow:
         """End a job that has not ended; pages that are done stay, the key goes."""
         where = and_(JOBS.c.job_id == job_id, JOBS.c.owner == owner, JOBS.c.status.in_(OPEN))
         async with self._jobs.writing() as connection:

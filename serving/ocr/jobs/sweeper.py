@@ -16,8 +16,8 @@ from serving.errors import ServingError
 from serving.ocr.jobs.database import JobDatabase
 from serving.ocr.jobs.model import FAILED, NS, OPEN, QUEUED, STATES, dump
 from serving.ocr.limits.storage import Storage
-from serving.ocr.reading.page_json import show_failure
-from serving.ocr.reading.pages import Failure
+from serving.ocr.reading.page_json import failure_to_json
+from serving.ocr.reading.pages import PageFailure
 from serving.settings.ocr import OcrSettings
 from serving.settings.router import LimitSettings
 
@@ -109,8 +109,8 @@ class JobSweeper:
     async def _end_old(self) -> None:
         """Fail jobs that have been open for longer than they may."""
         before_ns = time.time_ns() - round(self._settings.max_age_s * NS)
-        failure = Failure("job_expired", "The job did not end within its time.")
-        changes = self._jobs.ended(FAILED) | {"error": dump(show_failure(failure))}
+        failure = PageFailure("job_expired", "The job did not end within its time.")
+        changes = self._jobs.ended(FAILED) | {"error": dump(failure_to_json(failure))}
         where = and_(JOBS.c.status.in_(OPEN), JOBS.c.created_ns < before_ns)
         async with self._jobs.writing() as connection:
             await connection.execute(update(JOBS).where(where).values(changes))

@@ -1,6 +1,6 @@
 """Whose turn it is when several tenants wait for a few places. Pure, the clock passed in; `TurnQueue` waits on it.
 
-Tenants take turns, one order each. Orders differ in cost by a factor of a thousand, so a tenant also has an allowance
+Tenants take turns, one page each. Pages differ in cost by a factor of a thousand, so a tenant also has an allowance
 of CPU seconds that fills at a steady rate: a tenant that has used it up waits behind those that have not. Its debt is
 bounded, and the allowance goes on filling while it waits, so it is back in turn after a bounded time. Nobody is held
 back while a place would stay empty.
@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-Order = TypeVar("Order")
+Item = TypeVar("Item")
 
 _MAX_ALLOWANCES = 1024
 """Tenants whose allowances are remembered before full ones are dropped."""
@@ -44,44 +44,44 @@ class Allowance:
 
 
 @dataclass(slots=True)
-class Turns(Generic[Order]):
-    """Orders that wait, by tenant. While an order waits whose tenant has an allowance left, every other tenant has at
-    most one order begun before it, for each order of its own tenant's that came earlier and for itself."""
+class Turns(Generic[Item]):
+    """Items that wait, by tenant. While one waits whose tenant has an allowance left, every other tenant has at
+    most one item begun before it, for each item of its own tenant's that came earlier and for itself."""
 
     cpu_s_per_minute: float
     """Rate of a tenant's allowance, which holds a minute's worth."""
-    _waiting: dict[str, deque[Order]] = field(default_factory=dict)
+    _waiting: dict[str, deque[Item]] = field(default_factory=dict)
     """Tenants in the order of their turns; those with nothing to wait for are left out."""
     _allowances: dict[str, Allowance] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return sum(map(len, self._waiting.values()))
 
-    def add(self, tenant: str, order: Order) -> None:
-        self._waiting.setdefault(tenant, deque()).append(order)
+    def add(self, tenant: str, item: Item) -> None:
+        self._waiting.setdefault(tenant, deque()).append(item)
 
-    def remove(self, tenant: str, order: Order) -> None:
-        """An order is not wanted any more. One that has been taken is not here, and changes nothing."""
-        orders = self._waiting.get(tenant)
-        if orders is None or order not in orders:
+    def remove(self, tenant: str, item: Item) -> None:
+        """An item is not wanted any more. One that has been taken is not here, and changes nothing."""
+        items = self._waiting.get(tenant)
+        if items is None or item not in items:
             return
-        orders.remove(order)
-        if not orders:
+        items.remove(item)
+        if not items:
             del self._waiting[tenant]
 
-    def take(self, now_s: float) -> Order | None:
-        """The order whose turn it is; None when none waits."""
+    def take(self, now_s: float) -> Item | None:
+        """The item whose turn it is; None when none waits."""
         if not self._waiting:
             return None
         tenant = next((name for name in self._waiting if self.has_allowance(name, now_s)), next(iter(self._waiting)))
-        orders = self._waiting.pop(tenant)
-        order = orders.popleft()
-        if orders:
-            self._waiting[tenant] = orders  # at the end: the others come first
-        return order
+        items = self._waiting.pop(tenant)
+        item = items.popleft()
+        if items:
+            self._waiting[tenant] = items  # at the end: the others come first
+        return item
 
     def charge(self, tenant: str, cpu_s: float, now_s: float) -> None:
-        """A tenant's order has used so much."""
+        """A tenant's item has used so much."""
         allowance = self._allowances.get(tenant)
         if allowance is None:
             self._forget_full(now_s)
@@ -90,7 +90,7 @@ class Turns(Generic[Order]):
         allowance.charge(cpu_s, now_s)
 
     def has_allowance(self, tenant: str, now_s: float) -> bool:
-        """Whether a tenant's orders go before those of tenants that have used up theirs."""
+        """Whether a tenant's items go before those of tenants that have used up theirs."""
         allowance = self._allowances.get(tenant)
         if allowance is None:
             return True
@@ -138,7 +138,7 @@ class TurnQueue:
             self._give_back()
 
     def charge(self, tenant: str, cpu_s: float) -> None:
-        """A tenant's order has used so much."""
+        """A tenant's item has used so much."""
         self._turns.charge(tenant, cpu_s, self._clock())
 
     def _give_back(self) -> None:

@@ -16,18 +16,18 @@ from typing import Protocol
 import pybase64
 
 from serving.errors import ServingError
-from serving.ocr.reading.options import Options
+from serving.ocr.reading.options import ReadOptions
 from serving.ocr.reading.page_json import (
     Dimensions,
     PageResult,
     as_failure,
+    build_page,
+    build_unread_page,
     find_figures,
     measure,
-    show_page,
-    show_unread,
 )
-from serving.ocr.reading.pages import Delta, Failure, PageReader, Question, Reading, TryStarted
-from serving.ocr.rendering.pool import Document, PageImage, Renderer
+from serving.ocr.reading.pages import Delta, PageFailure, PageReader, PageReading, PageRequest, TryStarted
+from serving.ocr.rendering.pool import DrawnPage, OpenedDocument, Renderer
 from serving.ocr.text.layout import Box, parse_layout
 from serving.settings.ocr import OcrSettings
 
@@ -55,7 +55,7 @@ class PageDrawn:
     """The page's picture, for streams that show it."""
 
     index: int
-    image: PageImage
+    image: DrawnPage
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +85,13 @@ class Observer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class ReadRequest:
     """Pages of one document, and how they are to be read."""
 
-    document: Document
+    document: OpenedDocument
     pages: Sequence[int]
-    options: Options
-    question: Question
+    options: ReadOptions
+    page_request: PageRequest
     request_id: str
     """Requests to the router are known by this, the page's number and that of the try."""
     charged: Mapping[int, int] = field(default_factory=dict)
@@ -102,22 +102,22 @@ class Order:
 
 @dataclass(slots=True, eq=False)
 class _Run:
-    """One order while it is carried out."""
+    """One request while it is carried out."""
 
-    order: Order
+    request: ReadRequest
     figure_bytes_left: int
     events: asyncio.Queue[PipelineEvent] = field(default_factory=lambda: asyncio.Queue(_QUEUED_EVENTS))
 
 
-def is_for_all(failure: Failure | None) -> bool:
+def is_for_all(failure: PageFailure | None) -> bool:
     """Whether a failure is the document's, so that asking for its other pages is of no use."""
     return failure is not None and (failure.status in _FOR_ALL or failure.code == _QUOTA)
 
 
-def shows_picture(order: Order, index: int, image: PageImage) -> bool:
+def wants_page_image(request: ReadRequest, index: int, image: DrawnPage) -> bool:
     """Whether a stream shows this page as it was drawn."""
-    is_wanted = order.options.stream and order.options.include_page_images
-    return is_wanted and index in order.pages[:_MAX_PICTURES] and len(image.data) <= _MAX_PICTURE_BYTES
+    is_wanted = request.options.stream and request.options.include_page_images
+    return is_wanted and index in request.pages[:_MAX_PICTURES] and len(image.data) <= _MAX_PICTURE_BYTES
 
 
 class Pipeline:
@@ -129,31 +129,31 @@ class Pipeline:
         self._settings = settings
         self._observer = observer
 
-    async def read(self, order: Order) -> AsyncGenerator[PipelineEvent]:
+    async def read(self, request: ReadRequest) -> AsyncGenerator[PipelineEvent]:
         """All pages, their events in the order in which they happen; each page ends once.
 
         When one page has failed for a reason that is the document's, those that have not begun fail with the same.
         Whoever stops listening (`aclose`) ends what is under way.
         """
-        run = _Run(order, self._settings.max_figure_bytes)
-        waiting = iter(order.pages)
-        shared: list[Failure] = []
+        run = _Run(request, self._settings.max_figure_bytes)
+        waiting = iter(request.pages)
+        shared: list[PageFailure] = []
 
-        async def work() -> None:
+        async def read_next_pages() -> None:
             for index in waiting:
-                if order.stop.is_set():
+                if request.stop.is_set():
                     return
                 started_s = time.monotonic()
                 if shared:
-                    result = show_unread(index, shared[0], order.charged.get(index, 0))
+                    result = build_unread_page(index, shared[0], request.charged.get(index, 0))
                 else:
                     result = await self._read_page(run, index)
                 if is_for_all(result.failure) and result.failure is not None:
                     shared.append(result.failure)
                 await run.events.put(PageEnded(result, time.monotonic() - started_s))
 
-        num_workers = min(self._settings.pages_in_parallel, len(order.pages))
-        workers = [asyncio.create_task(work()) for _ in range(num_workers)]
+        num_workers = min(self._settings.pages_in_parallel, len(request.pages))
+        workers = [asyncio.create_task(read_next_pages()) for _ in range(num_workers)]
         try:
             while (event := await _next(run.events, workers)) is not None:
                 yield event
@@ -168,39 +168,39 @@ class Pipeline:
         self._observer.see_page(is_failed=result.is_failed, num_retries=result.num_retries, seconds=ended.seconds)
 
     async def _read_page(self, run: _Run, index: int) -> PageResult:
-        order, started_s = run.order, time.monotonic()
+        request, started_s = run.request, time.monotonic()
         try:
-            image = await self._renderer.draw(order.document, index, order.options.dpi)
+            image = await self._renderer.draw(request.document, index, request.options.dpi)
         except ServingError as error:
-            return show_unread(index, as_failure(error), order.charged.get(index, 0))
+            return build_unread_page(index, as_failure(error), request.charged.get(index, 0))
         self._observer.see_render(time.monotonic() - started_s)
         return await self._read_image(run, index, image)
 
-    async def _read_image(self, run: _Run, index: int, image: PageImage) -> PageResult:
-        order, events = run.order, run.events
-        dimensions = measure(order.document, image, order.options.dpi or self._settings.render.dpi)
-        question = replace(
-            order.question,
-            request_id=f"{order.request_id}-p{index + 1}",
-            credit_nanodollars=order.charged.get(index, 0),
+    async def _read_image(self, run: _Run, index: int, image: DrawnPage) -> PageResult:
+        request, events = run.request, run.events
+        dimensions = measure(request.document, image, request.options.dpi or self._settings.render.dpi)
+        page_request = replace(
+            request.page_request,
+            request_id=f"{request.request_id}-p{index + 1}",
+            credit_nanodollars=request.charged.get(index, 0),
         )
-        reading: Reading | None = None
-        async with contextlib.aclosing(self._reader.read(image, question)) as read:
+        reading: PageReading | None = None
+        async with contextlib.aclosing(self._reader.read(image, page_request)) as read:
             async for event in read:
                 if isinstance(event, TryStarted):
                     await events.put(PageStarted(index, event.number, event.mode, dimensions))
-                    if event.number == 1 and shows_picture(order, index, image):
+                    if event.number == 1 and wants_page_image(request, index, image):
                         await events.put(PageDrawn(index, image))
                 elif isinstance(event, Delta):
                     await events.put(PageDelta(index, event.text))
                 else:
                     reading = event
         assert reading is not None  # a reader's last event
-        figures = await self._cut_figures(run, index, reading, dimensions) if order.options.include_images else None
-        return show_page(index, reading, dimensions, order.options.format, figures)
+        figures = await self._cut_figures(run, index, reading, dimensions) if request.options.include_images else None
+        return build_page(index, reading, dimensions, request.options.format, figures)
 
     async def _cut_figures(
-        self, run: _Run, index: int, reading: Reading, dimensions: Dimensions
+        self, run: _Run, index: int, reading: PageReading, dimensions: Dimensions
     ) -> list[tuple[Box, str]]:
         """Figures as base64; one that cannot be cut out is left out, and so are those that the document has no room
         for any more: where a model puts figures is not known to be sane."""
@@ -208,7 +208,7 @@ class Pipeline:
         figures = []
         for box in find_figures(blocks, self._settings.max_figures):
             with contextlib.suppress(ServingError):
-                cut = await self._renderer.draw(run.order.document, index, run.order.options.dpi, box)
+                cut = await self._renderer.draw(run.request.document, index, run.request.options.dpi, box)
                 if len(cut.data) <= run.figure_bytes_left:
                     run.figure_bytes_left -= len(cut.data)
                     figures.append((box, pybase64.b64encode(cut.data).decode()))

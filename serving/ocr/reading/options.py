@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from serving.errors import InvalidRequestError
-from serving.ocr.reading.pages import MODES, Question
+from serving.ocr.reading.pages import MODES, PageRequest
 from serving.settings.ocr import OcrSettings
 
 FORMATS = ("markdown", "text", "layout")
@@ -23,7 +23,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class ReadOptions:
     """Everything but the document and the key."""
 
     model: str
@@ -38,20 +38,20 @@ class Options:
     include_page_images: bool = False
     """In a stream: the pages as they were drawn, too."""
 
-    def question(self, settings: OcrSettings, api_key: str | None) -> Question:
+    def page_request(self, settings: OcrSettings, api_key: str | None) -> PageRequest:
         """How each of the pages is to be read."""
         usual = settings.text_prompt if self.format == "text" else settings.markdown_prompt
-        return Question(self.model, self.prompt or usual, self.mode, self.max_tokens, api_key)
+        return PageRequest(self.model, self.prompt or usual, self.mode, self.max_tokens, api_key)
 
-    def shown(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """As the API shows them with a job; `read_options` takes it back."""
         found = asdict(self)
         del found["stream"], found["include_page_images"]
         return found
 
 
-def read_options(given: Mapping[str, Any]) -> Options:
-    """Options of a JSON body or of `Options.shown`.
+def read_options(given: Mapping[str, Any]) -> ReadOptions:
+    """Options of a JSON body or of `ReadOptions.to_json`.
 
     Raises:
         InvalidRequestError: `param` says which one is wrong.
@@ -60,7 +60,7 @@ def read_options(given: Mapping[str, Any]) -> Options:
     if unknown:
         raise InvalidRequestError(f"There is no option {unknown[0][:100]!r}.", param=unknown[0][:100])
     mode = _read_choice(given, "mode", (*MODES, AUTO))
-    return Options(
+    return ReadOptions(
         model=_read_text(given, "model", _MAX_NAME_CHARS) or _refuse("model", "the name of a model; it is required"),
         pages=_read_text(given, "pages", _MAX_PROMPT_CHARS),
         mode=mode,
@@ -74,7 +74,7 @@ def read_options(given: Mapping[str, Any]) -> Options:
     )
 
 
-def read_form_options(fields: Mapping[str, str]) -> Options:
+def read_form_options(fields: Mapping[str, str]) -> ReadOptions:
     """Options of form fields, where everything is text. Empty ones are as good as missing.
 
     Raises:
@@ -92,7 +92,7 @@ def read_form_options(fields: Mapping[str, str]) -> Options:
     return read_options(given)
 
 
-def without_stream(options: Options) -> Options:
+def without_stream(options: ReadOptions) -> ReadOptions:
     """For a job.
 
     Raises:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from serving.errors import ServingError
-from serving.ocr.reading.pages import NANO_PER_DOLLAR, Failure, Reading, Usage
-from serving.ocr.rendering.formats import Format
-from serving.ocr.rendering.pool import Document, PageImage
-from serving.ocr.text.layout import Block, Box, parse_layout
+from serving.ocr.reading.pages import NANO_PER_DOLLAR, PageFailure, PageReading, PageUsage
+from serving.ocr.rendering.formats import DocumentFormat
+from serving.ocr.rendering.pool import DrawnPage, OpenedDocument
+from serving.ocr.text.layout import Box, LayoutBlock, parse_layout
 from serving.ocr.text.markdown import render_markdown, render_text
 
 FIGURES = frozenset({"image", "figure"})
@@ -26,7 +26,7 @@ class Dimensions:
     dpi: int | None
     """None for a picture, which has the pixels that it has."""
 
-    def shown(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         return {"width": self.width, "height": self.height, "dpi": self.dpi}
 
 
@@ -35,10 +35,10 @@ class PageResult:
     """One page that is done with."""
 
     index: int
-    shown: dict[str, Any]
+    body: dict[str, Any]
     """As the API shows it."""
-    usage: Usage
-    failure: Failure | None
+    usage: PageUsage
+    failure: PageFailure | None
 
     @property
     def is_failed(self) -> bool:
@@ -46,15 +46,15 @@ class PageResult:
 
     @property
     def num_retries(self) -> int:
-        return int(self.shown["retries"])
+        return int(self.body["retries"])
 
 
-def measure(document: Document, image: PageImage, dpi: int) -> Dimensions:
+def measure(document: OpenedDocument, image: DrawnPage, dpi: int) -> Dimensions:
     """Of a page that was drawn at `dpi`, where it has no pixels of its own."""
-    return Dimensions(image.width, image.height, dpi if document.format is Format.PDF else None)
+    return Dimensions(image.width, image.height, dpi if document.format is DocumentFormat.PDF else None)
 
 
-def find_figures(blocks: Sequence[Block], max_figures: int) -> list[Box]:
+def find_figures(blocks: Sequence[LayoutBlock], max_figures: int) -> list[Box]:
     """Boxes of a page's figures, in order and each once; figures without one, or without area, cannot be cut out."""
     boxes = dict.fromkeys(box for block in blocks if block.label.lower() in FIGURES for box in block.boxes)
     return [box for box in boxes if box.right > box.left and box.bottom > box.top][:max_figures]
@@ -65,8 +65,12 @@ def name_figure(index: int, box: Box, figures: Sequence[Box]) -> str | None:
     return f"page-{index + 1}-figure-{figures.index(box) + 1}" if box in figures else None
 
 
-def show_page(
-    index: int, reading: Reading, dimensions: Dimensions, form: str, figures: Sequence[tuple[Box, str]] | None = None
+def build_page(
+    index: int,
+    reading: PageReading,
+    dimensions: Dimensions,
+    form: str,
+    figures: Sequence[tuple[Box, str]] | None = None,
 ) -> PageResult:
     """A page that was read, or failed while it was.
 
@@ -78,52 +82,52 @@ def show_page(
         figures: boxes and pictures (base64) of figures that were cut out; None when nobody wants them.
     """
     blocks = parse_layout(reading.text, dimensions.width, dimensions.height)
-    shown = _show_frame(index, dimensions)
+    body = _page_head_to_json(index, dimensions)
     boxes = [box for box, _ in figures or ()]
     if form == "text":
-        shown["text"] = render_text(blocks)
+        body["text"] = render_text(blocks)
     else:
         naming = None
         if figures is not None:
             naming = lambda _, box: name_figure(index, box, boxes) if box is not None else None  # noqa: E731
-        shown["markdown"] = render_markdown(blocks, naming)
+        body["markdown"] = render_markdown(blocks, naming)
     if form == "layout":
-        shown["blocks"] = [show_block(block) for block in blocks]
+        body["blocks"] = [block_to_json(block) for block in blocks]
     if figures is not None:
-        shown["images"] = [
+        body["images"] = [
             {"id": name_figure(index, box, boxes), "box": list(_edges(box)), "image_base64": picture}
             for box, picture in figures
         ]
-    shown |= {
+    body |= {
         "mode": reading.mode,
         "finish_reason": _finish_reason(reading),
         "retries": reading.num_tries - 1,
-        "usage": _show_page_usage(reading.usage),
-        "error": show_failure(reading.failure),
+        "usage": _page_usage_to_json(reading.usage),
+        "error": failure_to_json(reading.failure),
         "status": "completed" if reading.failure is None else "failed",
     }
-    return PageResult(index, shown, reading.usage, reading.failure)
+    return PageResult(index, body, reading.usage, reading.failure)
 
 
-def show_unread(index: int, failure: Failure, charged_nanodollars: int = 0) -> PageResult:
+def build_unread_page(index: int, failure: PageFailure, charged_nanodollars: int = 0) -> PageResult:
     """A page that did not come so far that it could be read, though it may have been charged for once."""
-    usage = Usage(cost_nanodollars=charged_nanodollars)
-    shown = _show_frame(index, None) | {
+    usage = PageUsage(cost_nanodollars=charged_nanodollars)
+    body = _page_head_to_json(index, None) | {
         "mode": None,
         "finish_reason": None,
         "retries": 0,
-        "usage": _show_page_usage(usage),
-        "error": show_failure(failure),
+        "usage": _page_usage_to_json(usage),
+        "error": failure_to_json(failure),
         "status": "failed",
     }
-    return PageResult(index, shown, usage, failure)
+    return PageResult(index, body, usage, failure)
 
 
-def show_block(block: Block) -> dict[str, Any]:
+def block_to_json(block: LayoutBlock) -> dict[str, Any]:
     return {"label": block.label, "text": block.text, "boxes": [list(_edges(box)) for box in block.boxes]}
 
 
-def show_usage(usage: Usage, num_pages: int, num_failed: int) -> dict[str, Any]:
+def usage_to_json(usage: PageUsage, num_pages: int, num_failed: int) -> dict[str, Any]:
     """Totals; `num_pages` counts the failed ones too."""
     return {
         "prompt_tokens": usage.prompt_tokens,
@@ -136,7 +140,7 @@ def show_usage(usage: Usage, num_pages: int, num_failed: int) -> dict[str, Any]:
     }
 
 
-def show_failure(failure: Failure | None) -> dict[str, Any] | None:
+def failure_to_json(failure: PageFailure | None) -> dict[str, Any] | None:
     """In OpenAI's shape."""
     if failure is None:
         return None
@@ -147,17 +151,17 @@ def show_failure(failure: Failure | None) -> dict[str, Any] | None:
     return {"message": failure.message, "type": kind, "param": None, "code": failure.code}
 
 
-def as_failure(error: ServingError) -> Failure:
+def as_failure(error: ServingError) -> PageFailure:
     """What an error of ours means for a page."""
-    return Failure(error.code or error.type, error.message, error.http_status)
+    return PageFailure(error.code or error.type, error.message, error.http_status)
 
 
-def _show_frame(index: int, dimensions: Dimensions | None) -> dict[str, Any]:
-    shown = dimensions.shown() if dimensions is not None else None
-    return {"index": index, "number": index + 1, "status": "", "dimensions": shown}
+def _page_head_to_json(index: int, dimensions: Dimensions | None) -> dict[str, Any]:
+    body = dimensions.to_json() if dimensions is not None else None
+    return {"index": index, "number": index + 1, "status": "", "dimensions": body}
 
 
-def _show_page_usage(usage: Usage) -> dict[str, Any]:
+def _page_usage_to_json(usage: PageUsage) -> dict[str, Any]:
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
@@ -166,7 +170,7 @@ def _show_page_usage(usage: Usage) -> dict[str, Any]:
     }
 
 
-def _finish_reason(reading: Reading) -> str | None:
+def _finish_reason(reading: PageReading) -> str | None:
     if reading.failure is not None:
         return "repetition" if reading.failure.code == "repetition" else None
     return "length" if reading.is_cut else "stop"

@@ -21,7 +21,7 @@ import orjson
 
 from serving.billing.credits import CREDIT_HEADER, SignCredit
 from serving.http.retry_after import read_retry_after
-from serving.ocr.rendering.pool import PageImage
+from serving.ocr.rendering.pool import DrawnPage
 from serving.settings.ocr import ReadSettings
 
 MODES = ("tiny", "small", "base", "large", "gundam")
@@ -40,7 +40,7 @@ _FRAMING = re.compile("<｜(?:begin▁of▁sentence|end▁of▁sentence|▁pad�
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
+class PageUsage:
     """What was used; money in whole nanodollars, so that sums are exact."""
 
     prompt_tokens: int = 0
@@ -48,8 +48,8 @@ class Usage:
     image_tokens: int = 0
     cost_nanodollars: int = 0
 
-    def __add__(self, other: Usage) -> Usage:
-        return Usage(
+    def __add__(self, other: PageUsage) -> PageUsage:
+        return PageUsage(
             self.prompt_tokens + other.prompt_tokens,
             self.completion_tokens + other.completion_tokens,
             self.image_tokens + other.image_tokens,
@@ -58,7 +58,7 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class PageRequest:
     """How pages are to be read."""
 
     model: str
@@ -74,7 +74,7 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
+class PageFailure:
     """Why a page has no text."""
 
     code: str
@@ -98,21 +98,21 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class PageReading:
     """The end of a page: its text, or the failure and the text of the last try as far as it came."""
 
     text: str
-    usage: Usage
+    usage: PageUsage
     """Of all tries that told it; one that broke off midway tells none. Its cost has the question's credit in it."""
     num_tries: int
     mode: str | None
     """That the last try was read in, as the router says, else as it was asked for."""
     is_cut: bool = False
     """Whether the answer was ended by a limit on its length."""
-    failure: Failure | None = None
+    failure: PageFailure | None = None
 
 
-Event = TryStarted | Delta | Reading
+Event = TryStarted | Delta | PageReading
 
 
 @dataclass(slots=True)
@@ -120,12 +120,12 @@ class _Try:
     """What one request has brought so far."""
 
     texts: list[str] = field(default_factory=list)
-    usage: Usage = field(default_factory=Usage)
+    usage: PageUsage = field(default_factory=PageUsage)
     credited_nanodollars: int = 0
     mode: str | None = None
     finish_reason: str | None = None
     stop_reason: Any = None
-    failure: Failure | None = None
+    failure: PageFailure | None = None
     is_passing: bool = False
     """Whether another try may mend the failure."""
     wait_s: float | None = None
@@ -134,7 +134,7 @@ class _Try:
     """Whether nothing was tried, since the tenant or the stack has too much to do."""
 
     def fail(self, code: str, message: str, *, status: int | None = None, is_passing: bool) -> None:
-        self.failure, self.is_passing = Failure(code, message, status), is_passing
+        self.failure, self.is_passing = PageFailure(code, message, status), is_passing
 
     @property
     def has_looped(self) -> bool:
@@ -177,32 +177,32 @@ class PageReader:
         assert self._session is not None
         await self._session.close()
 
-    async def read(self, page: PageImage, question: Question) -> AsyncGenerator[Event]:
+    async def read(self, page: DrawnPage, request: PageRequest) -> AsyncGenerator[Event]:
         """Read one page; the last event is its Reading. Whoever stops listening (`aclose`) ends the request."""
         deadline_s = asyncio.get_running_loop().time() + self._settings.page_timeout_s
         url = page.as_url()
-        spent = Usage(cost_nanodollars=question.credit_nanodollars)
+        spent = PageUsage(cost_nanodollars=request.credit_nanodollars)
         tried_modes: list[str] = []
         num_refusals = 0
         for number in itertools.count(1):
-            yield TryStarted(number, question.mode)
-            attempt = _Try(mode=question.mode)
-            async for text in self._ask(build_body(url, question), question, number, attempt, deadline_s):
+            yield TryStarted(number, request.mode)
+            attempt = _Try(mode=request.mode)
+            async for text in self._ask(build_body(url, request), request, number, attempt, deadline_s):
                 yield Delta(text)
             spent += attempt.usage
-            question = replace(question, credit_nanodollars=question.credit_nanodollars - attempt.credited_nanodollars)
+            request = replace(request, credit_nanodollars=request.credit_nanodollars - attempt.credited_nanodollars)
             num_refusals += attempt.is_refused
-            another = self._plan(attempt, question, tried_modes, number - num_refusals, deadline_s)
+            another = self._plan(attempt, request, tried_modes, number - num_refusals, deadline_s)
             if another is None:
                 break
-            pause_s, question = another
+            pause_s, request = another
             await asyncio.sleep(pause_s)
         text, is_cut = "".join(attempt.texts), attempt.finish_reason == "length"
-        yield Reading(text, spent, number, attempt.mode, is_cut, attempt.failure)
+        yield PageReading(text, spent, number, attempt.mode, is_cut, attempt.failure)
 
     def _plan(
-        self, attempt: _Try, question: Question, tried_modes: list[str], number: int, deadline_s: float
-    ) -> tuple[float, Question] | None:
+        self, attempt: _Try, request: PageRequest, tried_modes: list[str], number: int, deadline_s: float
+    ) -> tuple[float, PageRequest] | None:
         """The pause before the next try and what it asks; None when this one was the last.
 
         `number` counts the tries that were no mere refusals: those cost nothing, and end with the page's time.
@@ -214,7 +214,7 @@ class PageReader:
             mode = find_other_mode(attempt.mode, tried_modes)
             if mode is None:
                 return None
-            question, pause_s = replace(question, mode=mode), 0.0
+            request, pause_s = replace(request, mode=mode), 0.0
         elif attempt.failure is None or not attempt.is_passing:
             return None
         else:
@@ -224,14 +224,14 @@ class PageReader:
         left_s = deadline_s - asyncio.get_running_loop().time()
         if number >= self._settings.max_tries or (attempt.wait_s or 0) > self._settings.max_wait_s or pause_s >= left_s:
             return None
-        return pause_s, question
+        return pause_s, request
 
     async def _ask(
-        self, body: bytes, question: Question, number: int, attempt: _Try, deadline_s: float
+        self, body: bytes, request: PageRequest, number: int, attempt: _Try, deadline_s: float
     ) -> AsyncGenerator[str]:
         """One request; what it brings goes into `attempt`, pieces of text are given on at once."""
         assert self._session is not None
-        headers = self._build_headers(question, number)
+        headers = self._build_headers(request, number)
         url = self._choose_router().rstrip("/") + "/v1/chat/completions"
         try:
             async with asyncio.timeout_at(deadline_s):
@@ -261,14 +261,14 @@ class PageReader:
         except ValueError:
             attempt.fail("bad_answer", "The answer is not the OpenAI API's.", is_passing=False)
 
-    def _build_headers(self, question: Question, number: int) -> dict[str, str]:
+    def _build_headers(self, request: PageRequest, number: int) -> dict[str, str]:
         headers = {"content-type": "application/json"}
-        if question.api_key is not None:
-            headers["authorization"] = f"Bearer {question.api_key}"
-        if question.request_id is not None:
-            headers["x-request-id"] = request_id = f"{question.request_id}-t{number}"
+        if request.api_key is not None:
+            headers["authorization"] = f"Bearer {request.api_key}"
+        if request.request_id is not None:
+            headers["x-request-id"] = request_id = f"{request.request_id}-t{number}"
             if self._sign_credit is not None:
-                headers[CREDIT_HEADER] = self._sign_credit(request_id, question.credit_nanodollars)
+                headers[CREDIT_HEADER] = self._sign_credit(request_id, request.credit_nanodollars)
         return headers
 
 
@@ -279,11 +279,11 @@ def find_other_mode(mode: str | None, tried: list[str]) -> str | None:
     return next((name for name in order if name not in tried), None)
 
 
-def build_body(url: str, question: Question) -> bytes:
+def build_body(url: str, request: PageRequest) -> bytes:
     """The chat request that reads the page at this URL."""
-    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question.prompt}]
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": request.prompt}]
     body: dict[str, Any] = {
-        "model": question.model,
+        "model": request.model,
         "messages": [{"role": "user", "content": content}],
         "temperature": 0.0,
         "stream": True,
@@ -292,10 +292,10 @@ def build_body(url: str, question: Question) -> bytes:
         # leave them out unless it is told.
         "skip_special_tokens": False,
     }
-    if question.mode is not None:
-        body["mm_processor_kwargs"] = {"mode": question.mode}
-    if question.max_tokens is not None:
-        body["max_tokens"] = question.max_tokens
+    if request.mode is not None:
+        body["mm_processor_kwargs"] = {"mode": request.mode}
+    if request.max_tokens is not None:
+        body["max_tokens"] = request.max_tokens
     return orjson.dumps(body)
 
 
@@ -341,7 +341,7 @@ def _take_usage(usage: dict[str, Any], attempt: _Try) -> None:
     details = usage.get("prompt_tokens_details") or {}
     modes = details.get("image_modes") or ()
     attempt.mode = modes[0] if modes else attempt.mode
-    attempt.usage = Usage(
+    attempt.usage = PageUsage(
         int(usage.get("prompt_tokens") or 0),
         int(usage.get("completion_tokens") or 0),
         int(details.get("image_tokens") or 0),

@@ -12,7 +12,7 @@ _PDF_WITHIN = 1024
 """Readers of PDF take a header that begins so late (ISO 32000-1, annex H.3, note 13)."""
 
 
-class Format(StrEnum):
+class DocumentFormat(StrEnum):
     PDF = "pdf"
     JPEG = "jpeg"
     PNG = "png"
@@ -23,14 +23,14 @@ class Format(StrEnum):
 
 
 _SIGNATURES = (
-    (b"\xff\xd8\xff", Format.JPEG),
-    (b"\x89PNG\r\n\x1a\n", Format.PNG),
-    (b"II*\x00", Format.TIFF),
-    (b"MM\x00*", Format.TIFF),
-    (b"II+\x00", Format.TIFF),
-    (b"MM\x00+", Format.TIFF),
-    (b"GIF87a", Format.GIF),
-    (b"GIF89a", Format.GIF),
+    (b"\xff\xd8\xff", DocumentFormat.JPEG),
+    (b"\x89PNG\r\n\x1a\n", DocumentFormat.PNG),
+    (b"II*\x00", DocumentFormat.TIFF),
+    (b"MM\x00*", DocumentFormat.TIFF),
+    (b"II+\x00", DocumentFormat.TIFF),
+    (b"MM\x00+", DocumentFormat.TIFF),
+    (b"GIF87a", DocumentFormat.GIF),
+    (b"GIF89a", DocumentFormat.GIF),
 )
 _ARCHIVE = b"PK\x03\x04"
 _OFFICE = (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", b"{\\rtf")
@@ -38,7 +38,7 @@ _OFFICE_PARTS = (b"[Content_Types].xml", b"word/", b"xl/", b"ppt/", b"applicatio
 _KNOWN = "PDF, JPEG, PNG, WebP, TIFF, GIF and BMP"
 
 
-def find_format(head: bytes, param: str | None = "document") -> Format:
+def find_format(head: bytes, param: str | None = "document") -> DocumentFormat:
     """The format of a document; what its name or media type claims does not matter.
 
     The first bytes decide before anything further in, so that a file that is two things at once is one here.
@@ -54,7 +54,7 @@ def find_format(head: bytes, param: str | None = "document") -> Format:
         if head.startswith(signature):
             return found
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return Format.WEBP
+        return DocumentFormat.WEBP
     is_archive = head.startswith(_ARCHIVE)
     if head.startswith(_OFFICE) or (is_archive and any(part in head for part in _OFFICE_PARTS)):
         raise InvalidRequestError(
@@ -64,9 +64,9 @@ def find_format(head: bytes, param: str | None = "document") -> Format:
         )
     # Bytes 6 to 9 of a bitmap are reserved, and zero in every one; "BM" alone begins many a text.
     if head[:2] == b"BM" and head[6:10] == b"\x00\x00\x00\x00":
-        return Format.BMP
+        return DocumentFormat.BMP
     if not is_archive and b"%PDF-" in head[: _PDF_WITHIN + len(b"%PDF-")]:
-        return Format.PDF
+        return DocumentFormat.PDF
     raise InvalidRequestError(
         f"This is no document that can be read ({_KNOWN}).", param=param, code="unsupported_document"
     )

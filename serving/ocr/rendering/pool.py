@@ -28,13 +28,13 @@ import pybase64
 
 from serving.errors import RenderError
 from serving.ocr.limits.turns import TurnQueue
-from serving.ocr.rendering.formats import HEAD_BYTES, Format, find_format
+from serving.ocr.rendering.formats import HEAD_BYTES, DocumentFormat, find_format
 from serving.ocr.text.layout import Box
 from serving.settings.ocr import RenderSettings
 
 _LINE_BYTES = 2**20
 _START_CPU_S = 2
-"""CPU seconds for a worker's start, beside those of its first order."""
+"""CPU seconds for a worker's start, beside those of its first request."""
 _DEATH_S = 5.0
 """From the end of a worker's pipes to that of its process, at most."""
 _KEPT_VARIABLES = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL")
@@ -54,9 +54,9 @@ class Effort:
 
 
 @dataclass(frozen=True, slots=True)
-class Document:
+class OpenedDocument:
     file: Path
-    format: Format
+    format: DocumentFormat
     num_pages: int
     tenant: str
     """Whose turn it is when a page is drawn."""
@@ -64,7 +64,7 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
-class PageImage:
+class DrawnPage:
     """One page as an image file."""
 
     data: bytes
@@ -93,7 +93,7 @@ class Renderer:
         """Documents and pages that wait for their turn."""
         return self._queue.num_waiting
 
-    async def open(self, file: Path, tenant: str, effort: Effort | None = None) -> Document:
+    async def open(self, file: Path, tenant: str, effort: Effort | None = None) -> OpenedDocument:
         """Find out what a document is and how many pages it has, when its tenant's turn has come.
 
         Args:
@@ -107,12 +107,14 @@ class Renderer:
         """
         kind = find_format(await asyncio.to_thread(_read_head, file))
         effort = effort if effort is not None else Effort()
-        told, _ = await self._ask({"file": str(file), "format": kind.value}, tenant, effort)
-        if told["num_pages"] < 1:
+        answer, _ = await self._ask({"file": str(file), "format": kind.value}, tenant, effort)
+        if answer["num_pages"] < 1:
             raise RenderError("The document has no pages.", param="document")
-        return Document(file, kind, told["num_pages"], tenant, effort)
+        return OpenedDocument(file, kind, answer["num_pages"], tenant, effort)
 
-    async def draw(self, document: Document, page: int, dpi: int | None = None, part: Box | None = None) -> PageImage:
+    async def draw(
+        self, document: OpenedDocument, page: int, dpi: int | None = None, part: Box | None = None
+    ) -> DrawnPage:
         """Draw one page, or a part of it, when its tenant's turn has come.
 
         Args:
@@ -124,16 +126,16 @@ class Renderer:
         Raises:
             RenderError: it cannot be drawn, took too long, or ended its worker; or its document has cost too much.
         """
-        order: dict[str, Any] = {
+        request: dict[str, Any] = {
             "page": page,
             "dpi": dpi or self._settings.dpi,
             "max_pixels": self._settings.max_page_pixels,
         }
         if part is not None:
-            order["part"] = (part.left, part.top, part.right, part.bottom)
-        order |= {"file": str(document.file), "format": document.format.value}
-        told, data = await self._ask(order, document.tenant, document.effort)
-        return PageImage(data, told["media_type"], told["width"], told["height"])
+            request["part"] = (part.left, part.top, part.right, part.bottom)
+        request |= {"file": str(document.file), "format": document.format.value}
+        answer, data = await self._ask(request, document.tenant, document.effort)
+        return DrawnPage(data, answer["media_type"], answer["width"], answer["height"])
 
     async def close(self) -> None:
         """End all workers that are idle; those at work end with their pages."""
@@ -141,13 +143,13 @@ class Renderer:
         while self._idle:
             await self._idle.pop().kill()
 
-    async def _ask(self, order: dict[str, Any], tenant: str, effort: Effort) -> tuple[dict[str, Any], bytes]:
+    async def _ask(self, request: dict[str, Any], tenant: str, effort: Effort) -> tuple[dict[str, Any], bytes]:
         self._check_effort(effort)
         async with self._queue.place(tenant):
             self._check_effort(effort)  # others of its pages were drawn meanwhile
             async with self._worker() as worker:
                 try:
-                    told, data = await self._ask_worker(worker, order)
+                    answer, data = await self._ask_worker(worker, request)
                 except RenderError:
                     effort.num_lost += 1
                     raise
@@ -156,17 +158,17 @@ class Renderer:
                     effort.cpu_s += cpu_s
                     self.cpu_s += cpu_s
                     self._queue.charge(tenant, cpu_s)
-        if "code" in told:
-            raise RenderError(told["message"], param="document", code=told["code"])
-        return told, data
+        if "code" in answer:
+            raise RenderError(answer["message"], param="document", code=answer["code"])
+        return answer, data
 
-    async def _ask_worker(self, worker: _Worker, order: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+    async def _ask_worker(self, worker: _Worker, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
         """Raises:
         RenderError: the worker is lost.
         """
         try:
             async with asyncio.timeout(self._settings.page_timeout_s):
-                told, data = await worker.ask(order, self._settings.page_cpu_s)
+                answer, data = await worker.ask(request, self._settings.page_cpu_s)
         except TimeoutError as error:
             message = f"It could not be drawn within {self._settings.page_timeout_s:g} seconds."
             raise RenderError(message, param="document", code="render_timeout") from error
@@ -177,7 +179,7 @@ class Renderer:
             message = "The process that drew it has died, probably of the document."
             raise RenderError(message, param="document", code="render_failed") from error
         worker.is_healthy = True
-        return told, data
+        return answer, data
 
     def _check_effort(self, effort: Effort) -> None:
         """Raises:
@@ -198,14 +200,14 @@ class Renderer:
 
     @contextlib.asynccontextmanager
     async def _worker(self) -> AsyncIterator[_Worker]:
-        """A worker for one order. It is kept only when it has answered: whoever is cancelled in the middle leaves a
+        """A worker for one request. It is kept only when it has answered: whoever is cancelled in the middle leaves a
         worker behind that is still busy."""
         worker = self._take_idle() or await _Worker.start(self._settings.worker_memory_bytes)
         worker.is_healthy = False
         try:
             yield worker
         finally:
-            is_fresh = worker.num_orders < self._settings.pages_per_worker
+            is_fresh = worker.num_requests < self._settings.pages_per_worker
             if worker.is_healthy and is_fresh and not self._is_closed:
                 self._idle.append(worker)
             else:
@@ -225,10 +227,10 @@ class _Worker:
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
-        self.num_orders = 0
+        self.num_requests = 0
         self.is_healthy = False
         self._seen_cpu_s = 0.0
-        self._told_cpu_s = 0.0
+        self._reported_cpu_s = 0.0
         """Up to here `measure_cpu_s` has told."""
         self._bound_cpu_s = 0
         """Where the kernel ends the process."""
@@ -246,32 +248,32 @@ class _Worker:
         )
         return cls(process)
 
-    async def ask(self, order: dict[str, Any], max_cpu_s: int) -> tuple[dict[str, Any], bytes]:
+    async def ask(self, request: dict[str, Any], max_cpu_s: int) -> tuple[dict[str, Any], bytes]:
         """What it answers, and the image that belongs to that.
 
         Args:
-            order: see `render_process`.
+            request: see `serving.ocr.rendering.worker`.
             max_cpu_s: CPU seconds after which the kernel ends it, up to one second more.
         """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.num_orders += 1
+        self.num_requests += 1
         self._limit_cpu(max_cpu_s)
-        self.process.stdin.write(json.dumps(order).encode() + b"\n")
+        self.process.stdin.write(json.dumps(request).encode() + b"\n")
         await self.process.stdin.drain()
         line = await self.process.stdout.readuntil(b"\n")
-        told = json.loads(line)
-        return told, await self.process.stdout.readexactly(told.get("size_bytes", 0))
+        answer = json.loads(line)
+        return answer, await self.process.stdout.readexactly(answer.get("size_bytes", 0))
 
     def measure_cpu_s(self) -> float:
         """CPU seconds since the last call, or since the process began."""
         used_cpu_s = self._read_cpu_s()
-        since_cpu_s = used_cpu_s - self._told_cpu_s
-        self._told_cpu_s = used_cpu_s
+        since_cpu_s = used_cpu_s - self._reported_cpu_s
+        self._reported_cpu_s = used_cpu_s
         return since_cpu_s
 
     async def has_used_up_its_time(self) -> bool:
-        """Whether the kernel has ended it for the CPU time of its order."""
+        """Whether the kernel has ended it for the CPU time of its request."""
         self._read_cpu_s()
         try:
             async with asyncio.timeout(_DEATH_S):
@@ -281,7 +283,7 @@ class _Worker:
 
     def _limit_cpu(self, max_cpu_s: int) -> None:
         """The kernel counts in whole seconds, from the start of the process on."""
-        if self.num_orders == 1:
+        if self.num_requests == 1:
             max_cpu_s += _START_CPU_S
         self._bound_cpu_s = math.ceil(self._read_cpu_s()) + max_cpu_s
         if self.process.returncode is None:  # else its number may be another's by now

@@ -1,6 +1,6 @@
 """The process that opens documents of strangers and draws their pages.
 
-It has no secrets, writes no files, is bounded in memory by the kernel, and may be killed at any time. Orders come on
+It has no secrets, writes no files, is bounded in memory by the kernel, and may be killed at any time. Requests come on
 stdin as lines of JSON; each is answered on stdout by a line of JSON, with `size_bytes` of an image file after it. The
 document is a file that is opened anew for each page: nothing of it stays, however many pages it has.
 
@@ -59,28 +59,28 @@ def main() -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     warnings.simplefilter("ignore")
-    Image.MAX_IMAGE_PIXELS = None  # the order has a limit of its own
+    Image.MAX_IMAGE_PIXELS = None  # a request has a limit of its own
     for line in sys.stdin.buffer:
         answer(json.loads(line), answers)
 
 
-def answer(order: dict[str, Any], answers: BinaryIO) -> None:
+def answer(request: dict[str, Any], answers: BinaryIO) -> None:
     """Do what is asked for, and tell."""
     picture = b""
-    told: dict[str, Any]
+    reply: dict[str, Any]
     try:
-        if "page" in order:
-            picture, told = draw(order)
-            told["size_bytes"] = len(picture)
+        if "page" in request:
+            picture, reply = draw(request)
+            reply["size_bytes"] = len(picture)
         else:
-            told = {"num_pages": count_pages(Path(order["file"]), order["format"])}
+            reply = {"num_pages": count_pages(Path(request["file"]), request["format"])}
     except PageError as error:
-        told = {"code": error.code, "message": str(error)}
+        reply = {"code": error.code, "message": str(error)}
     except MemoryError:
-        told = {"code": "page_too_large", "message": "The page needs more memory than it may have."}
+        reply = {"code": "page_too_large", "message": "The page needs more memory than it may have."}
     except Exception:  # noqa: BLE001  decoders of strangers' files raise whatever they like
-        told = {"code": "damaged_document", "message": "The document is damaged or not what it seems to be."}
-    answers.write(json.dumps(told).encode() + b"\n")
+        reply = {"code": "damaged_document", "message": "The document is damaged or not what it seems to be."}
+    answers.write(json.dumps(reply).encode() + b"\n")
     answers.write(picture)
     answers.flush()
 
@@ -105,38 +105,38 @@ def count_frames(source: Path | io.BytesIO, name: str) -> int:
         return int(getattr(image, "n_frames", 1)) if name == "tiff" else 1
 
 
-def draw(order: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
+def draw(request: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
     """An image file of one page, and its size and media type.
 
     Raises:
         PageError: it cannot be drawn.
     """
-    file, name = Path(order["file"]), order["format"]
+    file, name = Path(request["file"]), request["format"]
     if name == "pdf":
-        return encode_part(draw_pdf_page(file, order["page"], order["dpi"], order["max_pixels"]), order)
+        return encode_part(draw_pdf_page(file, request["page"], request["dpi"], request["max_pixels"]), request)
     if name in _REPAIRED:
-        return read_tolerantly(lambda data: draw_picture(io.BytesIO(data), order), file.read_bytes())
-    return draw_picture(file, order)
+        return read_tolerantly(lambda data: draw_picture(io.BytesIO(data), request), file.read_bytes())
+    return draw_picture(file, request)
 
 
-def draw_picture(source: Path | io.BytesIO, order: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
+def draw_picture(source: Path | io.BytesIO, request: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
     """As `draw`, of what is no PDF."""
-    name = order["format"]
+    name = request["format"]
     with Image.open(source, formats=[_PILLOW_FORMATS[name]]) as opened:
         if name == "tiff":
-            opened.seek(order["page"])
+            opened.seek(request["page"])
         size = shown_size(opened)
-        check_pixels(*size, order["max_pixels"])
-        if name in _AS_THEY_ARE and is_plain(opened) and size == opened.size and "part" not in order:
+        check_pixels(*size, request["max_pixels"])
+        if name in _AS_THEY_ARE and is_plain(opened) and size == opened.size and "part" not in request:
             opened.load()  # a damaged one shall fail here, not in the engine
             data = source.read_bytes() if isinstance(source, Path) else source.getvalue()
             return data, describe(opened, f"image/{name}")
-        return encode_part(show(opened, _WHITE), order)
+        return encode_part(show(opened, _WHITE), request)
 
 
-def encode_part(image: Image.Image, order: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
+def encode_part(image: Image.Image, request: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
     """A drawn page, or the part of it that was asked for."""
-    return encode(image.crop(order["part"]) if "part" in order else image)
+    return encode(image.crop(request["part"]) if "part" in request else image)
 
 
 def draw_pdf_page(file: Path, page: int, dpi: int, max_pixels: int) -> Image.Image:

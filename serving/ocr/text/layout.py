@@ -45,7 +45,7 @@ class Box:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class LayoutBlock:
     label: str
     """As the model wrote it (`title`, `text`, `table`, `image`, or what it was asked to find); empty for text that
     no label came before."""
@@ -65,17 +65,17 @@ class LayoutParser:
         self._size = (width, height)
         self._pending = ""
         self._step: Callable[[bool], bool] = self._read_text
-        self._blocks: list[Block] = []
+        self._blocks: list[LayoutBlock] = []
         self._label = ""
         self._boxes: tuple[Box, ...] = ()
         self._text: list[str] = []
 
-    def feed(self, piece: str) -> list[Block]:
+    def feed(self, piece: str) -> list[LayoutBlock]:
         """Blocks that have become complete with this piece: a block ends where the next one begins."""
         self._pending += piece
         return self._run(is_end=False)
 
-    def finish(self) -> list[Block]:
+    def finish(self) -> list[LayoutBlock]:
         """Blocks that the end of the answer completes. Markup that was cut off is dropped."""
         blocks = self._run(is_end=True)
         self._pending = ""
@@ -84,7 +84,7 @@ class LayoutParser:
         self._blocks = []
         return blocks
 
-    def _run(self, *, is_end: bool) -> list[Block]:
+    def _run(self, *, is_end: bool) -> list[LayoutBlock]:
         while self._pending and self._step(is_end):
             pass
         blocks, self._blocks = self._blocks, []
@@ -171,17 +171,17 @@ class LayoutParser:
     def _close(self) -> None:
         text = "".join(self._text).strip()
         if text or self._label or self._boxes:
-            self._blocks.append(Block(self._label, self._boxes, text))
+            self._blocks.append(LayoutBlock(self._label, self._boxes, text))
         self._label, self._boxes, self._text = "", (), []
 
 
-def parse_layout(text: str, width: int, height: int) -> list[Block]:
+def parse_layout(text: str, width: int, height: int) -> list[LayoutBlock]:
     """The blocks of a whole answer to a page of so many pixels."""
     parser = LayoutParser(width, height)
     return give_tables_back([*parser.feed(text), *parser.finish()])
 
 
-def give_tables_back(blocks: Sequence[Block]) -> list[Block]:
+def give_tables_back(blocks: Sequence[LayoutBlock]) -> list[LayoutBlock]:
     """A model that puts a table's caption between its label and its markup means the table by the label."""
     found = list(blocks)
     for index, (table, caption) in enumerate(itertools.pairwise(blocks)):

@@ -6,7 +6,7 @@ import html
 import re
 from collections.abc import Callable, Sequence
 
-from serving.ocr.text.layout import Block, Box
+from serving.ocr.text.layout import Box, LayoutBlock
 from serving.ocr.text.tables import Cell, Table, split_tables, strip_markup
 
 _HEADINGS = {"title": "# ", "sub_title": "## "}
@@ -17,7 +17,9 @@ _TAG_LIKE = re.compile(r"<(?=[A-Za-z/!?])")
 _ENTITY_LIKE = re.compile(r"&(?=#?\w+;)")
 
 
-def render_markdown(blocks: Sequence[Block], name_figure: Callable[[int, Box | None], str | None] | None = None) -> str:
+def render_markdown(
+    blocks: Sequence[LayoutBlock], name_figure: Callable[[int, Box | None], str | None] | None = None
+) -> str:
     """One page.
 
     Args:
@@ -39,7 +41,7 @@ def render_markdown(blocks: Sequence[Block], name_figure: Callable[[int, Box | N
     return _BLANK_LINES.sub("\n\n", "\n\n".join(parts)).strip()
 
 
-def render_text(blocks: Sequence[Block]) -> str:
+def render_text(blocks: Sequence[LayoutBlock]) -> str:
     """One page without any markup; a table's rows are lines, with tabs between their cells."""
     texts = (_to_text(block.text) for block in blocks)
     return _BLANK_LINES.sub("\n\n", "\n\n".join(text for text in texts if text)).strip()

@@ -14,8 +14,8 @@ from starlette.types import Message, Receive, Scope
 from serving.errors import RequestTimeoutError
 from serving.http.bodies import read_body
 from serving.http.body_pace import BodyPace
-from serving.ocr.api.uploads import _Body as Upload
-from serving.router.relay.ocr_relay import RelayedBody as Relayed
+from serving.ocr.api.uploads import UploadBody
+from serving.router.relay.ocr_relay import RelayedBody
 from serving.settings.router import LimitSettings
 
 SILENCE_S, RATE = 60.0, 100.0
@@ -62,7 +62,7 @@ async def read_whole(receive: Receive) -> int:
 
 
 async def read_upload(receive: Receive) -> int:
-    upload = Upload(Request(SCOPE, receive), LIMITS, 10**9)
+    upload = UploadBody(Request(SCOPE, receive), LIMITS, 10**9)
     try:
         return await count(upload.pieces())
     except TimeoutError:
@@ -70,7 +70,7 @@ async def read_upload(receive: Receive) -> int:
 
 
 async def read_relayed(receive: Receive) -> int:
-    return await count(Relayed(receive, LIMITS, 10**9).read())
+    return await count(RelayedBody(receive, LIMITS, 10**9).read())
 
 
 async def count(pieces: AsyncIterator[bytes]) -> int:

@@ -24,7 +24,7 @@ from serving.ocr_client.errors import (
     KeyRefusedError,
     NotFoundError,
     QuotaError,
-    RefusedError,
+    RequestRefusedError,
     ServiceError,
     from_answer,
     from_httpx,
@@ -75,11 +75,11 @@ def paper(tmp_path: Path) -> Path:
 
 
 def test_the_two_clients_have_the_same_calls() -> None:
-    def calls(kind: type) -> dict[str, list[str]]:
+    def requests(kind: type) -> dict[str, list[str]]:
         found = inspect.getmembers(kind, inspect.isfunction)
         return {name: list(inspect.signature(f).parameters) for name, f in found if not name.startswith("_")}
 
-    assert calls(OcrClient) == calls(AsyncOcrClient)
+    assert requests(OcrClient) == requests(AsyncOcrClient)
 
 
 def test_a_document_is_read(client: Both, paper: Path) -> None:
@@ -147,15 +147,15 @@ def test_a_wait_longer_than_allowed_is_not_begun(client: Both, service: OcrDoubl
 @pytest.mark.parametrize(
     ("status", "code", "kind"),
     [
-        (400, "unsupported_document", RefusedError),
+        (400, "unsupported_document", RequestRefusedError),
         (401, "invalid_api_key", KeyRefusedError),
         (404, "model_not_found", NotFoundError),
-        (413, "request_too_large", RefusedError),
+        (413, "request_too_large", RequestRefusedError),
         (429, "insufficient_quota", QuotaError),
     ],
 )
 def test_what_waiting_does_not_mend_is_not_tried_again(
-    client: Both, service: OcrDouble, paper: Path, status: int, code: str, kind: type[RefusedError]
+    client: Both, service: OcrDouble, paper: Path, status: int, code: str, kind: type[RequestRefusedError]
 ) -> None:
     service.refusals = [(status, {}, {"message": "no", "code": code, "param": "document"})] * 2
     with pytest.raises(kind) as refused:

@@ -8,7 +8,7 @@ import orjson
 import pytest
 from PIL import Image
 
-from serving.engine.scripted.requests import RequestRefusedError, ScriptedRequest, read_request
+from serving.engine.scripted.requests import ScriptedRefusalError, ScriptedRequest, read_request
 from serving.settings.stack import ScriptSettings
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -91,22 +91,22 @@ def test_an_answer_is_as_long_as_script_and_request_say(fields: dict[str, Any], 
     ],
 )
 def test_what_vllm_refuses_is_refused(body: bytes, status: int) -> None:
-    with pytest.raises(RequestRefusedError) as caught:
+    with pytest.raises(ScriptedRefusalError) as caught:
         read_request(CHAT, body, SCRIPT, ("nano",))
     assert caught.value.status == status
 
 
 def test_a_prompt_that_is_too_long_is_refused_in_vllms_words() -> None:
-    with pytest.raises(RequestRefusedError, match="maximum context length is 1000 tokens"):
+    with pytest.raises(ScriptedRefusalError, match="maximum context length is 1000 tokens"):
         read(TEXT, prompt="x" * 4000)
 
 
 @pytest.mark.parametrize("prompt", [None, [], 7])
 def test_a_completion_needs_a_prompt(prompt: object) -> None:
-    with pytest.raises(RequestRefusedError, match="prompt"):
+    with pytest.raises(ScriptedRefusalError, match="prompt"):
         read(TEXT, prompt=prompt)
 
 
 def test_options_that_the_plugin_refuses_are_refused() -> None:
-    with pytest.raises(RequestRefusedError, match="mode must be one of"):
+    with pytest.raises(ScriptedRefusalError, match="mode must be one of"):
         read(messages=show(build_page(8, 8)), mm_processor_kwargs={"mode": "huge"})

@@ -18,20 +18,20 @@ from serving.billing.credits import CREDIT_HEADER, CreditSigner
 from serving.billing.database import Database
 from serving.ocr.jobs.database import JobDatabase
 from serving.ocr.jobs.leases import JobLeases, LeaseLostError
-from serving.ocr.jobs.model import Job, NewJob, find_page
+from serving.ocr.jobs.model import JobRow, NewJob, find_page
 from serving.ocr.jobs.store import JobStore
 from serving.ocr.jobs.turns import JobTurns, OwnerJobs
 from serving.ocr.reading.page_json import PageResult
-from serving.ocr.reading.pages import Usage
+from serving.ocr.reading.pages import PageUsage
 from serving.settings.billing import BillingSettings
 from serving.settings.ocr import OcrSettings
 from unit.billing.conftest import database, database_url, make_settings, postgres_url  # noqa: F401  # its fixtures
 
 NEW = NewJob("acme", "nano", {"model": "nano"}, {}, range(12), "", "digest")
-PAGE = PageResult(0, {}, Usage(), None)
+PAGE = PageResult(0, {}, PageUsage(), None)
 
 
-async def submit(jobs: JobDatabase, job_id: str, owner: str = "acme") -> Job:
+async def submit(jobs: JobDatabase, job_id: str, owner: str = "acme") -> JobRow:
     return await JobStore(jobs, 10).add(job_id, dataclasses.replace(NEW, owner=owner))
 
 
@@ -123,7 +123,7 @@ async def test_results_are_counted_also_those_of_a_version_before(
     job = await leases.take(JobTurns(60.0))
     assert job is not None
     for number in range(3):
-        await leases.store_page(job.job_id, dataclasses.replace(PAGE, index=number, shown={"text": "ü" * 100}))
+        await leases.store_page(job.job_id, dataclasses.replace(PAGE, index=number, body={"text": "ü" * 100}))
 
     async def sizes() -> dict[str, int]:
         async with database.reading() as connection:

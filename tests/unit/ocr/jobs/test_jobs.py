@@ -15,7 +15,7 @@ from support.router_stack import answers, eventually, streams_and_waits
 
 from serving.billing.database import Database
 from serving.billing.schema import JOB_PAGES, JOBS
-from serving.ocr.jobs.key_sealing import Vault
+from serving.ocr.jobs.key_sealing import KeySealer
 from serving.router.access.keys_file import KeysFile, make_key, write_keys
 from serving.settings.billing import BillingSettings
 from serving.settings.tenants import Tenant
@@ -95,7 +95,7 @@ async def test_a_key_is_sealed_while_its_job_is_open(tmp_path: Path) -> None:
         (row,) = await rows_of(service.settings.billing, JOBS)
         text = key["authorization"].removeprefix("Bearer ")
         assert text not in str(row)
-        assert Vault(None, tmp_path / "ocr").open(row.sealed_key) == text
+        assert KeySealer(None, tmp_path / "ocr").open(row.sealed_key) == text
         assert (tmp_path / "ocr" / "secret").stat().st_mode & 0o777 == 0o600
         await service.wait_for(job["id"], "running", headers=key)
         assert await eventually(lambda: len(service.engine.asked) == 1, 20), "there is something to abort"

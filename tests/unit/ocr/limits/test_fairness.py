@@ -42,16 +42,16 @@ def drawing(monkeypatch: pytest.MonkeyPatch) -> Drawing:
     waiting: dict[int, int] = {}
     queue, begin = renderer_module.Renderer._ask, renderer_module._Worker.ask
 
-    async def queued(renderer: Any, order: dict[str, Any], *rest: Any) -> Any:
-        waiting[id(order)] = found.num_slow
-        return await queue(renderer, order, *rest)
+    async def queued(renderer: Any, request: dict[str, Any], *rest: Any) -> Any:
+        waiting[id(request)] = found.num_slow
+        return await queue(renderer, request, *rest)
 
-    async def begun(worker: Any, order: dict[str, Any], *rest: Any) -> Any:
-        if Path(order["file"]).stat().st_size > SLOW_BYTES:  # noqa: ASYNC240  of a local file
+    async def begun(worker: Any, request: dict[str, Any], *rest: Any) -> Any:
+        if Path(request["file"]).stat().st_size > SLOW_BYTES:  # noqa: ASYNC240  of a local file
             found.num_slow += 1
         else:
-            found.waits.append(found.num_slow - waiting[id(order)])
-        return await begin(worker, order, *rest)
+            found.waits.append(found.num_slow - waiting[id(request)])
+        return await begin(worker, request, *rest)
 
     monkeypatch.setattr(renderer_module.Renderer, "_ask", queued)
     monkeypatch.setattr(renderer_module._Worker, "ask", begun)
@@ -243,7 +243,7 @@ async def test_json_of_one_tenant_leaves_memory_to_others(tmp_path: Path) -> Non
     pdf = base64.b64encode(write_pdf(tmp_path / "x.pdf", 1, (50, 50)).read_bytes()).decode()
     body = {"model": "nano", "document": {"type": "file", "file": pdf}}
     async with served(tmp_path) as (service, hostile, other), contextlib.AsyncExitStack() as uploads:
-        bodies = service.host._service.intake._bodies
+        bodies = service.host._service.uploads._bodies
         bodies.least, bodies.total = 1000, 4000
         for _ in range(3):
             await uploads.enter_async_context(SlowUpload(service.host, "/v1/ocr", hostile, JSON, b"[" * 900))

@@ -51,10 +51,10 @@ async def service_that_fetches(
 ) -> AsyncIterator[RunningService]:
     settings = RemoteImageSettings(enabled=True, hosts=hosts, **{"timeout_s": 2.0, **remote})
     async with run_service(folder, remote_documents=settings.model_dump()) as service:
-        intake = service.host._service.intake
-        await intake._fetcher.close()
-        intake._fetcher = Fetcher(settings, "application/pdf", "test", check_address)
-        await intake._fetcher.start()
+        uploads = service.host._service.uploads
+        await uploads._fetcher.close()
+        uploads._fetcher = Fetcher(settings, "application/pdf", "test", check_address)
+        await uploads._fetcher.start()
         yield service
 
 
@@ -192,8 +192,8 @@ async def test_a_fetched_document_is_one_like_any_other(tmp_path: Path) -> None:
     async with serve(answer) as port, service_that_fetches(tmp_path, f"127.0.0.1:{port}") as service:
         office = await ask(service, f"http://127.0.0.1:{port}/office")
         assert office.json()["error"]["code"] == "unsupported_document"
-        intake = service.host._service.intake
-        intake._settings = intake._settings.model_copy(update={"max_document_bytes": 2048})
+        uploads = service.host._service.uploads
+        uploads._settings = uploads._settings.model_copy(update={"max_document_bytes": 2048})
         assert (await ask(service, f"http://127.0.0.1:{port}/large")).status_code == 413
 
 

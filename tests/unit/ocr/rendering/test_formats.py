@@ -8,25 +8,25 @@ from hypothesis import strategies as st
 from support.papers import office_file
 
 from serving.errors import InvalidRequestError
-from serving.ocr.rendering.formats import Format, find_format
+from serving.ocr.rendering.formats import DocumentFormat, find_format
 from serving.ocr_client.page_ranges import select_pages
 
 
 @pytest.mark.parametrize(
     ("head", "found"),
     [
-        (b"%PDF-1.7\n", Format.PDF),
-        (b"\n\xef\xbb\xbfjunk %PDF-1.4", Format.PDF),
-        (b"\xff\xd8\xff\xe0", Format.JPEG),
-        (b"\x89PNG\r\n\x1a\n%PDF-1.4", Format.PNG),
-        (b"RIFF\0\0\0\0WEBPVP8 ", Format.WEBP),
-        (b"II*\0", Format.TIFF),
-        (b"MM\0*", Format.TIFF),
-        (b"GIF89a", Format.GIF),
-        (b"BM\x10\0\0\0\0\0\0\0", Format.BMP),
+        (b"%PDF-1.7\n", DocumentFormat.PDF),
+        (b"\n\xef\xbb\xbfjunk %PDF-1.4", DocumentFormat.PDF),
+        (b"\xff\xd8\xff\xe0", DocumentFormat.JPEG),
+        (b"\x89PNG\r\n\x1a\n%PDF-1.4", DocumentFormat.PNG),
+        (b"RIFF\0\0\0\0WEBPVP8 ", DocumentFormat.WEBP),
+        (b"II*\0", DocumentFormat.TIFF),
+        (b"MM\0*", DocumentFormat.TIFF),
+        (b"GIF89a", DocumentFormat.GIF),
+        (b"BM\x10\0\0\0\0\0\0\0", DocumentFormat.BMP),
     ],
 )
-def test_the_first_bytes_say_what_it_is(head: bytes, found: Format) -> None:
+def test_the_first_bytes_say_what_it_is(head: bytes, found: DocumentFormat) -> None:
     assert find_format(head) is found
 
 
@@ -49,7 +49,7 @@ def test_other_files_are_refused(head: bytes) -> None:
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_format_or_refused(head: bytes) -> None:
     with contextlib.suppress(InvalidRequestError):
-        assert find_format(head) in Format
+        assert find_format(head) in DocumentFormat
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from PIL import Image
 from support.papers import encrypted_pdf, huge_png, slow_pdf, write_image, write_pdf
 
 from serving.errors import RenderError
-from serving.ocr.rendering.pool import Document, PageImage, Renderer
+from serving.ocr.rendering.pool import DrawnPage, OpenedDocument, Renderer
 from serving.settings.ocr import RenderSettings
 
 
@@ -34,7 +34,7 @@ def worker_pids() -> list[int]:
     return [child.pid for child in found if "serving.ocr.rendering.worker" in child.cmdline()]
 
 
-def pixels(page: PageImage) -> Image.Image:
+def pixels(page: DrawnPage) -> Image.Image:
     image = Image.open(io.BytesIO(page.data))
     assert image.size == (page.width, page.height)
     assert image.get_format_mimetype() == page.media_type
@@ -183,7 +183,7 @@ async def test_a_worker_has_none_of_the_services_secrets(tmp_path: Path, monkeyp
         assert "SECRET_KEY" not in psutil.Process(pid).environ()
 
 
-async def draw_codes(renderer: Renderer, document: Document) -> list[str]:
+async def draw_codes(renderer: Renderer, document: OpenedDocument) -> list[str]:
     """Of each page, one after the other, what it fails with."""
     found = []
     for page in range(document.num_pages):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.ocr.text.layout import Block, Box, LayoutParser, parse_layout
+from serving.ocr.text.layout import Box, LayoutBlock, LayoutParser, parse_layout
 
 MARKS = ("<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>")
 PIECES = st.sampled_from(
@@ -21,8 +21,8 @@ PAGE = (
 
 def test_a_page_becomes_blocks_in_its_own_pixels() -> None:
     assert parse_layout(PAGE, 1998, 999) == [
-        Block("title", (Box(0, 0, 1998, 100),), "# Report"),
-        Block("text", (Box(20, 200, 1000, 999),), "Body, if a < b."),
+        LayoutBlock("title", (Box(0, 0, 1998, 100),), "# Report"),
+        LayoutBlock("text", (Box(20, 200, 1000, 999),), "Body, if a < b."),
     ]
 
 
@@ -53,7 +53,7 @@ def test_character_by_character_gives_the_same_blocks(answer: str) -> None:
 @given(st.text(alphabet=st.characters(blacklist_characters="<")))
 def test_text_without_markup_is_one_block(text: str) -> None:
     blocks = parse_layout(text, 10, 10)
-    assert blocks == ([Block("", (), text.strip())] if text.strip() else [])
+    assert blocks == ([LayoutBlock("", (), text.strip())] if text.strip() else [])
 
 
 @given(ANSWERS)
@@ -67,40 +67,40 @@ def test_boxes_are_on_the_page(answer: str) -> None:
 @pytest.mark.parametrize(
     ("answer", "blocks"),
     [
-        ("<|ref|>text<|/ref|>", [Block("text", (), "")]),
-        ("<|ref|>text<|/ref|>no box", [Block("text", (), "no box")]),
-        ("<|ref|>text<|/ref|> \n<|det|>[[1,2,3,4]]<|/det|>x", [Block("text", (Box(1, 2, 3, 4),), "x")]),
-        ("<|ref|>text<|/ref|><|det|>[[1,2,3,4],[5,6,7", [Block("text", (Box(1, 2, 3, 4),), "")]),
-        ("<|ref|>text<|/ref|><|det|>[[4,3,2,1]]<|/det|>", [Block("text", (Box(2, 1, 4, 3),), "")]),
-        ("<|ref|>text<|/ref|><|det|>[[1,2,3,4000]]<|/det|>", [Block("text", (Box(1, 2, 3, 999),), "")]),
-        ("<|ref|>text<|/ref|><|det|>[[1,2],[a,b,c,d]]<|/det|>", [Block("text", (), "")]),
+        ("<|ref|>text<|/ref|>", [LayoutBlock("text", (), "")]),
+        ("<|ref|>text<|/ref|>no box", [LayoutBlock("text", (), "no box")]),
+        ("<|ref|>text<|/ref|> \n<|det|>[[1,2,3,4]]<|/det|>x", [LayoutBlock("text", (Box(1, 2, 3, 4),), "x")]),
+        ("<|ref|>text<|/ref|><|det|>[[1,2,3,4],[5,6,7", [LayoutBlock("text", (Box(1, 2, 3, 4),), "")]),
+        ("<|ref|>text<|/ref|><|det|>[[4,3,2,1]]<|/det|>", [LayoutBlock("text", (Box(2, 1, 4, 3),), "")]),
+        ("<|ref|>text<|/ref|><|det|>[[1,2,3,4000]]<|/det|>", [LayoutBlock("text", (Box(1, 2, 3, 999),), "")]),
+        ("<|ref|>text<|/ref|><|det|>[[1,2],[a,b,c,d]]<|/det|>", [LayoutBlock("text", (), "")]),
         (
             "<|ref|>a<|/ref|><|det|>[[1,2,3,4]]<|ref|>b<|/ref|>",
-            [Block("a", (Box(1, 2, 3, 4),), ""), Block("b", (), "")],
+            [LayoutBlock("a", (Box(1, 2, 3, 4),), ""), LayoutBlock("b", (), "")],
         ),
-        ("before <|ref|>tit", [Block("", (), "before")]),
-        ("the mark <|ref|> begins\na label, <|ref|> too", [Block("", (), "the mark  begins\na label,  too")]),
-        ("before <|ref|>the end", [Block("", (), "before the end")]),
-        ("<|ref|>a<|/ref|><|det|>[[550, s 331, 652, 345]]<|/det|>", [Block("a", (Box(550, 331, 652, 345),), "")]),
-        ("<|ref|>a<|/ref|><|det|>[[1, 2 3, 4, 5]]<|/det|>", [Block("a", (), "")]),
-        ("before <|re", [Block("", (), "before")]),
-        ("3 <", [Block("", (), "3 <")]),
-        ("a<|/ref|>b<|/det|>c", [Block("", (), "a b c")]),
-        ("5<|det|>[[1,2,3,4]]<|/det|>6", [Block("", (Box(1, 2, 3, 4),), "5 6")]),
-        ("<|ref|>a<|ref|>b<|/ref|>c", [Block("", (), "a"), Block("b", (), "c")]),
+        ("before <|ref|>tit", [LayoutBlock("", (), "before")]),
+        ("the mark <|ref|> begins\na label, <|ref|> too", [LayoutBlock("", (), "the mark  begins\na label,  too")]),
+        ("before <|ref|>the end", [LayoutBlock("", (), "before the end")]),
+        ("<|ref|>a<|/ref|><|det|>[[550, s 331, 652, 345]]<|/det|>", [LayoutBlock("a", (Box(550, 331, 652, 345),), "")]),
+        ("<|ref|>a<|/ref|><|det|>[[1, 2 3, 4, 5]]<|/det|>", [LayoutBlock("a", (), "")]),
+        ("before <|re", [LayoutBlock("", (), "before")]),
+        ("3 <", [LayoutBlock("", (), "3 <")]),
+        ("a<|/ref|>b<|/det|>c", [LayoutBlock("", (), "a b c")]),
+        ("5<|det|>[[1,2,3,4]]<|/det|>6", [LayoutBlock("", (Box(1, 2, 3, 4),), "5 6")]),
+        ("<|ref|>a<|ref|>b<|/ref|>c", [LayoutBlock("", (), "a"), LayoutBlock("b", (), "c")]),
     ],
 )
-def test_cut_and_malformed_answers_keep_what_can_be_kept(answer: str, blocks: list[Block]) -> None:
+def test_cut_and_malformed_answers_keep_what_can_be_kept(answer: str, blocks: list[LayoutBlock]) -> None:
     assert parse_layout(answer, 999, 999) == blocks
 
 
 def test_several_boxes_of_what_was_looked_for() -> None:
     (block,) = parse_layout("<|ref|>the cat<|/ref|><|det|>[[1, 2, 3, 4], [5, 6, 7, 8]]<|/det|>", 999, 999)
-    assert block == Block("the cat", (Box(1, 2, 3, 4), Box(5, 6, 7, 8)), "")
+    assert block == LayoutBlock("the cat", (Box(1, 2, 3, 4), Box(5, 6, 7, 8)), "")
 
 
 def test_a_label_without_end_is_text() -> None:
-    assert parse_layout("<|ref|>" + "x" * 5000, 9, 9) == [Block("", (), "x" * 5000)]
+    assert parse_layout("<|ref|>" + "x" * 5000, 9, 9) == [LayoutBlock("", (), "x" * 5000)]
 
 
 def test_a_table_behind_its_caption_belongs_to_the_label_before() -> None:
@@ -108,8 +108,8 @@ def test_a_table_behind_its_caption_belongs_to_the_label_before() -> None:
     labels = "<|ref|>table<|/ref|><|det|>[[1,2,3,4]]<|/det|>\n<|ref|>table_caption<|/ref|><|det|>[[5,6,7,8]]<|/det|>\n"
     table = "<table><tr><td>1</td></tr></table>"
     assert parse_layout(f"{labels}Table 1: sums\n{table}\n", 999, 999) == [
-        Block("table", (first,), table),
-        Block("table_caption", (second,), "Table 1: sums"),
+        LayoutBlock("table", (first,), table),
+        LayoutBlock("table_caption", (second,), "Table 1: sums"),
     ]
-    alone = [Block("table", (first,), ""), Block("table_caption", (second,), "no markup")]
+    alone = [LayoutBlock("table", (first,), ""), LayoutBlock("table_caption", (second,), "no markup")]
     assert parse_layout(f"{labels}no markup", 999, 999) == alone

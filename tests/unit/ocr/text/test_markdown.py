@@ -5,7 +5,7 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.ocr.text.layout import Block, Box
+from serving.ocr.text.layout import Box, LayoutBlock
 from serving.ocr.text.markdown import format_tables, render_markdown, render_text
 from serving.ocr.text.tables import Table, split_tables
 
@@ -32,10 +32,10 @@ TABLE = "<table><tr><td>Name</td><td>Sum</td></tr><tr><td>a|b</td><td>1 &lt; 2</
 
 def test_headings_get_their_sign_unless_they_have_it() -> None:
     blocks = [
-        Block("title", (), "# One"),
-        Block("title", (), "Two"),
-        Block("sub_title", (), "Three"),
-        Block("text", (), "x"),
+        LayoutBlock("title", (), "# One"),
+        LayoutBlock("title", (), "Two"),
+        LayoutBlock("sub_title", (), "Three"),
+        LayoutBlock("text", (), "x"),
     ]
     assert render_markdown(blocks) == "# One\n\n# Two\n\n## Three\n\nx"
 
@@ -61,25 +61,28 @@ def test_short_rows_are_filled() -> None:
 
 
 def test_figures_are_named_or_left_out() -> None:
-    blocks = [Block("text", (), "x"), Block("image", (Box(1, 2, 3, 4),), "")]
+    blocks = [LayoutBlock("text", (), "x"), LayoutBlock("image", (Box(1, 2, 3, 4),), "")]
     assert render_markdown(blocks) == "x"
     assert render_markdown(blocks, lambda index, box: f"{index}-{box and box.right}.png") == "x\n\n![](0-3.png)"
 
 
 def test_a_block_of_several_boxes_is_as_many_figures() -> None:
-    blocks = [Block("image", (Box(1, 2, 3, 4), Box(5, 6, 7, 8)), ""), Block("image", (Box(0, 0, 9, 9),), "")]
+    blocks = [
+        LayoutBlock("image", (Box(1, 2, 3, 4), Box(5, 6, 7, 8)), ""),
+        LayoutBlock("image", (Box(0, 0, 9, 9),), ""),
+    ]
     shown = render_markdown(blocks, lambda index, box: f"{index}-{box and box.right}")
     assert shown.split() == ["![](0-3)", "![](1-7)", "![](2-9)"]
 
 
 def test_text_has_no_markup() -> None:
-    assert render_text([Block("text", (), f"x\n{TABLE}")]) == "x\nName\tSum\na|b\t1 < 2"
+    assert render_text([LayoutBlock("text", (), f"x\n{TABLE}")]) == "x\nName\tSum\na|b\t1 < 2"
 
 
 @given(MARKUP)
 def test_any_markup_is_taken(markup: str) -> None:
     for text in (markup, f"<table>{markup}"):
-        blocks = [Block("table", (), text)]
+        blocks = [LayoutBlock("table", (), text)]
         render_text(blocks)
         rendered = format_tables(text)
         assert render_markdown(blocks) is not None
@@ -98,7 +101,7 @@ def test_cells_come_back_as_they_were(rows: list[list[str]]) -> None:
 
 
 def text_of(markup: str) -> str:
-    return render_text([Block("table", (), markup)])
+    return render_text([LayoutBlock("table", (), markup)])
 
 
 def test_tables_and_what_stands_around_them_are_apart() -> None:

@@ -12,7 +12,7 @@ import httpx
 import pydantic
 
 from serving.ocr_client.errors import from_httpx
-from serving.ocr_client.results import Job, JobList, JobPages, ModelList, OcrResult, Page
+from serving.ocr_client.results import JobList, JobPages, ModelList, OcrJob, OcrPage, OcrResult
 from serving.ocr_client.wire import Answer, Options, Source, build_document, close_document
 
 _OCR, _JOBS = "/v1/ocr", "/v1/ocr/jobs"
@@ -24,7 +24,7 @@ class Nothing(pydantic.BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Call(Generic[Answer]):
+class OcrRequest(Generic[Answer]):
     """One request, and what its answer is read as."""
 
     method: str
@@ -54,44 +54,46 @@ class Call(Generic[Answer]):
             close_document(body)
 
 
-def models() -> Call[ModelList]:
-    return Call("GET", "/v1/models", ModelList)
+def models() -> OcrRequest[ModelList]:
+    return OcrRequest("GET", "/v1/models", ModelList)
 
 
-def read(source: Source, options: Options) -> Call[OcrResult]:
-    return Call("POST", _OCR, OcrResult, (source, options.fields()), is_repeatable=False)
+def read(source: Source, options: Options) -> OcrRequest[OcrResult]:
+    return OcrRequest("POST", _OCR, OcrResult, (source, options.fields()), is_repeatable=False)
 
 
-def stream(source: Source, options: Options) -> Call[OcrResult]:
+def stream(source: Source, options: Options) -> OcrRequest[OcrResult]:
     fields = {**options.fields(), "stream": True}
-    return Call("POST", _OCR, OcrResult, (source, fields), is_repeatable=False, is_stream=True)
+    return OcrRequest("POST", _OCR, OcrResult, (source, fields), is_repeatable=False, is_stream=True)
 
 
-def submit(source: Source, options: Options, idempotency_key: str | None) -> Call[Job]:
+def submit(source: Source, options: Options, idempotency_key: str | None) -> OcrRequest[OcrJob]:
     """With a key of its own when none is given, so that it may be sent again."""
     headers = {"idempotency-key": idempotency_key or uuid.uuid4().hex}
-    return Call("POST", _JOBS, Job, (source, options.fields()), arguments={"headers": headers})
+    return OcrRequest("POST", _JOBS, OcrJob, (source, options.fields()), arguments={"headers": headers})
 
 
-def job(job_id: str) -> Call[Job]:
-    return Call("GET", f"{_JOBS}/{job_id}", Job)
+def job(job_id: str) -> OcrRequest[OcrJob]:
+    return OcrRequest("GET", f"{_JOBS}/{job_id}", OcrJob)
 
 
-def jobs(limit: int, after: str | None) -> Call[JobList]:
+def jobs(limit: int, after: str | None) -> OcrRequest[JobList]:
     params = {"limit": limit, **({"after": after} if after else {})}
-    return Call("GET", _JOBS, JobList, arguments={"params": params})
+    return OcrRequest("GET", _JOBS, JobList, arguments={"params": params})
 
 
-def job_pages(job_id: str, after: int, limit: int) -> Call[JobPages]:
-    return Call("GET", f"{_JOBS}/{job_id}/pages", JobPages, arguments={"params": {"after": after, "limit": limit}})
+def job_pages(job_id: str, after: int, limit: int) -> OcrRequest[JobPages]:
+    return OcrRequest(
+        "GET", f"{_JOBS}/{job_id}/pages", JobPages, arguments={"params": {"after": after, "limit": limit}}
+    )
 
 
-def cancel(job_id: str) -> Call[Job]:
-    return Call("POST", f"{_JOBS}/{job_id}/cancel", Job)
+def cancel(job_id: str) -> OcrRequest[OcrJob]:
+    return OcrRequest("POST", f"{_JOBS}/{job_id}/cancel", OcrJob)
 
 
-def delete(job_id: str) -> Call[Nothing]:
-    return Call("DELETE", f"{_JOBS}/{job_id}", Nothing)
+def delete(job_id: str) -> OcrRequest[Nothing]:
+    return OcrRequest("DELETE", f"{_JOBS}/{job_id}", Nothing)
 
 
 @dataclass(slots=True)
@@ -103,7 +105,7 @@ class Follower:
     has_more: bool = True
     """Whether the next ones can be had at once."""
 
-    def take(self, pages: JobPages) -> tuple[Page, ...]:
+    def take(self, pages: JobPages) -> tuple[OcrPage, ...]:
         seen = max((page.seq for page in pages.data if page.seq is not None), default=self.after)
         self.has_more = pages.has_more and seen > self.after
         self.after = seen
