@@ -20,6 +20,8 @@ import typer
 import yaml
 
 from serving.errors import SettingsError
+from serving.http.addresses import http_url
+from serving.settings.base import ANY_ADDRESS
 from serving.settings.stack import load_settings
 
 HERE = Path(__file__).resolve().parents[2] / "k8s/monitoring"
@@ -100,8 +102,8 @@ def main(
         router = load_settings(config).router
     except SettingsError as error:
         raise typer.BadParameter(str(error), param_hint="--config") from error
-    host = "127.0.0.1" if router.host in ("0.0.0.0", "::") else router.host
-    targets_url = f"http://{f'[{host}]' if ':' in host else host}:{router.port}/metrics/targets"
+    host = "127.0.0.1" if router.host in ANY_ADDRESS else router.host
+    targets_url = f"{http_url(host, router.port)}/metrics/targets"
     with tempfile.TemporaryDirectory(prefix="serving-metrics-") as folder:
         try:
             with run_prometheus(build_config(targets_url=targets_url), Path(folder), port) as url:

@@ -24,6 +24,7 @@ from serving.cluster.directory_actor import reach_directory
 from serving.engine.autoscaling import build_autoscaling
 from serving.engine.backends import Engine, run_engine
 from serving.engine.failures import StartLog, explain, is_transient
+from serving.http.addresses import http_url
 from serving.http.server import HttpServer
 from serving.settings.stack import ModelSettings, Settings
 
@@ -101,7 +102,7 @@ class EngineReplica:
         self._server = HttpServer(self._engine.app, host=host, port=0, drain_s=1, has_lifespan=True)
         await self._server.start()
         self._update(**self._engine.facts)
-        self._update(stage="", state=ReplicaState.READY, base_url=_url(host, self._server.port))
+        self._update(stage="", state=ReplicaState.READY, base_url=http_url(host, self._server.port))
         self._watching = asyncio.create_task(self._watch_engine())
 
     async def check_health(self) -> None:
@@ -180,10 +181,6 @@ class EngineReplica:
             await self._directory.put.remote(self._record)
         except ray.exceptions.RayError as error:
             logger.warning("the replica directory cannot be reached, trying again: %s", error)
-
-
-def _url(host: str, port: int) -> str:
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _environment(settings: Settings, model: ModelSettings) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Which addresses on the network are for everybody. Pure."""
+"""Addresses as text: URLs made of them, and which ones anybody on the internet can be at. Pure."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ _REFUSED = tuple(
         "3fff::/20",  # documentation: RFC 9637
     )
 )
+
+
+def http_url(host: str, port: int) -> str:
+    """`http://host:port`, with an IPv6 address in the brackets that a URL wants (RFC 3986, 3.2.2)."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def is_public_address(text: str) -> bool:

@@ -14,8 +14,10 @@ from ray.serve import Application
 from starlette.routing import BaseRoute
 
 from serving.cluster.deployment_versions import ocr_version, with_version
+from serving.http.addresses import http_url
 from serving.ocr.host import OcrHost
 from serving.ocr.reading.router_client import Routers
+from serving.settings.base import ANY_ADDRESS
 from serving.settings.stack import Settings
 from serving.telemetry.logs import configure_logs
 
@@ -85,8 +87,8 @@ def _resolve(host: str) -> str:
 
 def _own_router(settings: Settings) -> str:
     """Where this node's routers are, should the directory not know any yet."""
-    host = "127.0.0.1" if settings.router.host in ("0.0.0.0", "::") else settings.router.host
-    return f"http://{f'[{host}]' if ':' in host else host}:{settings.router.port}"
+    host = "127.0.0.1" if settings.router.host in ANY_ADDRESS else settings.router.host
+    return http_url(host, settings.router.port)
 
 
 def build_ocr_app(settings: Settings, directory: ActorHandle, build_pages: BuildPages | None = None) -> Application:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from starlette.routing import BaseRoute
 
 from serving.cluster.directory import ServiceRecord
+from serving.http.addresses import http_url
 from serving.http.draining import Drainable
 from serving.http.server import HttpServer
 from serving.ocr.api.app import OcrApp
@@ -55,7 +56,7 @@ class OcrHost:
         )
         self.record = ServiceRecord(
             self._service.service_id,
-            f"http://{f'[{host}]' if ':' in host else host}:{self._server.port}",
+            http_url(host, self._server.port),
             self._metrics.url,
         )
 

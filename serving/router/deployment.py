@@ -18,9 +18,11 @@ from starlette.types import ASGIApp
 from serving.cluster.deployment_versions import router_version, with_version
 from serving.cluster.directory import EMPTY, Snapshot
 from serving.errors import SettingsError
+from serving.http.addresses import http_url
 from serving.http.draining import Drainable
 from serving.http.server import HttpServer
 from serving.router.app import RouterApp
+from serving.settings.base import ANY_ADDRESS
 from serving.settings.router import RouterSettings
 from serving.settings.stack import Settings
 from serving.telemetry.exporter import MetricsServer
@@ -133,8 +135,8 @@ class RouterReplica:
 
 def _reachable_url(host: str, port: int) -> str:
     """Where this router is reached from other nodes too, if from anywhere."""
-    host = ray.util.get_node_ip_address() if host in ("0.0.0.0", "::") else host
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    host = ray.util.get_node_ip_address() if host in ANY_ADDRESS else host
+    return http_url(host, port)
 
 
 async def _repeat(step: Callable[[], Awaitable[None]], pause_s: float) -> None:

@@ -30,6 +30,10 @@ class Frozen(BaseModel):
         return value
 
 
+ANY_ADDRESS = ("0.0.0.0", "::")
+"""What a server listens on to be reached at every address of its machine."""
+
+
 def is_loopback(host: str) -> bool:
     """Whether an address can only be reached from this machine."""
     if host == "localhost":

@@ -19,7 +19,7 @@ import yaml
 from pydantic import Field, SecretStr, ValidationError, model_validator
 
 from serving.errors import SettingsError
-from serving.settings.base import Amount, Frozen, Name, is_loopback
+from serving.settings.base import ANY_ADDRESS, Amount, Frozen, Name, is_loopback
 from serving.settings.billing import BillingSettings, PriceSettings
 from serving.settings.ocr import OcrSettings
 from serving.settings.router import RouterSettings
@@ -137,7 +137,7 @@ class EngineSettings(Frozen):
 
     @model_validator(mode="after")
     def _check_address(self) -> EngineSettings:
-        if self.host in ("0.0.0.0", "::"):
+        if self.host in ANY_ADDRESS:
             raise ValueError(f"host {self.host} is no address that routers could reach; auto takes the node's own")
         return self
 

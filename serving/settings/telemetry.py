@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator
 
-from serving.settings.base import Frozen, is_loopback
+from serving.settings.base import ANY_ADDRESS, Frozen, is_loopback
 
 
 class LogSettings(Frozen):
@@ -62,7 +62,7 @@ class TelemetrySettings(Frozen):
     @field_validator("metrics_host")
     @classmethod
     def _check_host(cls, host: str) -> str:
-        if host in ("0.0.0.0", "::"):
+        if host in ANY_ADDRESS:
             raise ValueError(f"{host} is no address that Prometheus could be told; auto takes the node's own")
         return host
 

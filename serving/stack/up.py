@@ -16,6 +16,8 @@ from rich.console import Console
 
 from serving.cluster.directory import EMPTY, Snapshot
 from serving.errors import ServingError, SettingsError
+from serving.http.addresses import http_url
+from serving.settings.base import ANY_ADDRESS
 from serving.settings.stack import Settings, fill_keys, keep_keys, load_settings
 from serving.stack.ray_start import Cluster, LostError, StartError, check_room, refuse_taken_port, run_cluster
 from serving.stack.run_file import ROUTER_APP, RunFile, app_names, key_file, run_file
@@ -331,8 +333,8 @@ def _read_directory(settings: Settings) -> Snapshot:
 
 def _address(settings: Settings) -> str:
     """Where this machine's people find the stack."""
-    host = "127.0.0.1" if settings.router.host in ("0.0.0.0", "::") else settings.router.host
-    return f"http://{f'[{host}]' if ':' in host else host}:{settings.router.port}"
+    host = "127.0.0.1" if settings.router.host in ANY_ADDRESS else settings.router.host
+    return http_url(host, settings.router.port)
 
 
 def _greeting(settings: Settings, snapshot: Snapshot) -> str:

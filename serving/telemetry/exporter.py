@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pydantic import SecretStr
 from starlette.types import Receive, Scope, Send
 
+from serving.http.addresses import http_url
 from serving.http.bearer import BearerKey
 from serving.http.server import HttpServer
 from serving.telemetry.targets import Group, render_targets
@@ -77,7 +78,7 @@ class MetricsServer:
             OSError: the address is not this machine's.
         """
         self._server = HttpServer(MetricsApp(render, list_targets, key), host=host, port=0, drain_s=1)
-        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self._server.port}/metrics"
+        self.url = f"{http_url(host, self._server.port)}/metrics"
 
     @property
     def is_serving(self) -> bool:
