@@ -12,18 +12,18 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:-]{0
 Dollars = Annotated[Decimal, Field(ge=0, le=10_000, decimal_places=6)]
 """US dollars in whole microdollars."""
 Amount = Annotated[float, Field(gt=0)]
-"""Of a resource of Ray's."""
+"""An amount of a Ray resource."""
 
 
 class Frozen(BaseModel):
-    """Cannot be changed, knows every key it is given, and takes no infinity for a number."""
+    """A section of the settings: immutable, refuses unknown keys, and refuses infinities and NaN."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_yes_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML's `yes` is a bool, which Python takes for 1."""
+        """Refuse YAML's `yes` and `no` for numbers: they are parsed as bools, which Python treats as 1 and 0."""
         field = cls.model_fields[info.field_name or ""]
         if isinstance(value, bool) and {int, float, Decimal} & {field.annotation, *get_args(field.annotation)}:
             raise ValueError("must be a number")
@@ -31,7 +31,7 @@ class Frozen(BaseModel):
 
 
 ANY_ADDRESS = ("0.0.0.0", "::")
-"""What a server listens on to be reached at every address of its machine."""
+"""Addresses that bind a server to every interface of its machine."""
 
 
 def is_loopback(host: str) -> bool:

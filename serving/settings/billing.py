@@ -30,7 +30,7 @@ __all__ = [
     "TenantPriceSettings",
 ]
 
-# The None stands inside, or the check of frozen.py would not see that this is a number.
+# None is part of the annotation itself; otherwise the check in `base.py` would not see that this is a number.
 _MaybeDollars = Annotated[Decimal | None, Field(ge=0, le=10_000, decimal_places=6)]
 _SCHEMES = ("sqlite", "sqlite+aiosqlite", "postgres", "postgresql", "postgresql+asyncpg")
 
@@ -41,9 +41,9 @@ class RateSettings(Frozen):
     input_per_million: Dollars
     output_per_million: Dollars
     cached_input_per_million: _MaybeDollars = None
-    """Prompt tokens that were found in the prefix cache; None prices them like the others of their kind."""
+    """Prompt tokens served from the prefix cache; None charges them like other prompt tokens."""
     image_per_million: _MaybeDollars = None
-    """Prompt tokens of images; None prices them like text."""
+    """Prompt tokens of images; None charges them like text."""
 
     @model_serializer(mode="wrap")
     def _leave_out_what_is_not_set(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -51,13 +51,14 @@ class RateSettings(Frozen):
 
 
 class DatedRates(RateSettings):
-    """Rates from the start of a day on, UTC. They are whole: nothing is taken over from those before."""
+    """Rates that apply from the start of a day (UTC). They replace the earlier rates completely; nothing is
+    inherited."""
 
     since: date
 
 
 class PriceListSettings(RateSettings):
-    """Rates, and those that take their place later."""
+    """Rates, and the dated rates that replace them later."""
 
     changes: tuple[DatedRates, ...] = ()
 
@@ -70,7 +71,7 @@ class PriceListSettings(RateSettings):
 
 
 class TenantPriceSettings(PriceListSettings):
-    """What one tenant pays in the place of the list."""
+    """The price list of one tenant, used instead of the model's general list."""
 
 
 class PriceSettings(PriceListSettings):
@@ -79,25 +80,26 @@ class PriceSettings(PriceListSettings):
     input_per_million: Dollars = Decimal("0.03")
     output_per_million: Dollars = Decimal("0.10")
     tenants: dict[Name, TenantPriceSettings] = Field(default_factory=dict)
-    """By tenant id; each has a price list of its own, whole."""
+    """By tenant id. Each entry is a complete price list of its own."""
 
 
 class SpoolSettings(Frozen):
-    """The journal on a local disk that every router writes before the database."""
+    """The journal on local disk that every router writes before records reach the database."""
 
     segment_bytes: Annotated[int, Field(ge=4096, le=2**30)] = 4 * 2**20
     fsync_ms: Annotated[int, Field(ge=1, le=60_000)] = 1000
-    """How often it is made to survive a loss of power; the death of the process it survives from the first moment."""
+    """How often the journal is synced to disk, so that it survives a power loss. It survives the death of its process
+    at any time."""
     alarm_bytes: Annotated[int, Field(ge=4096)] = 256 * 2**20
-    """About half a million requests that wait for the database."""
+    """Largest size of one journal. The default holds about half a million requests that wait for the database."""
     max_bytes: Annotated[int, Field(ge=4096)] = 4 * 2**30
-    """Of all journals in the folder together. Once it is reached, routers refuse requests that generate with 503
-    `ledger_full`; those under way are still written."""
+    """Largest size of all journals in the folder together. Beyond it routers refuse generation requests with 503
+    `ledger_full`; requests that are already running are still recorded."""
     tenant_share: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Part of what other tenants leave of `max_bytes` that one tenant's records may take; then its requests are refused
-    with 429."""
+    """The fraction of the space left by other tenants that one tenant's records may occupy; beyond it that tenant's
+    requests are refused with 429."""
     adopt_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
-    """How often a router looks for journals whose router has died."""
+    """How often a router looks for journals left by routers that died."""
 
     @model_validator(mode="after")
     def _check_sizes(self) -> SpoolSettings:
@@ -111,31 +113,32 @@ class BudgetSettings(Frozen):
 
     warn_percent: Annotated[int, Field(ge=1, le=100)] = 80
     refresh_s: Annotated[float, Field(gt=0, le=3600)] = 5.0
-    """How often a router learns what the others have spent."""
+    """How often a router reads what tenants have spent through the other routers."""
 
 
 class BillingSettings(Frozen):
-    """Where the ledger is kept, and what replicas cost."""
+    """Where the ledger is stored, and what replicas cost."""
 
     directory: Path = Field(default=Path("data/billing"), validate_default=True)
-    """For the journals, and for the SQLite database when no other is named. On a disk that outlives the router."""
+    """Folder of the journals, and of the SQLite database if no other database is configured. It must be on a disk that
+    outlives the router."""
     database_url: SecretStr | None = None
     """`postgresql://user:password@host/database`, or `sqlite:////absolute/file`; None is `ledger.db` in `directory`."""
     migrate_on_start: bool = True
-    """Bring the database to this version's schema; else `serving billing migrate` has to."""
+    """Migrate the database to this version's schema at start. Otherwise run `serving billing migrate` first."""
     flush_s: Annotated[float, Field(gt=0, le=60)] = 2.0
-    """Longest time that a record waits for others to go into the database with."""
+    """Longest time that a record waits to be written to the database together with others."""
     batch_rows: Annotated[int, Field(ge=1, le=512)] = 512
     write_timeout_s: Annotated[float, Field(gt=0, le=600)] = 30.0
     replica_hour_dollars: dict[Name, Dollars] = Field(default_factory=dict)
-    """What one replica of a model costs an hour, by the model's name: its GPUs, or its part of a node."""
+    """Cost of one replica per hour in US dollars, by model name: its GPUs, or its share of a node."""
     spool: SpoolSettings = SpoolSettings()
     budget: BudgetSettings = BudgetSettings()
 
     @field_validator("directory")
     @classmethod
     def _resolve(cls, directory: Path) -> Path:
-        """Replicas run elsewhere than the command that read the settings."""
+        """Make paths absolute: replicas run in another working directory than the command that read the settings."""
         return directory.expanduser().absolute()
 
     @field_validator("database_url")

@@ -1,4 +1,4 @@
-"""The router's section of the settings: who may come, what may come, and what happens when too much comes."""
+"""The router's section of the settings: access, limits on requests, admission and overload."""
 
 from __future__ import annotations
 
@@ -15,37 +15,38 @@ class LimitSettings(Frozen):
 
     max_body_bytes: Annotated[int, Field(ge=1024)] = 50 * 2**20
     max_held_bytes: Annotated[int, Field(ge=1024)] = 2 * 2**30
-    """Bodies of all requests that one router holds at once, waiting or running; beyond it answers are 503."""
+    """Bytes of all request bodies that one router holds, queued or running; beyond it requests are refused with 503."""
     max_header_bytes: Annotated[int, Field(ge=1024)] = 32 * 2**10
     max_json_depth: Annotated[int, Field(ge=4, le=512)] = 64
     max_json_values: Annotated[int, Field(ge=1000)] = 200_000
-    """Objects, lists and scalars of one body: a few bytes of JSON become a hundred of memory each."""
+    """Objects, lists and scalars in one body. Each takes a few bytes of JSON but about a hundred bytes of memory."""
     max_image_pixels: Annotated[int, Field(ge=1, le=178_000_000)] = 50_000_000
-    """At most what Pillow opens before it calls an image a decompression bomb."""
+    """Largest image. Pillow refuses larger ones than its own limit as decompression bombs."""
     max_images: Annotated[int, Field(ge=1)] = 16
     max_messages: Annotated[int, Field(ge=1)] = 256
     max_choices: Annotated[int, Field(ge=1)] = 16
-    """Largest `n` and `best_of`, and most prompts of a completion: each is a whole sequence on the engine."""
+    """Largest `n` and `best_of`, and most prompts of a completion. Each is a sequence of its own on the engine."""
     header_timeout_s: Annotated[float, Field(gt=0)] = 10.0
-    """From a request's first byte (or a new connection's start) to the end of its headers."""
+    """Longest time from a request's first byte, or from a new connection's start, to the end of its headers."""
     body_timeout_s: Annotated[float, Field(gt=0)] = 60.0
-    """The longest silence in a body, and how long one may be slower than `min_body_bytes_per_s`."""
+    """Longest pause in a body, and how long a body may be slower than `min_body_bytes_per_s`."""
     min_body_bytes_per_s: Annotated[int, Field(ge=1)] = 8 * 2**10
-    """A body that comes steadily at this rate or faster may take as long as it takes."""
+    """A body that arrives steadily at this rate or faster has no time limit."""
     write_timeout_s: Annotated[float, Field(gt=0)] = 60.0
-    """A client that takes no byte of its answer for so long is dropped."""
+    """A client that reads no byte of its answer for so long is disconnected."""
 
 
 class RemoteImageSettings(Frozen):
-    """Images that the router fetches for a client. Off, since it makes the router a client of others' choosing."""
+    """Images that the router fetches by URL. Off by default, since clients then choose which hosts the router
+    contacts."""
 
     enabled: bool = False
     hosts: tuple[str, ...] = ()
-    """Host names that may be fetched from; `*.example.com` takes every name below it, `*` all public hosts, and
-    `host:port` another port than the usual."""
+    """Host names to fetch from: `*.example.com` matches every name below it, `*` all public hosts, and `host:port` a
+    port other than the default."""
     max_bytes: Annotated[int, Field(ge=1024)] = 20 * 2**20
     timeout_s: Annotated[float, Field(gt=0)] = 10.0
-    """For all images of a request together."""
+    """Longest time to fetch all images of one request."""
     max_redirects: Annotated[int, Field(ge=0, le=10)] = 3
 
     @model_validator(mode="after")
@@ -56,60 +57,62 @@ class RemoteImageSettings(Frozen):
 
 
 class AdmissionSettings(Frozen):
-    """How much work replicas get at once, and who waits for it."""
+    """How much work replicas are sent at once, and how requests queue for them."""
 
     work_per_replica: Annotated[int, Field(ge=1)] | None = None
-    """Tokens (prompt, image and expected output) that a replica has under way at most; None takes what it says of
-    itself: its KV cache."""
+    """Tokens (prompt, image and expected output) that a replica processes at most; None uses the size of its KV cache,
+    which the replica reports."""
     max_queue: Annotated[int, Field(ge=0)] = 1024
-    """Requests of a model that may wait in one router; more are refused with 503."""
+    """Requests for one model that may queue in one router; more are refused with 503."""
     expected_output_tokens: Annotated[int, Field(ge=1)] = 512
-    """Taken for a mode until its answers have shown their length."""
+    """Expected output tokens of a resolution mode until answers in that mode have been observed."""
     high_reserve: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Part of a replica's capacity that only requests of the high priority class may fill."""
+    """The fraction of a replica's capacity that is reserved for requests of high priority."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """A request's whole time, waiting included; `x-request-timeout-ms` may ask for less."""
+    """Longest time of a request, including queueing. A client may ask for less with `x-request-timeout-ms`."""
     replica_wait_s: Annotated[float, Field(ge=0)] = 30.0
-    """How long requests may wait while no replica of their model is ready."""
+    """Longest time that requests queue while no replica of their model is ready."""
 
 
 class BreakerSettings(Frozen):
-    """When a replica that fails is left alone."""
+    """The circuit breaker: when the router stops sending requests to a failing replica."""
 
     failures: Annotated[int, Field(ge=1)] = 3
-    """So many failures in a row."""
+    """Consecutive failures that open the breaker."""
     open_s: Annotated[float, Field(gt=0)] = 1.0
-    """The first pause before one request may try it again; every failed try doubles it."""
+    """Pause before one request may probe the replica; each failed probe doubles the next pause."""
     max_open_s: Annotated[float, Field(gt=0)] = 30.0
 
 
 class RouterSettings(Frozen):
     behind_serve: bool = False
-    """Routers listen where Ray Serve tells them to, and its HAProxy on every node (`RAY_SERVE_ENABLE_HA_PROXY=1`
-    there) spreads clients over all of them; `host` and `port` are then HAProxy's. For clusters of several nodes."""
+    """For clusters of several nodes: routers listen on the ports that Ray Serve assigns, and Serve's HAProxy on every
+    node (`RAY_SERVE_ENABLE_HA_PROXY=1`) balances clients over them. `host` and `port` are then HAProxy's."""
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     num_replicas: Annotated[int, Field(ge=1, le=100)] = 1
     cpus_per_replica: Annotated[float, Field(ge=0)] = 0.5
     resources_per_replica: dict[Name, Amount] = Field(default_factory=dict)
-    """Ray's custom resources: with them only nodes that were given some take a router."""
+    """Custom Ray resources that a router needs, to place routers on the nodes that offer them."""
     keys_file: Path | None = None
-    """Tenants and the hashes of their keys, made by `serving keys`; read again when it changes. None: no keys."""
+    """File of tenants and hashed keys, written by `serving keys` and reloaded when it changes. None: no
+    authentication."""
     allow_unauthenticated: bool = False
-    """Must be said before a router without keys listens on an address that others can reach."""
+    """Required to bind a router without API keys to a non-loopback address."""
     usage_in_last_chunk: bool = False
-    """Whether the chunk of a stream that has the `finish_reason` carries `usage` for clients that do not set
-    `stream_options.include_usage`. Under DeepInfra's `/v1/openai/` it always does, as DeepInfra's own."""
+    """Whether the stream chunk with the `finish_reason` carries `usage` even if the client does not set
+    `stream_options.include_usage`. Under DeepInfra's path `/v1/openai/` it always does, as DeepInfra's own does."""
     allowed_hosts: tuple[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9.-]{1,253}$")], ...] = ()
-    """Names (without ports) that a router or OCR service answers to while it asks for no keys, beside loopback's and,
-    where it listens for other machines, every IP address and its machine's name. Any other name in `Host` may be a web
-    page's that was pointed here. Pages under these names may use it from other ports, too."""
+    """Host names (without ports) that a router or OCR service without API keys answers to, in addition to loopback
+    names and, on a non-loopback address, IP addresses and its machine's name. Any other name in `Host` may belong to a
+    web page that was made to resolve here (DNS rebinding). Pages under these names may call the service across
+    ports."""
     connect_timeout_s: Annotated[float, Field(gt=0)] = 5.0
     read_timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """Longest silence of an engine between two pieces of an answer."""
+    """Longest time that an engine may send nothing in the middle of an answer."""
     max_tries: Annotated[int, Field(ge=1, le=10)] = 3
     report_s: Annotated[float, Field(gt=0, le=60)] = 1.0
-    """How often routers tell the directory of their work, and learn of the others'."""
+    """How often routers report their load to the directory and read that of the others."""
     limits: LimitSettings = LimitSettings()
     admission: AdmissionSettings = AdmissionSettings()
     breaker: BreakerSettings = BreakerSettings()
@@ -118,7 +121,7 @@ class RouterSettings(Frozen):
     @field_validator("keys_file", mode="after")
     @classmethod
     def _make_absolute(cls, file: Path | None) -> Path | None:
-        """Replicas run in other folders than the user's."""
+        """Make paths absolute: replicas run in another working directory than the command that read the settings."""
         return file.expanduser().absolute() if file is not None else None
 
     @model_validator(mode="after")

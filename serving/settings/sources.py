@@ -1,9 +1,8 @@
-"""Where settings come from: a YAML file, and the environment over it. Settings and the keys file are
-read through this.
+"""Where settings come from: a YAML file, overridden by the environment. The keys file is read by this module as well.
 
-`SERVING__ROUTER__PORT=9000` goes to `router.port`. A part of a name finds a key that the file has in any letter case,
-with `_` for any other sign (`DEEPSEEK_OCR` for `deepseek-ocr`); a new key is written in small letters, but for the
-variables of a replica (`...__ENV__OMP_NUM_THREADS=2`), whose names keep theirs.
+`SERVING__ROUTER__PORT=9000` sets `router.port`. Each part of a variable's name matches a key of the file regardless of
+case, with `_` for any other punctuation (`DEEPSEEK_OCR` matches `deepseek-ocr`). New keys are lowercased, except for a
+replica's environment variables (`...__ENV__OMP_NUM_THREADS=2`), which keep their case.
 """
 
 from __future__ import annotations
@@ -19,23 +18,23 @@ from serving.errors import SettingsError
 
 ENV_PREFIX = "SERVING__"
 _VERBATIM = "env"
-"""Below this key names and values are a process's environment: kept to the letter."""
+"""Below this key, names and values are a process's environment and are taken literally."""
 _TYPED = "engine_args"
-"""Below this key values have the type that YAML gives them, since nothing else says what vLLM expects."""
+"""Below this key, values have the type that YAML gives them, since nothing else says what vLLM expects."""
 
 
 def read_yaml(file: Path, sections: Collection[str]) -> dict[str, Any]:
-    """The file's mapping.
+    """Read the file's mapping.
 
     Raises:
-        SettingsError: it cannot be read, is not plain YAML, or is no mapping with text for keys.
+        SettingsError: the file cannot be read, is not plain YAML, or is not a mapping with text keys.
     """
     try:
         with file.open() as stream:
             given = yaml.load(stream, Loader=_StrictLoader)  # a SafeLoader
     except OSError as error:
         raise SettingsError(f"{file}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none, bytes that are no text
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date, or bytes that are not UTF-8
         raise SettingsError(f"{file}: is not YAML: {error}") from error
     if not isinstance(given, dict):
         raise SettingsError(f"{file}: must hold a mapping with the keys {', '.join(sections)}")
@@ -46,7 +45,7 @@ def read_yaml(file: Path, sections: Collection[str]) -> dict[str, Any]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice in one mapping, where YAML's own loader keeps the last in silence."""
+    """Refuses duplicate keys in a mapping, of which YAML's own loader silently keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -57,16 +56,16 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def overlay(given: dict[str, Any], environ: Mapping[str, str], sections: Collection[str]) -> dict[tuple[str, ...], str]:
-    """Put the environment's values over the file's, in place.
+    """Override the file's values with the environment's, in place.
 
     Returns:
-        The variable behind every path that the environment has set.
+        The name of the variable behind every path that the environment sets.
 
     Raises:
-        SettingsError: a variable whose section does not exist, or that goes below a value that is no mapping.
+        SettingsError: a variable names a section that does not exist, or a key below a value that is not a mapping.
     """
     origins: dict[tuple[str, ...], str] = {}
-    # In order, so that a whole section goes before what is set inside it.
+    # Sorted, so that a section as a whole is applied before the keys inside it.
     for variable in sorted(environ):
         if not variable.upper().startswith(ENV_PREFIX):
             continue
@@ -96,7 +95,7 @@ def _place(target: dict[str, Any], parts: list[str], text: str, variable: str) -
 
 
 def _merge(below: Any, above: Any) -> Any:
-    """A mapping over a mapping leaves what it does not name; anything else takes the other's place."""
+    """Merge a mapping into a mapping key by key; any other value replaces the old one."""
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
     return {**below, **{key: _merge(below.get(key), value) for key, value in above.items()}}
@@ -114,7 +113,7 @@ def _plain(name: str) -> str:
 
 
 def _read_value(text: str, path: list[str], variable: str) -> Any:
-    """Text, unless it stands for a list or a mapping, or for an engine argument."""
+    """Return the value as text, unless it is a list, a mapping or an engine argument, which are parsed as YAML."""
     if _VERBATIM in path[:-1] or not (_TYPED in path or text.lstrip().startswith(("[", "{"))):
         return text
     try:

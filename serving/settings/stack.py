@@ -1,8 +1,8 @@
-"""Settings: frozen models, and the only reader of YAML and of the environment.
+"""The settings of a stack: frozen models, and the functions that load them.
 
 A value comes from the file given with `--config`, overridden by the environment: `SERVING__ROUTER__PORT=9000` sets
-`router.port`, `SERVING__MODELS__NANO__NUM_REPLICAS=2` sets `models.nano.num_replicas`. Whatever is not understood is
-refused with the place it came from, the key and the reason.
+`router.port`, `SERVING__MODELS__NANO__NUM_REPLICAS=2` sets `models.nano.num_replicas`. Anything that is not understood
+is refused with its source, its key and the reason.
 """
 
 from __future__ import annotations
@@ -29,36 +29,36 @@ from serving.settings.telemetry import LogSettings, TelemetrySettings
 __all__ = ["ENV_PREFIX", "NANO", "PriceSettings", "Settings", "dump_settings", "load_settings"]
 
 NANO = "nano"
-"""In the place of a checkpoint: the small one that comes with the project."""
+"""Instead of a checkpoint's path: the small checkpoint that ships with the project."""
 
 _SECRET_NAME = re.compile(r"token(?!s|izer)|secret|password|api_?key|credential", re.IGNORECASE)
 _MASK = "**********"
 
 
 class ImageSettings(Frozen):
-    """Who decodes and cuts the pages of a replica."""
+    """How a replica decodes and tiles pages."""
 
     workers: Annotated[int, Field(ge=0, le=256)] = 0
-    """Processes that do it outside the API process; 0 leaves it to that process's own threads."""
+    """Worker processes for decoding and tiling; 0 uses threads of the API process."""
     queue: Annotated[int, Field(ge=1)] = 64
-    """Pages that may wait for a worker."""
+    """Pages that may queue for a worker."""
     queue_timeout_s: Annotated[float, Field(gt=0)] = 30.0
-    """After so long without room in the queue a request is refused with 503."""
+    """A request that finds no room in the queue for so long is refused with 503."""
     work_timeout_s: Annotated[float, Field(gt=0)] = 60.0
-    """After so long on one page a worker is given up, and the page with it."""
+    """A worker that spends longer on one page is killed, and the page fails."""
 
     def environment(self) -> dict[str, str]:
-        """The same for the plugin, which a bare vLLM server configures by its environment."""
+        """The same settings as environment variables, by which the plugin is configured in a bare vLLM server too."""
         return {f"SERVING_IMAGE_{name.upper()}": str(value) for name, value in self.model_dump().items()}
 
 
 class AutoscalingSettings(Frozen):
-    """Replicas that come and go with the work, queued and running."""
+    """Autoscaling: the number of replicas follows the work, queued and running."""
 
     min_replicas: Annotated[int, Field(ge=1, le=1000)] = 1
     max_replicas: Annotated[int, Field(ge=1, le=1000)] = 1
     target_load: Annotated[float, Field(gt=0, le=10)] = 0.7
-    """Work per replica that is aimed at, as a part of a replica's capacity."""
+    """Target work per replica, as a fraction of its capacity."""
     upscale_delay_s: Annotated[float, Field(ge=0)] = 10.0
     downscale_delay_s: Annotated[float, Field(ge=0)] = 300.0
 
@@ -70,44 +70,44 @@ class AutoscalingSettings(Frozen):
 
 
 class ScriptSettings(Frozen):
-    """A stand-in for vLLM in tests and benchmarks: an engine that answers in vLLM's shapes by a script, no model."""
+    """The scripted engine, a stand-in for vLLM in tests and benchmarks: it has vLLM's API but no model."""
 
     tokens_per_s: Annotated[float, Field(gt=0)] | None = None
-    """Rate of one sequence; None is as fast as it goes."""
+    """Tokens per second of one sequence; None is unlimited."""
     prefill_tokens_per_s: Annotated[float, Field(gt=0)] | None = None
     output_tokens: Annotated[int, Field(ge=1)] = 64
-    """Length of an answer when the request's `max_tokens` asks for no less."""
+    """Length of an answer, unless the request's `max_tokens` is smaller."""
     max_num_seqs: Annotated[int, Field(ge=1)] = 64
     kv_tokens: Annotated[int, Field(ge=1)] = 65_536
-    """Capacity that it tells the directory."""
+    """Capacity that the engine reports to the directory."""
     max_model_len: Annotated[int, Field(ge=1)] = 8192
     start_s: Annotated[float, Field(ge=0)] = 0.0
     failures: tuple[str, ...] = ()
-    """What goes wrong, see serving/engine/scripted/failures.py."""
+    """Failures to simulate, see `serving/engine/scripted/failures.py`."""
 
 
 class ModelSettings(Frozen):
-    """One model: what runs, the names it answers to, and the replicas that run it."""
+    """One model: its checkpoint, the names it is served under, and its replicas."""
 
     checkpoint: str
-    """A directory, a Hugging Face repository, or `nano` for the checkpoint that comes with the project."""
+    """A directory, a Hugging Face repository, or `nano` for the checkpoint that ships with the project."""
     aliases: tuple[Name, ...] = ()
     num_replicas: Annotated[int, Field(ge=1, le=1000)] = 1
     autoscaling: AutoscalingSettings | None = None
-    """In the place of a fixed `num_replicas`."""
+    """Replaces a fixed `num_replicas`."""
     cpus_per_replica: Annotated[float, Field(ge=0)] = 1
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0
     resources_per_replica: dict[Name, Amount] = Field(default_factory=dict)
-    """Ray's custom resources: with them only nodes that were given some take a replica."""
+    """Custom Ray resources that a replica needs, to place replicas on the nodes that offer them."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """vLLM's engine arguments under vLLM's own names (`max_model_len`, `enable_chunked_prefill`, ...)."""
     env: dict[str, str] = Field(default_factory=dict)
-    """Environment of the replica's processes (`VLLM_...`, `OMP_...`)."""
+    """Environment variables of the replica's processes (`VLLM_...`, `OMP_...`)."""
     images: ImageSettings = ImageSettings()
     price: PriceSettings = PriceSettings()
     start_timeout_s: Annotated[float, Field(gt=0)] = 900
     script: ScriptSettings | None = None
-    """Runs the scripted engine in the place of vLLM: for tests and benchmarks of everything around it."""
+    """Runs the scripted engine instead of vLLM, to test and measure everything around the engine."""
 
     @model_validator(mode="after")
     def _check_engine_args(self) -> ModelSettings:
@@ -120,20 +120,20 @@ class ModelSettings(Frozen):
 
 
 class EngineSettings(Frozen):
-    """What all engine replicas share."""
+    """Settings that all engine replicas share."""
 
     host: str = "127.0.0.1"
-    """Address that replicas listen on and are known by; `auto` takes the node's own address."""
+    """Address that replicas listen on and are reached at; `auto` is the node's own address."""
     api_key: SecretStr | None = None
-    """Engines refuse requests without it; routers bring it. None: `serving up` makes one for the run when the router
-    has keys or `host` can be reached from other machines."""
+    """Key that engines require and routers send. None: `serving up` generates one for the run if the router has API
+    keys or `host` is not a loopback address."""
     allow_unauthenticated: bool = False
-    """Required to run engines without a key where one would be made: everyone who reaches an engine may use it."""
+    """Required to run engines without a key where one would be generated. Anyone who can reach an engine may use it."""
     heartbeat_s: Annotated[float, Field(gt=0, le=60)] = 1.0
     lease_s: Annotated[float, Field(gt=0, le=600)] = 10.0
-    """A replica that has not been heard of for so long is no longer listed."""
+    """A replica is removed from the directory when no heartbeat has arrived for so long."""
     drain_s: Annotated[float, Field(ge=0)] = 60.0
-    """How long running requests may go on after a replica was told to stop."""
+    """How long running requests may continue after a replica was asked to stop."""
 
     @model_validator(mode="after")
     def _check_address(self) -> EngineSettings:
@@ -143,7 +143,7 @@ class EngineSettings(Frozen):
 
     @property
     def needs_key(self) -> bool:
-        """Whether other machines could use the engines without a key, and nobody has said that they may."""
+        """Whether other machines could use the engines without a key although the settings do not permit it."""
         return not is_loopback(self.host) and self.api_key is None and not self.allow_unauthenticated
 
     @model_validator(mode="after")
@@ -154,19 +154,20 @@ class EngineSettings(Frozen):
 
 
 class RaySettings(Frozen):
-    """Where Ray comes from: a cluster of its own on this machine, or one that is there."""
+    """The Ray cluster: one started on this machine for the run, or an existing one."""
 
     address: str | None = None
-    """None starts a cluster that ends with the command; `auto` or an address joins one."""
+    """None starts a cluster that ends with the command; `auto` or an address joins an existing one."""
     num_cpus: Annotated[int, Field(ge=1)] | None = None
     object_store_bytes: Annotated[int, Field(ge=75 * 2**20)] | None = None
     namespace: Name = "serving"
     let_anyone_on_the_network_run_code: bool = False
-    """Required to use a Ray cluster without token authentication: whoever reaches its ports runs code as its user."""
+    """Required to use a Ray cluster without token authentication. Anyone who can reach its ports can then run code as
+    the cluster's user."""
 
 
 class Settings(Frozen):
-    """The whole of it. `models` is keyed by the name that answers carry."""
+    """All settings. The keys of `models` are the model names that answers carry."""
 
     models: Annotated[dict[Name, ModelSettings], Field(min_length=1)]
     engine: EngineSettings = EngineSettings()
@@ -204,17 +205,17 @@ class Settings(Frozen):
         return self
 
     def find_model(self, name: str) -> str | None:
-        """The canonical name behind a name or alias, None if there is none."""
+        """Return the canonical name for a model name or alias, or None if it is unknown."""
         if name in self.models:
             return name
         return next((key for key, model in self.models.items() if name in model.aliases), None)
 
 
 def load_settings(file: Path, environ: Mapping[str, str] | None = None) -> Settings:
-    """Read a settings file and the environment over it.
+    """Read a settings file, overridden by the environment.
 
     Raises:
-        SettingsError: with one line for every thing that is wrong: source, key, reason.
+        SettingsError: the settings are invalid; the message has one line per problem with source, key and reason.
     """
     given = read_yaml(file, Settings.model_fields)
     origins = overlay(given, os.environ if environ is None else environ, Settings.model_fields)
@@ -226,10 +227,10 @@ def load_settings(file: Path, environ: Mapping[str, str] | None = None) -> Setti
 
 
 def fill_keys(settings: Settings) -> tuple[Settings, dict[str, str]]:
-    """Give engines and metrics ports a key where the settings name none and other users or machines could reach them.
+    """Generate keys for engines and metrics ports that have none and that other users or machines could reach.
 
     Returns:
-        The settings for every process of the stack, and the keys that were made, `engine` and `metrics`.
+        The settings for every process of the stack, and the generated keys by name, `engine` and `metrics`.
     """
     engine, telemetry, has_keys = settings.engine, settings.telemetry, settings.router.keys_file is not None
     keys: dict[str, str] = {}
@@ -243,7 +244,7 @@ def fill_keys(settings: Settings) -> tuple[Settings, dict[str, str]]:
 
 
 def keep_keys(before: Settings, after: Settings) -> Settings:
-    """Settings that were read again, with the keys that the running stack was given."""
+    """Return reloaded settings with the keys that were generated for the running stack."""
     engine, telemetry = after.engine, after.telemetry
     if engine.api_key is None:
         engine = engine.model_copy(update={"api_key": before.engine.api_key})
@@ -253,12 +254,12 @@ def keep_keys(before: Settings, after: Settings) -> Settings:
 
 
 def dump_settings(settings: Settings) -> str:
-    """The effective settings as YAML, secrets masked."""
+    """Return the effective settings as YAML with secrets masked."""
     return yaml.safe_dump(_mask(settings.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
 
 
 def _mask(value: Any, key: str = "") -> Any:
-    """Secrets that have no type of their own: variables of replicas and engine arguments that are named like one."""
+    """Mask environment variables and engine arguments whose names suggest a secret; they have no secret type."""
     if isinstance(value, dict):
         return {name: _mask(part, str(name)) for name, part in value.items()}
     return _MASK if value and _SECRET_NAME.search(key) and isinstance(value, str) else value
@@ -266,7 +267,7 @@ def _mask(value: Any, key: str = "") -> Any:
 
 def _explain(problem: Any, file: Path, origins: Mapping[tuple[str, ...], str]) -> str:
     path = tuple(str(part) for part in problem["loc"])
-    # A rule over several keys is told at the section: any of them may be the one at fault.
+    # A rule that involves several keys is reported for the section: any of them may be the wrong one.
     variables = [name for place, name in origins.items() if place[: len(path)] == path or path[: len(place)] == place]
     source = f"environment {', '.join(variables)}" if variables and path else str(file)
     reason = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"].removeprefix("Value error, ")

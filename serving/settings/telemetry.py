@@ -1,4 +1,4 @@
-"""The telemetry and log sections of the settings: who hears of what the stack does."""
+"""The telemetry and log sections of the settings."""
 
 from __future__ import annotations
 
@@ -12,39 +12,40 @@ from serving.settings.base import ANY_ADDRESS, Frozen, is_loopback
 
 
 class LogSettings(Frozen):
-    """What is written to stderr. Never prompts, images or keys."""
+    """What is logged to stderr. Prompts, images and keys are never logged."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["json", "text"] = "json"
-    """`json` is an object a line; `text` is for a person's eyes."""
+    """`json` writes one object per line; `text` is for reading by people."""
     requests: bool = True
-    """One line at level info for every request that has ended."""
+    """Whether to log one line at level info for every finished request."""
 
 
 class TelemetrySettings(Frozen):
-    """Metrics are always there; this is what else may be wanted."""
+    """Metrics ports, targets for Prometheus, and traces. Metrics cannot be switched off."""
 
     metrics_host: str = "127.0.0.1"
-    """Address of the ports that routers and OCR services serve metrics on; `auto` takes the node's own. One that other
-    machines reach opens the metrics to them, engines' `/metrics` included, unless `metrics_key` is set."""
+    """Address of the ports that routers and OCR services serve metrics on; `auto` is the node's own address. A
+    non-loopback address opens the metrics to other machines, including the engines' `/metrics`, unless `metrics_key` is
+    set."""
     metrics_key: SecretStr | None = None
-    """What Prometheus has to bring as a bearer token. None: `serving up` makes one for the run when the router has
-    keys, and says where it is."""
+    """Bearer token that Prometheus must send. None: `serving up` generates one for the run if the router has API keys,
+    and prints the path of its file."""
     targets_file: Path | None = None
-    """Written by every router for Prometheus' `file_sd_configs`, for a Prometheus that cannot ask a router."""
+    """File that every router writes for Prometheus' `file_sd_configs`, for a Prometheus that cannot query a router."""
     otlp_endpoint: str | None = None
-    """`http://collector:4318`: where traces of requests go, over OTLP/HTTP. None traces nothing."""
+    """Where request traces are sent over OTLP/HTTP, for example `http://collector:4318`. None disables tracing."""
     trace_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """The part of the requests that is traced."""
+    """The fraction of requests that is traced."""
 
     @property
     def opens_metrics(self) -> bool:
-        """Whether metrics are for whoever reaches their ports."""
+        """Whether anyone who can reach the metrics ports may read the metrics."""
         return self.metrics_key is None and not is_loopback(self.metrics_host)
 
     @property
     def traces_url(self) -> str | None:
-        """Where spans are posted to, None when nothing is traced."""
+        """The URL that spans are posted to, or None if tracing is disabled."""
         return None if self.otlp_endpoint is None else f"{self.otlp_endpoint.rstrip('/')}/v1/traces"
 
     @field_validator("otlp_endpoint")
@@ -69,5 +70,5 @@ class TelemetrySettings(Frozen):
     @field_validator("targets_file")
     @classmethod
     def _make_absolute(cls, file: Path | None) -> Path | None:
-        """Replicas run in other folders than the user's."""
+        """Make paths absolute: replicas run in another working directory than the command that read the settings."""
         return file.expanduser().absolute() if file is not None else None

@@ -1,4 +1,4 @@
-"""Who asks: tenants, their limits, and the identity of a request. Pure."""
+"""Tenants, their limits, and the identity behind a request. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from serving.settings.base import Frozen, Name
 
 
 class Priority(StrEnum):
-    """Classes in the order in which waiting requests are taken."""
+    """Priority classes, in the order in which queued requests are taken."""
 
     HIGH = "high"
     NORMAL = "normal"
@@ -21,30 +21,30 @@ class Priority(StrEnum):
 
 
 class Tenant(Frozen):
-    """What one tenant may do. A limit that is None does not exist."""
+    """What one tenant may do. None means no limit."""
 
     models: tuple[Name, ...] | None = None
-    """Canonical names or aliases; None allows every model."""
+    """Canonical model names or aliases; None allows every model."""
     requests_per_minute: Annotated[int, Field(ge=1)] | None = None
-    """Of any kind, by their weight (`serving.router.access.limits`)."""
+    """Requests of all kinds per minute, counted by weight (`serving.router.access.limits`)."""
     tokens_per_minute: Annotated[int, Field(ge=1)] | None = None
     max_concurrent: Annotated[int, Field(ge=1)] | None = None
-    """Requests that generate at once, and as many documents and as many lookups besides."""
+    """Concurrent generation requests; the same number applies separately to documents and to lookups."""
     priority: Priority = Priority.NORMAL
     monthly_budget: Annotated[Decimal, Field(ge=0, decimal_places=6)] | None = None
-    """US dollars per calendar month, UTC."""
+    """US dollars per calendar month (UTC)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Behind a request: its tenant and the key that it came with."""
+    """The tenant behind a request and the key that it was sent with."""
 
     tenant_id: str
     tenant: Tenant
     key_id: str = ""
-    """Empty without authentication."""
+    """Id of the key; empty without authentication."""
     is_admin: bool = False
 
 
 NOBODY = Identity(tenant_id="anonymous", tenant=Tenant(), is_admin=False)
-"""Who asks when no keys are set: everybody."""
+"""The identity of every request when no keys are configured."""
