@@ -67,6 +67,7 @@ BENCHMARKS: Sequence[Benchmark] = (
     _measure("router", "first_token", 0.8, "time to the first token that each of these adds"),
     _measure("router", "throughput", 0.6, "chunks per second through one router process"),
     _measure("router", "memory", 0.1, "memory of 2,000 open streams that are silent"),
+    _measure("router", "writes", 0.8, "CPU that coalescing the writes of one event-loop iteration saves"),
     _measure("router", "stack", 3.4, "the whole stack against bare vLLM, and a plain proxy in front of the same"),
     _measure("router", "ray_llm", 3.7, "ray.serve.llm in its three modes", find_obstacle=_find_ray_llm),
     Benchmark(

@@ -1,8 +1,8 @@
-"""Every error that the stack shows a caller, with the status and the words it is shown with.
+"""Every error that the stack reports to a caller, with its status and message.
 
     ServingError
     ├── SettingsError               a settings file or environment that cannot be used (start-up only)
-    ├── RequestError                the caller's request is at fault; never retried
+    ├── RequestError                the caller's request is wrong; never retried
     │   ├── InvalidRequestError     400
     │   │   ├── InvalidImageError   400
     │   │   ├── ImageTooLargeError  400
@@ -20,7 +20,7 @@
     │   └── QuotaExceededError      429 the month's budget is spent
     ├── OverloadedError             503 with Retry-After: nothing was tried
     ├── EngineError                 4xx an engine's own refusal, made by `from_engine`; never retried
-    └── UpstreamError               the stack is at fault; another replica may be tried
+    └── UpstreamError               the stack failed; another replica may be tried
         ├── NoReplicaError          503
         ├── ReplicaUnreachableError 502
         │   └── ReplicaConnectError 502 it never got the request
@@ -28,8 +28,8 @@
         └── InternalError           500, or the engine's other 5xx; never retried
 
 The body is OpenAI's: `{"error": {"message", "type", "param", "code"}}`
-(https://platform.openai.com/docs/guides/error-codes). One branch renders them all; foreign errors become one of these
-where they enter (`from_engine`).
+(https://platform.openai.com/docs/guides/error-codes). One branch renders all of them; errors of other programs are
+converted where they enter the stack (`from_engine`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from typing import Any, ClassVar
 
 
 class ServingError(Exception):
-    """Base of the tree; `message` is meant for the caller and holds no secret and no content."""
+    """Base class; `message` is written for the caller and contains no secrets and no content."""
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
@@ -58,16 +58,16 @@ class ServingError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers that go with the status, beside those of every answer."""
+        """Headers of this error's response, in addition to those of every response."""
         return {}
 
     def body(self) -> dict[str, Any]:
-        """The error as OpenAI's clients expect it."""
+        """Return the response body that OpenAI's clients expect."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
 
 class SettingsError(ServingError):
-    """Settings that cannot be used; the message names the file or variable, the key and the reason."""
+    """Invalid settings; the message names the file or variable, the key and the reason."""
 
 
 class RequestError(ServingError):
@@ -87,7 +87,7 @@ class ImageTooLargeError(InvalidRequestError):
 
 
 class RenderError(InvalidRequestError):
-    """A document or page that could not be drawn; `code` says why."""
+    """A document or page that could not be rendered; `code` gives the reason."""
 
     default_code = "damaged_document"
 
@@ -103,7 +103,7 @@ class ModelNotFoundError(RequestError):
 
 
 class JobNotFoundError(RequestError):
-    """No OCR job of this id, or another tenant's."""
+    """There is no OCR job with this id, or it belongs to another tenant."""
 
     status = 404
     default_code = "job_not_found"
@@ -145,7 +145,7 @@ class RequestTimeoutError(RequestError):
 
 
 class RateLimitError(RequestError):
-    """A tenant's own limit; others are served meanwhile."""
+    """The tenant reached a limit of its own; other tenants are served."""
 
     status = 429
     type = "rate_limit_error"
@@ -169,7 +169,7 @@ class QuotaExceededError(RequestError):
 
 
 class OverloadedError(ServingError):
-    """More work than the replicas can take: a full queue, or a deadline that would pass in it."""
+    """More work than the replicas can handle: the queue is full, or the deadline would pass while queueing."""
 
     status = 503
     type = "service_unavailable_error"
@@ -187,7 +187,7 @@ class OverloadedError(ServingError):
 
 
 def _retry_after(seconds: float) -> dict[str, str]:
-    """In whole seconds for everybody (RFC 9110, section 10.2.3), in milliseconds for OpenAI's clients."""
+    """Return `Retry-After` in whole seconds (RFC 9110, section 10.2.3), and in milliseconds for OpenAI's clients."""
     return {"retry-after": str(max(1, math.ceil(seconds))), "retry-after-ms": str(max(1, math.ceil(seconds * 1000)))}
 
 
@@ -221,14 +221,14 @@ class ReplicaUnreachableError(UpstreamError):
 
 
 class ReplicaConnectError(ReplicaUnreachableError):
-    """No connection came about, so the replica has done nothing for the request."""
+    """The connection could not be established, so the replica has not started on the request."""
 
 
 class ReplicaTimeoutError(UpstreamError):
     status = 504
     type = "timeout_error"
     default_code = "replica_timeout"
-    is_retryable = False  # it has held a replica for long already
+    is_retryable = False  # it has already occupied a replica for a long time
 
 
 class InternalError(UpstreamError):
@@ -245,7 +245,7 @@ class InternalError(UpstreamError):
 
 
 class EngineError(ServingError):
-    """An error answer of an engine's own OpenAI server, brought into the same shape by `from_engine`."""
+    """An error response of the engine's OpenAI server, converted by `from_engine`."""
 
     def __init__(self, status: int, message: str, *, type: str, param: str | None, code: str | None) -> None:  # noqa: A002
         super().__init__(message, param=param, code=code)
@@ -263,24 +263,25 @@ class EngineError(ServingError):
 # OpenAI's `type` by status; vLLM names the exception class or the HTTP phrase there, and puts the status into `code`.
 _TYPE_BY_STATUS = {403: "permission_error", 429: "rate_limit_error"}
 _DEAD_WORDS = "EngineCore encountered an issue"
-"""Of vLLM's API server, which outlives its engine process and answers 500 to all that ran there."""
+"""Part of the message of vLLM's API server when its engine process died: it answers 500 to all running requests."""
 _CONTEXT_LENGTH_WORDS = ("maximum context length", "max_model_len", "longer than the maximum model length")
 
 
 def from_engine(status: int, answer: Any) -> ServingError:
-    """Turn an engine's error answer (decoded JSON, or None when it was not JSON) into OpenAI's shape.
+    """Convert an engine's error response (decoded JSON, or None if it was not JSON) into OpenAI's shape.
 
     422 becomes 400, the status that OpenAI uses for every malformed request. A 5xx keeps its status but not its
-    message, which may tell of the inside; 503 may pass on another replica, and so
-    may what ran on an engine that died. A 401 is the stack's own fault: it is the router that the engine did not let
-    in.
+    message, which may reveal internals. A 503, and a request that ran on an engine that died, may succeed on another
+    replica. A 401 is the stack's own fault: the engine rejected the router.
     """
     error = answer.get("error") if isinstance(answer, dict) else None
     detail = error if isinstance(error, dict) else {}
     if status == 503:
         return NoReplicaError("The model is overloaded or restarting; try again shortly.")
     if status == 401:
-        return InternalError("The router and the engine disagree about their key; the operator has to mend it.")
+        return InternalError(
+            "The router's key for the engine is not the engine's; the operator has to correct the settings."
+        )
     if status >= 500 and _DEAD_WORDS in str(detail.get("message")):
         return ReplicaUnreachableError("The replica that ran this request was lost.")
     if status >= 500:

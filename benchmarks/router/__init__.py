@@ -11,6 +11,7 @@ MEASURES = {
     "first_token": "benchmarks.router.first_token",
     "throughput": "benchmarks.router.throughput",
     "memory": "benchmarks.router.memory",
+    "writes": "benchmarks.router.writes",
     "stack": "benchmarks.router.stack",
     "ray_llm": "benchmarks.router.ray_llm",
 }

@@ -1,1 +1,1 @@
-"""Which replicas there are: the directory, its actor, and the versions of deployments."""
+"""The directory of replicas, its Ray actor, and the versions of deployments."""

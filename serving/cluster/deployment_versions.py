@@ -1,4 +1,4 @@
-"""What makes Ray Serve replace a running replica, and how: in the place of a random version at each deployment."""
+"""Decides when Ray Serve replaces running replicas: deployment versions derived from the settings, not random ones."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pydantic import SecretStr
 from serving.settings.base import Frozen
 from serving.settings.stack import ModelSettings, Settings
 
-# What replicas of an engine never look at: changing it leaves them alone.
+# Settings that engine replicas never read: changing them restarts no replica.
 _FOREIGN = {"num_replicas", "autoscaling", "price", "start_timeout_s"}
-# Settings of models that routers never look at: what they need of an engine, it tells the directory.
+# Model settings that routers never read: an engine reports what routers need to the directory.
 _INNER = {"num_replicas", "autoscaling", "start_timeout_s", "engine_args", "env", "images", "script"}
 
 
 def engine_version(name: str, settings: Settings, checkpoint: str) -> str:
-    """Changes when a replica of this model would run something else."""
+    """Return a version that changes when a replica of this model would behave differently."""
     model = settings.models[name].model_dump(exclude=_FOREIGN)
     pixels = settings.router.limits.max_image_pixels
     parts = [name, checkpoint, model, settings.engine.model_dump(), settings.ray.namespace, pixels]
@@ -26,19 +26,19 @@ def engine_version(name: str, settings: Settings, checkpoint: str) -> str:
     return _digest(parts)
 
 
-# Of the OCR section, what routers look at.
+# The settings of the OCR section that routers read.
 _RELAYED = {"enabled", "max_document_bytes", "directory", "secret"}
 
 
 def router_version(settings: Settings) -> str:
-    """Changes when a router would do something else."""
+    """Return a version that changes when a router would behave differently."""
     models = dict.fromkeys(settings.models, _INNER)
     foreign = set(type(settings.ocr).model_fields) - _RELAYED
     return _digest(settings.model_dump(exclude={"models": models, "router": {"num_replicas"}, "ocr": foreign}))
 
 
 def ocr_version(settings: Settings) -> str:
-    """Changes when an OCR service would do something else."""
+    """Return a version that changes when an OCR service would behave differently."""
     ocr = settings.ocr.model_dump(exclude={"num_replicas"})
     parts = (settings.router.limits, settings.billing, settings.log, settings.ray.namespace, settings.engine.drain_s)
     metrics = (settings.telemetry.metrics_host, settings.telemetry.metrics_key)
@@ -49,11 +49,11 @@ def ocr_version(settings: Settings) -> str:
 
 
 def surge_percent(settings: Settings, num_replicas: int, gpus_per_replica: float = 0) -> int:
-    """How many more replicas there may be while they are replaced, in per cent: enough for one, or none.
+    """Return how many extra replicas may run during a rolling update, in per cent: enough for one, or none.
 
-    In a cluster of our own CPUs are only a number, so a new replica is ready before an old one ends, and a new one that
-    fails takes no old one with it. Elsewhere there may be no room for one more, and Serve would wait for it for ever:
-    an old one goes first.
+    In our own cluster Ray's CPUs are only a number, so a new replica becomes ready before an old one ends, and a new
+    one that fails takes down no old one. On an existing cluster there may be no room for an extra replica, and Serve
+    would wait for it forever; there an old replica ends first.
     """
     if settings.ray.address is not None or gpus_per_replica:
         return 0
@@ -61,15 +61,15 @@ def surge_percent(settings: Settings, num_replicas: int, gpus_per_replica: float
 
 
 def max_replicas(model: ModelSettings) -> int:
-    """The most replicas that a model may have."""
+    """Return the largest number of replicas of a model."""
     return model.autoscaling.max_replicas if model.autoscaling is not None else model.num_replicas
 
 
 def with_version(deployment: Any, version: str) -> Any:
-    """The Serve deployment under a version of ours.
+    """Return the Serve deployment with an explicit version.
 
-    Serve has taken `version` out of its public options and draws a random one instead, so that deploying again always
-    replaces everything. The inner option is still there; this fails loudly when it is not.
+    Serve removed `version` from its public options and draws a random one, so that every deployment replaces all
+    replicas. The internal option still exists; this function fails if it is gone.
     """
     versioned = deployment.options(version=version, _internal=True)
     if versioned.version != version:
@@ -82,7 +82,7 @@ def _digest(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """The same with secrets in the open, in one order: a new key is a change too."""
+    """Return the value with secrets revealed and keys sorted, so that a new key changes the version too."""
     if isinstance(value, SecretStr):
         return value.get_secret_value()
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The directory as a Ray actor, and the two ways to reach it: telling it of a replica, and following its list."""
+"""The directory as a Ray actor, and the function that finds or creates it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _START_LEASE_S = 900.0
 
 
 class ReplicaDirectory:
-    """An actor, one per cluster. It holds nothing that replicas would not tell again: losing it costs a heartbeat."""
+    """The actor, one per cluster. Replicas repeat everything that it stores, so losing it costs one heartbeat."""
 
     def __init__(self, lease_s: float) -> None:
         self._directory = Directory(lease_s=lease_s, start_lease_s=_START_LEASE_S, life=time.time_ns())
@@ -26,7 +26,7 @@ class ReplicaDirectory:
         self._expiry: asyncio.Task[None] | None = None
 
     async def put(self, record: ReplicaRecord) -> None:
-        """A replica's heartbeat."""
+        """Receive a replica's heartbeat."""
         if self._expiry is None:
             self._expiry = asyncio.create_task(self._expire_forever())
         self._note(self._directory.put(record, time.monotonic()))
@@ -35,25 +35,25 @@ class ReplicaDirectory:
         self._note(self._directory.remove(replica_id))
 
     async def fail(self, model: str, reason: str) -> None:
-        """A replica could not start, and neither could another."""
+        """Record that a replica failed to start for a reason that would stop any other."""
         self._directory.fail(model, reason)
         self._note(True)
 
     async def begin_start(self) -> None:
-        """Before applications are deployed."""
+        """Prepare for applications being deployed."""
         self._directory.begin_start()
         self._note(True)
 
     async def begin_stop(self) -> None:
-        """Before they are all deleted."""
+        """Announce that all applications are about to be deleted."""
         self._directory.begin_stop()
         self._note(True)
 
     async def watch(self, seen: tuple[int, int], timeout_s: float, reader: str = "") -> Snapshot:
-        """The list as soon as it differs from the version `seen`, or as it is after `timeout_s`.
+        """Return the directory as soon as it differs from the version `seen`, or unchanged after `timeout_s`.
 
-        A `reader` with a name says by asking for more that it goes by the version `seen`; `settle` waits for that. It
-        is forgotten when it has not asked for a lease after its timeout.
+        By calling, a named `reader` confirms that it uses the version `seen`; `settle` waits for that. A reader is
+        forgotten if it has not called again within a lease after its timeout.
         """
         if reader:
             self._readers[reader] = (time.monotonic() + timeout_s + self._directory.lease_s, seen)
@@ -66,13 +66,13 @@ class ReplicaDirectory:
         return self._directory.snapshot
 
     async def leave(self, reader: str) -> None:
-        """A reader follows the list no longer; nobody needs to wait for it."""
+        """Forget a reader that no longer follows the directory, so that `settle` does not wait for it."""
         self._readers.pop(reader, None)
         self._read.set()
         self._read = asyncio.Event()
 
     async def settle(self, timeout_s: float) -> bool:
-        """Wait until every named reader goes by the list as it is now; False when one does not within `timeout_s`."""
+        """Wait until every named reader uses the current version; return False if one does not within `timeout_s`."""
         wanted = self._directory.snapshot.version
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
@@ -81,28 +81,28 @@ class ReplicaDirectory:
         return self._is_read(wanted)
 
     async def exchange(self, report: RouterReport) -> tuple[RouterReport, ...]:
-        """A router's report in, the others' out."""
+        """Receive a router's report and return those of the others."""
         return self._directory.exchange(report, time.monotonic())
 
     async def reports(self) -> tuple[RouterReport, ...]:
-        """Of all routers."""
+        """Return the reports of all routers."""
         return self._directory.reports(time.monotonic())
 
     async def announce(self, record: ServiceRecord) -> tuple[RouterReport, ...]:
-        """An OCR service's heartbeat in, all routers' reports out."""
+        """Receive an OCR service's heartbeat and return all routers' reports."""
         self._directory.announce(record, time.monotonic())
         return self._directory.reports(time.monotonic())
 
     async def withdraw(self, service_id: str) -> None:
-        """An OCR service says goodbye."""
+        """Remove an OCR service that is stopping."""
         self._directory.withdraw(service_id)
 
     async def services(self) -> tuple[ServiceRecord, ...]:
-        """OCR services that there are."""
+        """Return the live OCR services."""
         return self._directory.services(time.monotonic())
 
     async def survey(self) -> tuple[Snapshot, tuple[RouterReport, ...]]:
-        """Replicas and the work that routers have for them: what replicas are scaled by."""
+        """Return the replicas and the routers' work for them, which autoscaling uses."""
         return self._directory.snapshot, self._directory.reports(time.monotonic())
 
     def _is_read(self, version: tuple[int, int]) -> bool:
@@ -122,7 +122,7 @@ class ReplicaDirectory:
 
 
 def reach_directory(namespace: str, lease_s: float) -> ActorHandle:
-    """The cluster's directory, made if it is not there yet. It outlives whoever made it."""
+    """Return the cluster's directory and create it if necessary. It outlives the process that created it."""
     actor = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=1000)(ReplicaDirectory)
     named = actor.options(name=DIRECTORY_NAME, namespace=namespace, lifetime="detached", get_if_exists=True)
     return named.remote(lease_s)

@@ -1,1 +1,1 @@
-"""What every HTTP service here is made of: bounds on what clients send, their presence, and a way to leave them."""
+"""What the HTTP services share: limits on requests, detection of disconnected clients, graceful shutdown."""

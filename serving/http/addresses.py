@@ -1,16 +1,16 @@
-"""Addresses as text: URLs made of them, and which ones anybody on the internet can be at. Pure."""
+"""Network addresses as text: building URLs, and telling public addresses from internal ones. Pure."""
 
 from __future__ import annotations
 
 import ipaddress
 
 _GLOBAL_V6 = ipaddress.ip_network("2000::/3")
-"""All that IANA has given out for global unicast; what lies outside is local, mapped, translated or reserved."""
+"""Everything that IANA has assigned for global unicast. Other addresses are local, mapped, translated or reserved."""
 _REFUSED = tuple(
     ipaddress.ip_network(network)
     for network in (
-        "168.63.129.16/32",  # Azure's host, reached from every machine there, with a public address
-        "192.0.0.0/24",  # protocol assignments; Oracle's metadata service is one of these
+        "168.63.129.16/32",  # Azure's host service: a public address that every machine there can reach
+        "192.0.0.0/24",  # protocol assignments, among them Oracle's metadata service
         "192.88.99.0/24",  # relays to 6to4: RFC 7526
         "2001::/23",  # protocol assignments, Teredo among them: an IPv4 address inside
         "2001:db8::/32",  # documentation
@@ -21,16 +21,15 @@ _REFUSED = tuple(
 
 
 def http_url(host: str, port: int) -> str:
-    """`http://host:port`, with an IPv6 address in the brackets that a URL wants (RFC 3986, 3.2.2)."""
+    """Return `http://host:port`, with an IPv6 address in brackets (RFC 3986, section 3.2.2)."""
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def is_public_address(text: str) -> bool:
-    """Whether an IP address is a machine's on the public internet, so that asking it shows a client nothing that he
-    could not see himself.
+    """Whether an IP address is on the public internet, where a client could send requests itself.
 
-    Python's own `is_global` follows IANA's registries but for what its release did not know yet; so for IPv6 only what
-    is given out passes, which leaves out every form that carries an IPv4 address inside (mapped, 6to4, NAT64, Teredo).
+    Python's `is_global` follows IANA's registries as they were when it was released. For IPv6 only assigned ranges are
+    accepted, which excludes all forms that embed an IPv4 address (mapped, 6to4, NAT64, Teredo).
     """
     try:
         address = ipaddress.ip_address(text.partition("%")[0])

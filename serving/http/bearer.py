@@ -1,4 +1,4 @@
-"""One key for a port of the stack's own: an engine's, or a process's metrics. Tenants' keys are the router's."""
+"""A single bearer key for an internal port: an engine's, or a metrics port. The router checks tenants' keys itself."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _AUTHORIZATION = b"authorization"
 
 
 class BearerKey:
-    """Compares in constant time. Without a key everyone is let in."""
+    """Checks a bearer key in constant time. Without a key every request is accepted."""
 
     def __init__(self, key: SecretStr | str | None) -> None:
         text = key.get_secret_value() if isinstance(key, SecretStr) else key
         self._digest = None if text is None else _digest(text.encode())
 
     def lets_in(self, scope: Scope) -> bool:
-        """Whether a request brings the key, as `Authorization: Bearer KEY`. Of several headers none counts."""
+        """Whether a request has the header `Authorization: Bearer KEY`, exactly once and with the right key."""
         if self._digest is None:
             return True
         given = [value for name, value in scope["headers"] if name == _AUTHORIZATION]
@@ -30,5 +30,5 @@ class BearerKey:
 
 
 def _digest(key: bytes) -> bytes:
-    """Of one length whatever the key's, so that the time of a comparison tells nothing."""
+    """Hash to a fixed length, so that the time of a comparison reveals nothing about the key."""
     return hashlib.sha256(key).digest()

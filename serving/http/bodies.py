@@ -1,4 +1,4 @@
-"""Bounds on what a client sends: the body's bytes, its time, what it would grow to in memory, and its depth."""
+"""Limits on request bodies: size, duration, memory after parsing, and nesting depth."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ _SINGLE_HEADERS = frozenset(
         b"x-serving-credit",
     }
 )
-"""Those that decide something here, of which a request can have one only. What frames the message (Content-Length,
-Transfer-Encoding) is the protocol's to refuse."""
+"""Headers that the stack acts on, which a request may contain only once. Duplicates of the headers that frame the
+message (Content-Length, Transfer-Encoding) are refused by the protocol."""
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -44,14 +44,14 @@ class ClientGoneError(Exception):
 
 
 class BodyBudget:
-    """Counts the bodies that one router holds, from their first byte to the end of their requests."""
+    """Counts the bytes of all bodies that one process holds, from their first byte until their requests end."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self.num_held_bytes = 0
 
     def open(self) -> HeldBody:
-        """A place for one request's body: `with budget.open() as held`."""
+        """Open an account for one request's body: `with budget.open() as held`."""
         return HeldBody(self)
 
     def _take(self, num_bytes: int) -> None:
@@ -61,7 +61,7 @@ class BodyBudget:
 
 
 class HeldBody:
-    """One request's part of the budget, given back when its context ends."""
+    """One request's share of the budget, returned when its context ends."""
 
     def __init__(self, budget: BodyBudget) -> None:
         self._budget = budget
@@ -75,36 +75,35 @@ class HeldBody:
         self._num_bytes = 0
 
     def take(self, num_bytes: int) -> None:
-        """Count more bytes as held. What is announced does not count: an attacker would announce a lot and send
-        nothing.
+        """Count more bytes as held. Only received bytes count: an attacker could announce a lot and send nothing.
 
         Raises:
-            OverloadedError: the router holds too much already.
+            OverloadedError: the process already holds too many bytes.
         """
         self._budget._take(num_bytes)
         self._num_bytes += num_bytes
 
 
 class Held(Protocol):
-    """Counts the bytes of a body that is being read, and refuses those that there is no room for."""
+    """Counts the bytes of a body while it is read, and refuses those that do not fit."""
 
     def take(self, num_bytes: int, /) -> None: ...
 
 
 async def read_body(scope: Scope, receive: Receive, limits: LimitSettings, held: Held | None = None) -> bytes:
-    """The whole body.
+    """Read the whole body.
 
     Args:
-        scope: the request.
-        receive: brings the body.
-        limits: on its size and time.
-        held: where its bytes are counted.
+        scope: the request's ASGI scope.
+        receive: the request's ASGI channel.
+        limits: largest size and slowest rate.
+        held: where the bytes are counted.
 
     Raises:
-        BodyTooLargeError: it announces or brings more than allowed.
-        RequestTimeoutError: it came too slowly.
-        ServingError: what `held` refuses the body with.
-        ClientGoneError: the client left while sending.
+        BodyTooLargeError: the body is larger than allowed, or announced to be.
+        RequestTimeoutError: the body arrived too slowly.
+        ServingError: `held` refused the body.
+        ClientGoneError: the client disconnected while sending.
     """
     announced = b"0"
     awaits_leave = False
@@ -114,7 +113,7 @@ async def read_body(scope: Scope, receive: Receive, limits: LimitSettings, held:
         elif name == b"expect":
             awaits_leave = True
     if announced.isdigit() and (len(announced) > 18 or int(announced) > limits.max_body_bytes):
-        if not awaits_leave:  # who asks before sending has sent nothing yet
+        if not awaits_leave:  # a client that waits for `100 Continue` has sent nothing yet
             await discard_body(receive, limits)
         raise _too_large(limits)
     try:
@@ -153,7 +152,7 @@ async def _collect(receive: Receive, limits: LimitSettings, held: Held | None) -
 
 
 def too_slow(limits: LimitSettings) -> RequestTimeoutError:
-    """What a client is told whose body did not keep its pace."""
+    """Return the error for a body that arrives too slowly."""
     return RequestTimeoutError(
         f"The body stopped for {limits.body_timeout_s:g} seconds, or came more slowly than "
         f"{limits.min_body_bytes_per_s} bytes a second for as long; send it faster, or less of it."
@@ -165,7 +164,7 @@ def _too_large(limits: LimitSettings) -> BodyTooLargeError:
 
 
 async def discard_body(receive: Receive, limits: LimitSettings) -> None:
-    """Read on for a while before refusing: a client that is still sending would see a reset instead of the answer."""
+    """Read on for a while before refusing; otherwise a client that is still sending sees a reset, not the answer."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(min(_DISCARD_S, limits.body_timeout_s)):
             size = 0
@@ -177,11 +176,13 @@ async def discard_body(receive: Receive, limits: LimitSettings) -> None:
 
 
 def decode_json(body: bytes, limits: LimitSettings) -> dict[str, Any]:
-    """The body as a JSON object, in bounds of memory and depth. What Python's own parser reads beyond JSON (NaN, lone
-    surrogates, numbers without end) is refused, so that the engine cannot understand more of a body than the router.
+    """Parse the body as a JSON object within limits of memory and depth.
+
+    Extensions of JSON that Python's own parser accepts (NaN, lone surrogates, huge numbers) are refused, so that the
+    engine never understands a body that the router did not.
 
     Raises:
-        InvalidRequestError: it is none, or too much of one.
+        InvalidRequestError: the body is not a JSON object, or exceeds a limit.
     """
     check_size_in_memory(body, limits)
     try:
@@ -195,11 +196,13 @@ def decode_json(body: bytes, limits: LimitSettings) -> dict[str, Any]:
 
 
 def check_size_in_memory(body: bytes, limits: LimitSettings) -> None:
-    """Refuse before parsing what would fill memory: every value but the first follows one of `,` `[` `{`, so their
-    count bounds that of values, at the speed of a search. Those inside texts count too; the limit is far above them.
+    """Refuse a body that would fill memory, before parsing it.
+
+    Every value except the first follows one of `,` `[` `{`, so counting these bounds the number of values at the speed
+    of a search. Those inside strings are counted as well; the limit is far above what real texts contain.
 
     Raises:
-        InvalidRequestError: more values than allowed.
+        InvalidRequestError: there may be more values than allowed.
     """
     most = limits.max_json_values
     if len(body) > most and sum(_count(body, sign) for sign in (b",", b"[", b"{")) > most:
@@ -207,7 +210,7 @@ def check_size_in_memory(body: bytes, limits: LimitSettings) -> None:
 
 
 def _count(body: bytes, sign: bytes) -> int:
-    """Like `body.count`, which takes ten times as long as `find` where there is little to be found: in an image."""
+    """Count like `body.count`, but up to ten times as fast where matches are rare, as in a base64 image."""
     at = -1
     for number in range(_FEW):
         at = body.find(sign, at + 1)
@@ -217,10 +220,10 @@ def _count(body: bytes, sign: bytes) -> int:
 
 
 def check_json(payload: Any, limits: LimitSettings) -> None:
-    """Refuse a decoded value that is nested too deep or made of too many values.
+    """Check a decoded value against the limits of depth and number of values.
 
     Raises:
-        InvalidRequestError: it is.
+        InvalidRequestError: the value exceeds a limit.
     """
     level: list[Any] = [payload]
     num_values = 1
@@ -250,11 +253,11 @@ def _too_many_values(limits: LimitSettings) -> InvalidRequestError:
 
 
 def read_headers(scope: Scope) -> dict[bytes, bytes]:
-    """The request's headers by name, in small letters.
+    """Return the request's headers by lower-case name.
 
     Raises:
-        InvalidRequestError: two values for a header that decides something: whoever stands in front of this service
-            (a proxy that checks keys, say) may have taken the other one.
+        InvalidRequestError: a header that the stack acts on occurs twice. A proxy in front, for example one that checks
+            keys, may have used the other value.
     """
     found: dict[bytes, bytes] = {}
     for name, value in scope["headers"]:
@@ -266,7 +269,7 @@ def read_headers(scope: Scope) -> dict[bytes, bytes]:
 
 
 def read_request_id(headers: Mapping[bytes, bytes]) -> str:
-    """The client's own `x-request-id` if it is one that can be logged and sent back, else a new one."""
+    """Return the client's `x-request-id` if it is safe to log and send back, otherwise a new one."""
     given = headers.get(b"x-request-id")
     if given is not None and _REQUEST_ID.fullmatch(given):
         return given.decode("ascii")

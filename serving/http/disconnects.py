@@ -1,4 +1,4 @@
-"""Work that ends when its client leaves."""
+"""Cancels work when its client disconnects."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from serving.http.bodies import ClientGoneError
 
 
 class ClientPresence:
-    """`async with ClientPresence(receive):` cancels what runs inside as soon as the client has left.
+    """`async with ClientPresence(receive):` cancels what runs inside when the client disconnects.
 
-    It then raises ClientGoneError. The body must have been received whole before: what comes next is the departure.
+    It then raises ClientGoneError. The body must have been received completely, so that the next ASGI message is the
+    disconnect.
     """
 
     def __init__(self, receive: Receive) -> None:
@@ -29,7 +30,7 @@ class ClientPresence:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Not awaited: a cancelled watcher does nothing more, and its end is nobody's concern.
+        # Not awaited: a cancelled watcher does nothing more, and nothing depends on its end.
         self._watcher.cancel()
         if self._has_left:
             self._worker.uncancel()

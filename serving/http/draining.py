@@ -1,4 +1,4 @@
-"""ASGI middleware that lets a server go without losing a request of anybody who is connected to it."""
+"""ASGI middleware for graceful shutdown: no request on an open connection is lost."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ import contextlib
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _GRACE_S = 1.0
-"""Within it a client that keeps a connection busy has asked again, and has been told that it closes."""
+"""Within this time a client that uses its connection continuously has sent another request and has been answered with
+`connection: close`."""
 _READY = "/ready"
 _NOT_READY = b'{"ready":false,"draining":true}'
 
 
 class Drainable:
-    """Counts what runs. `drain` has clients take their connections elsewhere.
+    """Counts running requests. `drain` makes clients move to other servers.
 
-    A server that just closes its idle connections when it stops loses the requests that are sent at that moment, and
-    clients that send one after another always send one: as soon as they have their answer. So each answer says first
-    that its connection closes after it (`connection: close`); answers that had begun before could not say so, and are
-    waited for, and their clients' next requests as well.
+    A server that simply closes idle connections when it stops loses requests that are sent at that moment, and a client
+    that sends one request after another always sends one right after an answer. Therefore every answer first announces
+    that its connection closes (`connection: close`). Answers that had begun earlier could not announce it: they, and
+    the next requests of their clients, are waited for.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -45,8 +46,8 @@ class Drainable:
                     self._no_old.set()
 
     async def drain(self, timeout_s: float) -> None:
-        """From now on answers close their connections, and `/ready` says no. Returns when the server may be stopped:
-        what still runs then has said so, or has had its time.
+        """Close connections with their answers and make `/ready` fail. Return when the server may be stopped: all
+        running requests have announced the close, or their time is over.
         """
         self._is_draining = True
         with contextlib.suppress(TimeoutError):

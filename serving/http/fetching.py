@@ -1,10 +1,10 @@
-"""Fetching what a client names by URL, without becoming its tool.
+"""Fetches URLs for clients without allowing server-side request forgery.
 
-The client chooses where this process connects, which is what server-side request forgery is made of. So: only hosts of
-the operator's list, only http and https, only the ports that belong to them or that the list names; a name is resolved
-here and the connection goes to an address that was checked, not to the name again; redirects are followed by hand with
-the same checks. Whoever asks should learn of a failure only that it was one: a private address, a closed port and a
-slow server deserve the same words.
+The client chooses where this process connects. Therefore only hosts on the operator's list are contacted, only by http
+and https, and only on the default ports or those that the list names. Names are resolved here, and the connection goes
+to an address that was checked; the name is not resolved again. Redirects are followed by hand with the same checks.
+Callers should not tell clients why a fetch failed: a private address, a closed port and a slow server get the same
+message.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*")
 
 
 class FetchRefusedError(Exception):
-    """Whatever kept something from being fetched; the reason stays here."""
+    """A URL was refused or could not be fetched. The reason must not reach the client."""
 
 
 FETCH_ERRORS = (FetchRefusedError, aiohttp.ClientError, OSError, ValueError)
-"""All that `Fetcher.fetch` may raise for what a client asked for."""
+"""All exceptions that `Fetcher.fetch` may raise because of a client's URL."""
 
 
 class CheckedResolver(AbstractResolver):
-    """Resolves names itself and passes on checked addresses only, which are those that are then connected to. One bad
-    address refuses the name: an honest one has none."""
+    """Resolves names and returns checked addresses only, which the connection then uses. A name with one forbidden
+    address is refused altogether."""
 
     def __init__(self, check_address: Callable[[str], bool]) -> None:
         self._check_address = check_address
@@ -66,11 +66,11 @@ class CheckedResolver(AbstractResolver):
         return results
 
     async def close(self) -> None:
-        """Nothing is kept."""
+        """Do nothing: no resources are held."""
 
 
 class Fetcher:
-    """Fetches by the rules of one list of hosts. One per process and list."""
+    """Fetches URLs according to one list of hosts. Create one per process and list."""
 
     def __init__(
         self,
@@ -82,9 +82,9 @@ class Fetcher:
         """
         Args:
             settings: hosts and limits.
-            accept: media types that are asked for.
-            agent: what servers know this by.
-            check_address: whether an IP address may be connected to. Only tests give another.
+            accept: value of the `Accept` header.
+            agent: value of the `User-Agent` header.
+            check_address: whether an IP address may be contacted; replaced in tests only.
         """
         self._settings = settings
         self._headers = {"accept": accept, "accept-encoding": "identity", "user-agent": agent}
@@ -92,10 +92,10 @@ class Fetcher:
         self._session: aiohttp.ClientSession | None = None
 
     async def start(self) -> None:
-        """Must run inside the event loop that fetches."""
+        """Open the HTTP session. Call it in the event loop that fetches."""
         connector = aiohttp.TCPConnector(
             resolver=CheckedResolver(self._check_address),
-            use_dns_cache=False,  # an address is checked where it is used
+            use_dns_cache=False,  # an address is checked where it is connected to
             force_close=True,
             limit=_MAX_CONNECTIONS,
         )
@@ -113,11 +113,11 @@ class Fetcher:
             await self._session.close()
 
     async def fetch(self, text: str) -> AsyncGenerator[bytes]:
-        """The content behind a URL, piece by piece. Whoever stops early closes it (`aclosing`).
+        """Yield the content of a URL in pieces. A caller that stops early must close the iterator (`aclosing`).
 
         Raises:
-            RefusedError: it may not be asked for, or is not there, or longer than `max_bytes`.
-            aiohttp.ClientError, OSError, ValueError: whatever else can be wrong with it; see `FETCH_ERRORS`.
+            FetchRefusedError: the URL is not allowed, was not found, or its content exceeds `max_bytes`.
+            aiohttp.ClientError, OSError, ValueError: other failures; see `FETCH_ERRORS`.
         """
         if self._session is None:
             raise InternalError("The service has not started.")
@@ -141,7 +141,7 @@ class Fetcher:
         raise FetchRefusedError
 
     def _checked(self, text: str, base: URL | None = None) -> URL:
-        """A URL that may be connected to, as far as it says itself; names are checked again when they are resolved."""
+        """Check a URL's scheme, host and port. The addresses of a name are checked when it is resolved."""
         url = URL(text)
         if base is not None:
             url = base.join(url)
@@ -154,7 +154,9 @@ class Fetcher:
             if not _HOST_NAME.fullmatch(host):
                 raise FetchRefusedError from None
         else:
-            if not self._check_address(host):  # aiohttp resolves names only, and connects to an address as it is
+            if not self._check_address(
+                host
+            ):  # aiohttp does not resolve addresses, so the resolver cannot check this one
                 raise FetchRefusedError
         if not self._is_listed(host.lower(), url.port or 0, _PORTS[url.scheme]):
             raise FetchRefusedError

@@ -1,9 +1,10 @@
-"""One write to the socket for all that a connection was given in one round of the event loop, at the round's end.
+"""Coalesces all writes to a connection within one event-loop iteration into one send, at the iteration's end.
 
-A step of the engine makes a token for each of its sequences, and so a small write on each of their connections. To the
-kernel the dear part of such a write is not the bytes: it is waking the process that waits for them, when it has gone
-back to sleep since the last one. Written one right after another, the first wakes it and it finds the others waiting;
-so less is spent on both sides. What is put off waits for tasks that are ready anyway, never for a timer.
+An engine step produces a token for each of its sequences, and so a small write on each of their connections. The
+expensive part of such a write is not copying bytes but waking the process that waits for them, if it went back to sleep
+since the last one. When the writes follow one another directly, the first wakes the reader and it finds the others
+ready, which saves CPU on both sides (`python -m benchmarks.router --only writes`). A write is only delayed by tasks
+that are ready to run, never by a timer.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import asyncio
 from typing import Any
 
 _MAX_BYTES = 64 * 1024
-"""With so much put off on one connection it is written at once, so that the transport's own limits still hold."""
+"""A connection with more delayed bytes is flushed immediately, so that the transport's own limits still apply."""
 
 
 class WriteRound:
-    """The connections of one event loop that have something to write in the present round."""
+    """The connections with delayed writes in the current iteration of one event loop."""
 
     __slots__ = ("_due",)
 
@@ -24,7 +25,7 @@ class WriteRound:
         self._due: list[JoiningTransport] = []
 
     def add(self, transport: JoiningTransport) -> None:
-        """Have it flushed when the tasks that are ready now have run."""
+        """Flush the transport after the tasks that are ready now have run."""
         if not self._due:
             asyncio.get_running_loop().call_soon(self._flush)
         self._due.append(transport)
@@ -36,7 +37,7 @@ class WriteRound:
 
 
 class JoiningTransport(asyncio.Transport):
-    """A transport that puts its writes off to the end of the round; everything else is the given one's."""
+    """A transport that delays its writes to the end of the iteration and otherwise delegates to the given transport."""
 
     __slots__ = ("_inner", "_num_bytes", "_pieces", "_round")
 
@@ -48,7 +49,7 @@ class JoiningTransport(asyncio.Transport):
         self._num_bytes = 0
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Bytes that change after the call must not be given."""
+        """Write data soon. The caller must not change the bytes afterwards."""
         if not data:
             return
         if not self._pieces:
@@ -59,7 +60,7 @@ class JoiningTransport(asyncio.Transport):
             self.flush()
 
     def flush(self) -> None:
-        """Write now what was put off."""
+        """Write the delayed data now."""
         if not self._pieces:
             return
         data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)

@@ -1,15 +1,14 @@
-"""Which web pages may use a service that asks for no key. Pure.
+"""Which web pages may use a service that runs without API keys. Pure.
 
-A browser runs any page's requests with its own machine's reach, so a service on loopback that anybody may use is open
-to every page that its user looks at. Two ways lead there, and both can be told by headers that no page can forge:
+A browser sends any page's requests from the user's own machine, so an open service on loopback is exposed to every page
+that the user visits. There are two ways to reach it, and headers that pages cannot forge reveal both:
 
-- The page sends requests to another site than its own. Browsers say so (`Origin`, `Sec-Fetch-Site`), and let it send
-  bodies of a few types only unless the service agrees first (https://fetch.spec.whatwg.org/#cors-safelisted-request-header).
-- The page's own name is made to point to this machine ("DNS rebinding"). To the browser it is the page's own site then;
-  the page's name stands in `Host`.
+- The page sends cross-site requests. Browsers mark them (`Origin`, `Sec-Fetch-Site`), and without the service's consent
+  allow only a few body types (https://fetch.spec.whatwg.org/#cors-safelisted-request-header).
+- The page's own host name is made to resolve to this machine (DNS rebinding). The browser then considers the service
+  the page's own site, and `Host` contains the page's name.
 
-Programs send neither an `Origin` nor a foreign `Host`. Where keys are asked for none of this is looked at: no page
-knows a key.
+Programs send neither an `Origin` nor a foreign `Host`. With API keys nothing is checked: pages do not know a key.
 """
 
 from __future__ import annotations
@@ -30,25 +29,25 @@ _FOREIGN = b"cross-site"
 
 @dataclass(frozen=True, slots=True)
 class HostRules:
-    """Under which names a service is reached."""
+    """The names under which a service may be reached."""
 
     names: frozenset[str]
-    """Of hosts, in small letters."""
+    """Host names in lower case."""
     trusted: frozenset[str]
-    """Those of them whose pages may send requests from other ports and schemes, too."""
+    """The names among them whose pages may also send requests from other ports and schemes."""
     takes_addresses: bool
-    """Whether any IP address is one: a name can be pointed here by somebody else, an address cannot."""
+    """Whether every IP address is accepted as a host. A foreign name can be made to resolve here, an address cannot."""
 
     def is_known(self, host: str) -> bool:
-        """Whether a request's host is one of this service's."""
+        """Whether a host belongs to this service."""
         if host in self.names or host.endswith(".localhost") or is_loopback(host):
             return True
         return self.takes_addresses and _is_address(host)
 
 
 def build_rules(host: str, allowed_hosts: Collection[str]) -> HostRules:
-    """The rules of a service that listens on `host`: on loopback only loopback's names, else every address and this
-    machine's name; and those that the settings allow."""
+    """Build the rules of a service that listens on `host`: loopback names on loopback, otherwise every address and the
+    machine's name; in both cases also the names that the settings allow."""
     trusted = frozenset(name.lower().rstrip(".") for name in allowed_hosts)
     if is_loopback(host):
         return HostRules(trusted, trusted, takes_addresses=False)
@@ -58,21 +57,21 @@ def build_rules(host: str, allowed_hosts: Collection[str]) -> HostRules:
 
 
 def check_source(headers: Mapping[bytes, bytes], rules: HostRules, *, is_page: bool = False) -> None:
-    """Refuse what a foreign web page may have sent.
+    """Refuse a request that a foreign web page may have sent.
 
     Args:
-        headers: names in small letters.
-        rules: of this service.
-        is_page: whether what is asked for is a page for people, to which links may lead from anywhere.
+        headers: by lower-case name.
+        rules: this service's rules.
+        is_page: whether the request is for a page for people, which any site may link to.
 
     Raises:
-        PermissionDeniedError: it may be one's.
+        PermissionDeniedError: a foreign page may have sent the request.
     """
     given = headers.get(b"host")
     if given is not None and not rules.is_known(_split_host(given)):
         shown = _split_host(given)[:100]
         raise PermissionDeniedError(
-            f"Without API keys nothing is answered under the name '{shown}'; the operator can add it to "
+            f"Without API keys this service does not answer under the name '{shown}'; the operator can add it to "
             "router.allowed_hosts, or set router.keys_file.",
             code="host_not_allowed",
         )
@@ -81,24 +80,24 @@ def check_source(headers: Mapping[bytes, bytes], rules: HostRules, *, is_page: b
     origin = headers.get(b"origin")
     if headers.get(b"sec-fetch-site") == _FOREIGN or (origin is not None and not _is_own(origin, given, rules)):
         raise PermissionDeniedError(
-            "Without API keys no other web page's requests are answered; the operator can add its host to "
+            "Without API keys this service answers no requests of other web pages; the operator can add the host to "
             "router.allowed_hosts, or set router.keys_file.",
             code="origin_not_allowed",
         )
 
 
 def check_content_type(headers: Mapping[bytes, bytes], *allowed: bytes) -> None:
-    """Refuse a body of a type that any web page may send without asking.
+    """Refuse a body of a type that any web page may send without a preflight request.
 
     Raises:
-        InvalidRequestError: there is a body, of none of the allowed types.
+        InvalidRequestError: there is a body, and its type is not allowed.
     """
     has_body = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
     kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
     if has_body and kind not in allowed:
         names = " or ".join(name.decode() for name in allowed)
         raise InvalidRequestError(
-            f"Send the header 'Content-Type: {names}'; without API keys no other body is read.",
+            f"Send the header 'Content-Type: {names}'; without API keys other bodies are refused.",
             param="content-type",
             code="invalid_content_type",
         )
@@ -117,7 +116,7 @@ def _is_own(origin: bytes, host: bytes | None, rules: HostRules) -> bool:
 
 
 def _split_host(value: bytes) -> str:
-    """The name of a `Host` header, without its port."""
+    """Return the name in a `Host` header, without the port."""
     text = value.decode("latin-1").strip().lower()
     if text.startswith("["):
         return text[1:].partition("]")[0]

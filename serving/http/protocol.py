@@ -1,12 +1,11 @@
-"""Guards on what a connection does before there is a request for the ASGI app, and on a client that takes no answer.
+"""Protects connections before a request reaches the ASGI app, and against clients that do not read their answer.
 
-uvicorn leaves the size of headers, the time a client takes for them and a client that stops reading to a proxy in
-front; here they are bounded, and what is refused is told in OpenAI's error shape. llhttp below already refuses
-ambiguous framing (Content-Length twice or together with Transfer-Encoding, bare LF, folded headers); what it lets
-through of RFC 9112, sections 3.2 and 6.1, is refused here.
+uvicorn leaves header size, slow headers and clients that stop reading to a proxy in front. Here they are limited, and
+refusals have OpenAI's error shape. llhttp already refuses ambiguous framing (two Content-Length headers, or one
+together with Transfer-Encoding, bare LF, folded headers); the rest of RFC 9112, sections 3.2 and 6.1, is checked here.
 
-Built on methods of uvicorn's protocol class that are no public interface. Written for uvicorn 0.54; nothing else in the
-project knows them, and tests/unit/http/test_protocol.py fails when one moves. Nothing is done per piece of an answer.
+Overrides private methods of uvicorn's protocol class. Written for uvicorn 0.54; no other module uses them, and
+tests/unit/http/test_protocol.py fails when one changes. No work is added per piece of an answer.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ from serving.http.joined_writes import JoiningTransport, WriteRound
 from serving.settings.router import LimitSettings
 
 _CHUNK_OVERHEAD = 8
-"""Bytes of framing per byte of a chunked body that a client may send: `1\\r\\nx\\r\\n` is six."""
+"""Most bytes of framing per byte of a chunked body: `1\\r\\nx\\r\\n` is six."""
 _LINGER_S = 2.0
-"""How long what a refused client still sends is taken and thrown away."""
+"""How long data from a refused client is read and discarded."""
 
 
 class JoiningProtocol(HttpToolsProtocol):
-    """One connection, whose writes are joined. Made into a class of one server by `build_protocol`, since uvicorn makes
-    the instances."""
+    """One connection with coalesced writes. `build_protocol` derives a class per server, since uvicorn creates the
+    instances."""
 
     writes: ClassVar[WriteRound]
 
@@ -42,7 +41,7 @@ class JoiningProtocol(HttpToolsProtocol):
 
 
 class GuardedProtocol(JoiningProtocol):
-    """One connection from outside, within limits."""
+    """One connection from an untrusted client, within limits."""
 
     limits: ClassVar[LimitSettings]
 
@@ -57,7 +56,7 @@ class GuardedProtocol(JoiningProtocol):
         self._read_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
 
-    # What the transport calls
+    # Called by the transport
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -89,7 +88,7 @@ class GuardedProtocol(JoiningProtocol):
         self._go_on_after_headers(data[room:])
 
     def _go_on_after_headers(self, data: bytes) -> None:
-        """Whatever allowed headers would be longer than was read."""
+        """Refuse headers that are longer than allowed."""
         if self._is_in_headers and not self._is_deaf:
             self._refuse(HeadersTooLargeError(f"Headers may have {self.limits.max_header_bytes} bytes at most."))
         else:
@@ -107,19 +106,19 @@ class GuardedProtocol(JoiningProtocol):
         if self.transport.is_closing():
             self._watch_writing()
 
-    # What the parser calls; an exception out of these ends in `send_400_response`
+    # Called by the parser; an exception from these ends in `send_400_response`
 
     def on_message_begin(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:
-            # A second request while the first is answered. uvicorn would queue it, and then no longer tell the first
-            # that its client has left. RFC 9112, section 9.3.2, has clients ask again for what was not answered.
+            # A second request while the first is being answered. uvicorn would queue it, and then not notify the first
+            # when its client disconnects. Clients repeat requests that were not answered (RFC 9112, section 9.3.2).
             self.cycle.keep_alive = False
             self._is_deaf = True
             return
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._is_in_headers and not self._is_deaf:  # trailers must not become headers: RFC 9110, section 6.5.1
+        if self._is_in_headers and not self._is_deaf:  # trailers must not become headers (RFC 9110, section 6.5.1)
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -142,32 +141,33 @@ class GuardedProtocol(JoiningProtocol):
             self._stop_read_timer()
             super().on_message_complete()
             if self.cycle.response_complete and self.cycle.more_body and not self.transport.is_closing():
-                # The answer was quicker than the body, whose bytes have ended uvicorn's wait for the next request.
+                # The answer was complete before the body, whose bytes ended uvicorn's wait for the next request.
                 self.timeout_keep_alive_task = self.loop.call_later(
                     self.timeout_keep_alive, self.timeout_keep_alive_handler
                 )
             self.cycle.more_body = False
 
-    # What uvicorn calls
+    # Called by uvicorn
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self.transport.is_closing():
-            self._watch_writing()  # until the answer is taken; a closed transport waits for that without end
+            self._watch_writing()  # until the client reads the answer; a closed transport waits for that without limit
         elif self.cycle.more_body:
-            # A client that goes on sending what nobody reads: uvicorn's own timer ends at its first byte.
+            # For a client that keeps sending data that is not read: uvicorn's own timer ends at its first byte.
             self._read_timer = self.loop.call_later(self.limits.body_timeout_s, self._close)
 
     def timeout_keep_alive_handler(self) -> None:
         self._close()
 
     def send_400_response(self, msg: str) -> None:
-        """In OpenAI's shape, and never into the middle of an answer."""
+        """Answer in OpenAI's error shape, but never in the middle of another answer."""
         if not self._is_deaf:
             self._refuse(self._refusal or InvalidRequestError("This is not valid HTTP.", code="invalid_http"))
 
     def _unsupported_upgrade_warning(self) -> None:
-        """Upgrade may be ignored (RFC 9110, section 7.8), but the parser reads nothing after it."""
+        """Close after an upgrade request: it may be ignored (RFC 9110, section 7.8), but the parser reads nothing after
+        it."""
         self._is_deaf = True
         if self.cycle is not None:
             self.cycle.keep_alive = False
@@ -175,23 +175,23 @@ class GuardedProtocol(JoiningProtocol):
     # The guards
 
     def _check_headers(self) -> None:
-        """Refuse what llhttp passes and RFC 9112 wants refused."""
+        """Refuse what llhttp accepts although RFC 9112 requires an error."""
         num_hosts = sum(name == b"host" for name, _ in self.headers)
         codings = [value for name, value in self.headers if name == b"transfer-encoding"]
         version = self.parser.get_http_version()
         if version not in ("1.0", "1.1"):
-            self._raise_refusal("Only HTTP/1.1 and HTTP/1.0 are spoken here.")
+            self._raise_refusal("Use HTTP/1.1 or HTTP/1.0; other versions are not supported.")
         if num_hosts != 1 and (num_hosts > 1 or version == "1.1"):
-            self._raise_refusal("A request needs exactly one Host header.")
+            self._raise_refusal("Send exactly one Host header.")
         if codings and (version == "1.0" or [coding.strip().lower() for coding in codings] != [b"chunked"]):
-            self._raise_refusal("The only Transfer-Encoding that is read is chunked, in HTTP/1.1.")
+            self._raise_refusal("Transfer-Encoding must be chunked, in HTTP/1.1; no other is supported.")
         if self.parser.should_upgrade():
             lengths = [value for name, value in self.headers if name == b"content-length"]
             if codings or (lengths and lengths != [b"0"]):
                 self._raise_refusal("A request with a body cannot ask for an upgrade.")
 
     def _check_framing(self) -> None:
-        """Chunk extensions and trailers have no other bound; a body by Content-Length always passes."""
+        """Limit chunk extensions and trailers, which have no other limit. A body with Content-Length always passes."""
         if not self._is_in_headers and not self._is_deaf and not self.transport.is_closing():
             self._refuse(InvalidRequestError("The chunks of the body are mostly framing.", code="invalid_http"))
 
@@ -200,7 +200,7 @@ class GuardedProtocol(JoiningProtocol):
         raise self._refusal
 
     def _refuse(self, error: ServingError) -> None:
-        """Answer and hang up; what the client still sends is not read."""
+        """Answer and close; further data from the client is not parsed."""
         self._is_deaf = True
         cycle = self.cycle
         if cycle is None or cycle.response_complete or not cycle.response_started:
@@ -209,7 +209,7 @@ class GuardedProtocol(JoiningProtocol):
                 cycle.message_event.set()
             self.transport.write(_render(error))
             if self.transport.can_write_eof():
-                # Closed at once, a client that is still sending would see a reset instead of the answer.
+                # After an immediate close a client that is still sending would see a reset instead of the answer.
                 self.transport.write_eof()
                 self._stop_read_timer()
                 self._read_timer = self.loop.call_later(_LINGER_S, self._close)
@@ -240,7 +240,7 @@ class GuardedProtocol(JoiningProtocol):
             self._write_timer = self.loop.call_later(self.limits.write_timeout_s, self._check_writing, left)
 
     def _check_writing(self, before: int) -> None:
-        """Drop a client that has taken nothing since the last look; a slow one has its answer."""
+        """Disconnect a client that has read nothing since the last check. A slow client is left alone."""
         self._write_timer = None
         if self._count_untaken() >= before:
             self.transport.abort()
@@ -248,8 +248,8 @@ class GuardedProtocol(JoiningProtocol):
             self._watch_writing()
 
     def _count_untaken(self) -> int:
-        """Bytes that the client's machine has not acknowledged, ours and the kernel's: the kernel asks for more only
-        when a third of its megabytes is free again, which says nothing of a slow client for a long time."""
+        """Count the bytes that the client's machine has not acknowledged, in our buffer and the kernel's. The transport
+        alone is not enough: the kernel asks for more only when a third of its megabytes is free again."""
         queued = bytearray(4)
         with contextlib.suppress(OSError, ValueError):
             fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, queued)
@@ -257,7 +257,7 @@ class GuardedProtocol(JoiningProtocol):
 
 
 def build_protocol(limits: LimitSettings | None) -> type[asyncio.Protocol]:
-    """What `uvicorn.Config(http=...)` takes, for one server; without limits, for one that only the stack talks to."""
+    """Build the class for `uvicorn.Config(http=...)` of one server; without limits for internal servers."""
     if limits is None:
         return type("ServerProtocol", (JoiningProtocol,), {"writes": WriteRound()})
     return type("LimitedProtocol", (GuardedProtocol,), {"writes": WriteRound(), "limits": limits})

@@ -1,4 +1,4 @@
-"""How long an answer asks its client to wait before it asks again (RFC 9110, section 10.2.3)."""
+"""Reads how long a server asks a client to wait before retrying (RFC 9110, section 10.2.3)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 
 def read_retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that an answer asks to wait (`retry-after-ms` before `Retry-After`); None when it doesn't say."""
+    """Return the seconds to wait (`retry-after-ms` takes precedence over `Retry-After`), or None if neither is
+    given."""
     for name, scale in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
         try:
             wait_s = float(headers[name]) / scale

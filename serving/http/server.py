@@ -1,4 +1,4 @@
-"""An ASGI app on a port of its own, inside an event loop that somebody else runs (a Ray Serve replica's)."""
+"""Serves an ASGI app on its own port inside an existing event loop, for example a Ray Serve replica's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _KEEP_ALIVE_S = 75
 
 
 class _SignallessServer(uvicorn.Server):
-    """Leaves the process's signals alone: they belong to Ray."""
+    """Does not install signal handlers: the process's signals belong to Ray."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -26,7 +26,7 @@ class _SignallessServer(uvicorn.Server):
 
 
 class HttpServer:
-    """Starts listening at once, serves until stopped, and lets running requests finish."""
+    """Binds its port when created, serves until stopped, and lets running requests finish."""
 
     def __init__(
         self,
@@ -44,17 +44,17 @@ class HttpServer:
         Args:
             app: the ASGI app.
             host: address to listen on.
-            port: 0 takes a free one, see `port`.
+            port: port to listen on; 0 picks a free one, see `port`.
             drain_s: how long `stop` waits for running requests.
-            shares_port: let other processes listen on the same port; the kernel spreads connections over them.
-            has_lifespan: whether the app wants ASGI's lifespan events.
-            limits: guards against strangers; None for a server that only the stack itself talks to.
+            shares_port: let other processes listen on the same port; the kernel balances connections over them.
+            has_lifespan: whether to send ASGI lifespan events to the app.
+            limits: protection against untrusted clients; None for an internal server.
 
         Raises:
-            OSError: the address is taken or not this machine's.
+            OSError: the address is in use or does not belong to this machine.
         """
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        # Named, since asyncio switches Nagle's algorithm off only on sockets that say they are TCP.
+        # The protocol is named because asyncio disables Nagle's algorithm only on sockets that are explicitly TCP.
         self._socket = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if shares_port:
@@ -89,10 +89,10 @@ class HttpServer:
         return self._task is not None and not self._task.done() and self._server.started
 
     async def start(self) -> None:
-        """Serve from now on.
+        """Start serving.
 
         Raises:
-            RuntimeError: the app refused to start.
+            RuntimeError: the app failed to start.
         """
         self._task = asyncio.get_running_loop().create_task(self._serve())
         while not self._server.started:
@@ -101,12 +101,13 @@ class HttpServer:
             await asyncio.sleep(0.01)
 
     async def _serve(self) -> None:
-        # uvicorn exits the process when the app's start fails; here the process and its event loop are not its own.
+        # uvicorn exits the process if the app fails to start; here the process and its event loop belong to someone
+        # else.
         with contextlib.suppress(SystemExit):
             await self._server.serve(sockets=[self._socket])
 
     async def stop(self) -> None:
-        """Stop listening, wait for running requests (`drain_s` at most), end."""
+        """Stop listening, wait for running requests for at most `drain_s`, and end."""
         self._server.should_exit = True
         if self._task is not None:
             await asyncio.wait([self._task])
