@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import orjson
 from starlette.types import Message, Send
@@ -21,7 +21,7 @@ _STREAM_HEADERS = (
 class Reply:
     """Sends the answer and remembers how far it has come. `headers` go with it, whatever it is."""
 
-    __slots__ = ("_send", "first_byte_ns", "headers", "is_complete", "is_stream", "on_whole", "status")
+    __slots__ = ("_send", "first_byte_ns", "headers", "is_complete", "is_stream", "status")
 
     def __init__(self, send: Send, headers: list[tuple[bytes, bytes]] | None = None) -> None:
         self._send = send
@@ -32,9 +32,6 @@ class Reply:
         self.is_complete = False
         self.is_stream = False
         """Whether it is one of server-sent events, so that an error can still be told."""
-        self.on_whole: Callable[[], None] = _do_nothing
-        """Called when all of an answer is there, before its last bytes leave: whoever has read them must find it in
-        the books, even if this process ends with them."""
 
     @property
     def has_begun(self) -> bool:
@@ -52,7 +49,6 @@ class Reply:
 
     async def end(self, data: bytes = b"") -> None:
         """The last piece of a stream that is whole with it."""
-        self.on_whole()
         await self._end(data)
 
     async def end_with_error(self, error: ServingError) -> None:
@@ -66,8 +62,6 @@ class Reply:
         more = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in (extra or {}).items()]
         length = (b"content-length", b"%d" % len(body))
         self._begin(status)
-        if status < 400:
-            self.on_whole()
         await self._send_head([(_JSON[0], content_type), length, *self.headers, *more])
         await self._end(body)
 
@@ -102,6 +96,3 @@ class Reply:
     async def _end(self, data: bytes) -> None:
         await self._send({"type": "http.response.body", "body": data, "more_body": False})
         self.is_complete = True
-
-
-def _do_nothing() -> None: ...

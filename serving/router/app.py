@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import orjson
 from starlette.types import Receive, Scope, Send
 
-from serving.billing.records import RequestRecord
 from serving.cluster.directory import EMPTY, RouterReport, ServiceRecord, Snapshot
 from serving.errors import (
     InternalError,
@@ -27,13 +26,11 @@ from serving.http.reply import Reply
 from serving.router.access.auth import Authenticator
 from serving.router.access.control import AccessControl, Incoming
 from serving.router.access.limits import TenantLimits
-from serving.router.accounting.accounts import Accounts, build_ledger
-from serving.router.accounting.metering import Accountant, RequestContext
+from serving.router.accounting.accounts import Accounts, Journal, build_ledger
 from serving.router.generation import Generation
 from serving.router.lookups.openapi import build_document
 from serving.router.lookups.routes import GET_ROUTES, MODEL, QUOTE, Lookups
 from serving.router.lookups.state import RouterState
-from serving.router.relay.backend import Gateway
 from serving.router.relay.ocr_relay import DocumentRelay, find_charge, is_for_ocr
 from serving.router.relay.replica_relay import Relay
 from serving.router.request.remote_images import RemoteImages
@@ -41,7 +38,6 @@ from serving.router.scheduling.dispatcher import Dispatcher
 from serving.settings.base import is_loopback
 from serving.settings.stack import Settings
 from serving.telemetry.gauges import read_settings
-from serving.telemetry.logs import log_request
 from serving.telemetry.router_metrics import Reading, RouterMetrics
 from serving.telemetry.targets import Group, list_targets
 
@@ -67,16 +63,16 @@ class RouterApp:
         settings: Settings,
         read_snapshot: Callable[[], Snapshot] = lambda: EMPTY,
         *,
-        on_record: Callable[[RequestRecord], None] = lambda record: None,
         has_ledger: bool = False,
+        journal: Journal | None = None,
     ) -> None:
         """Put the parts together.
 
         Args:
             settings: the whole of them.
             read_snapshot: gives the replica list as it is now; whoever follows the directory keeps it.
-            on_record: gets the record of every request that ended.
-            has_ledger: whether the records go into the ledger that the settings name.
+            has_ledger: whether rows go into the ledger that the settings name.
+            journal: gets the rows of requests instead.
 
         Raises:
             SettingsError: the keys file cannot be used.
@@ -89,85 +85,79 @@ class RouterApp:
         """Where it answers, if that is known: told to OCR services."""
         self._others: tuple[RouterReport, ...] = ()
         self._read_snapshot = read_snapshot
-        self._on_record = on_record
         key = settings.engine.api_key
-        self._backend = Gateway(Relay(settings.router, key.get_secret_value() if key is not None else None))
+        self._relay = Relay(settings.router, key.get_secret_value() if key is not None else None)
         self._keys = Authenticator(settings.router.keys_file, is_local=is_loopback(settings.router.host))
-        self._limits = TenantLimits(time.monotonic)
-        self._access = AccessControl(settings, self._keys, self._limits)
-        self._dispatcher = Dispatcher(settings, read_snapshot, router_id=self.router_id, rng=random.Random())
-        ledger = build_ledger(settings, self.router_id) if has_ledger else None
-        self._accounts = Accounts(settings, ledger, self._backend.fetch_usage)
-        self._accountant = Accountant(
-            self._backend.fetch_usage, self._settle, self.router_id, on_promise=self._accounts.promise
+        self.access = AccessControl(settings, self._keys, TenantLimits(time.monotonic))
+        self.dispatcher = Dispatcher(settings, read_snapshot, router_id=self.router_id, rng=random.Random())
+        self._metrics = RouterMetrics(self._read_gauges)
+        self.accounts = Accounts(
+            settings,
+            self.router_id,
+            self.access.limits,
+            self._metrics,
+            self._relay.fetch_usage,
+            build_ledger(settings, self.router_id) if has_ledger else None,
+            journal,
         )
         self._remote = RemoteImages(settings.router.remote_images)
         self._documents = DocumentRelay(settings.router, settings.ocr)
-        self._state = RouterState(self.router_id, read_snapshot, self._dispatcher, self._limits)
+        self._state = RouterState(self.router_id, read_snapshot, self.dispatcher, self.access.limits)
         self._lookups = Lookups(
             settings,
             read_snapshot,
-            self._dispatcher,
-            self._accounts,
+            self.dispatcher,
+            self.accounts,
             self._state,
             self._documents,
-            self._access,
+            self.access,
             self.list_targets,
         )
-        self._metrics = RouterMetrics(self._read_gauges)
         self._traces = _build_traces(settings, self.router_id)
         self._document = orjson.dumps(build_document(settings))
         self._generation = Generation(
-            settings,
-            self._access,
-            self._dispatcher,
-            self._backend,
-            self._accountant,
-            self._remote,
-            self._accounts,
-            self._traces,
+            settings, self.access, self.dispatcher, self._relay, self._remote, self.accounts, self._traces
         )
 
     async def start(self) -> None:
         """Must run inside the event loop that serves."""
-        await self._accounts.start()
-        await self._backend.start()
+        await self.accounts.start()
+        await self._relay.start()
         await self._remote.start()
         await self._documents.start()
 
     async def close(self) -> None:
-        self._dispatcher.close()
-        await self._accountant.close()
-        await self._accounts.close()
+        self.dispatcher.close()
+        await self.accounts.close()
         await self._remote.close()
         await self._documents.close()
-        await self._backend.close()
+        await self._relay.close()
         if self._traces is not None:
             await asyncio.to_thread(self._traces.close)
 
     @property
     def is_idle(self) -> bool:
         """Whether no request is waiting, under way, or still to be accounted for, and no document is relayed."""
-        return self._dispatcher.is_idle and self._accountant.num_open == 0 and self._documents.num_open == 0
+        return self.dispatcher.is_idle and self.accounts.num_settling == 0 and self._documents.num_open == 0
 
     def refresh(self) -> None:
         """The replica list has changed, or the whole stack is going down."""
-        self._access.is_stopping = self._read_snapshot().is_stopping
-        self._dispatcher.refresh()
+        self.access.is_stopping = self._read_snapshot().is_stopping
+        self.dispatcher.refresh()
 
     def tick(self) -> None:
         """Called about twice a second: keys that have changed, waits that have lasted too long."""
         asyncio.get_running_loop().run_in_executor(None, self._keys.reload_if_changed)  # thousands of keys take a while
-        self._dispatcher.tick()
-        self._accounts.see_replicas(self._read_snapshot())
+        self.dispatcher.tick()
+        self.accounts.see_replicas(self._read_snapshot())
 
     def report(self) -> RouterReport:
         """What the other routers should know of this one."""
         return RouterReport(
             router_id=self.router_id,
-            queued_work=tuple(self._dispatcher.queued_work().items()),
-            replica_work=tuple(self._dispatcher.replica_work().items()),
-            tenants=self._limits.uses(),
+            queued_work=tuple(self.dispatcher.queued_work().items()),
+            replica_work=tuple(self.dispatcher.replica_work().items()),
+            tenants=self.access.limits.uses(),
             metrics_url=self.metrics_url,
             url=self.url,
         )
@@ -183,8 +173,8 @@ class RouterApp:
     def absorb(self, reports: tuple[RouterReport, ...]) -> None:
         """What the others reported."""
         self._others = reports
-        self._dispatcher.absorb(reports)
-        self._limits.absorb(reports)
+        self.dispatcher.absorb(reports)
+        self.access.limits.absorb(reports)
 
     def follow_services(self, services: tuple[ServiceRecord, ...]) -> None:
         """The OCR services that there are now."""
@@ -219,13 +209,13 @@ class RouterApp:
             await self._relay_documents(incoming)
             return
         if path not in _PROBES:
-            await self._access.check_source(incoming)
+            await self.access.check_source(incoming)
         allowed = "GET" if path.startswith(MODEL) else METHODS.get(path)
         if allowed is None:
             raise RouteNotFoundError(f"There is no {method} {incoming.scope['path'][:200]} here.")
         if method != allowed and not (allowed == "GET" and method == "HEAD"):
             raise MethodNotAllowedError(f"{path} answers {allowed} only.", allowed)
-        await self._access.check_open(incoming)
+        await self.access.check_open(incoming)
         if path in GENERATE:
             await self._generation.serve(incoming)
         elif path == "/health":
@@ -244,14 +234,14 @@ class RouterApp:
         self._documents.check_enabled()
         scope = {**incoming.scope, "path": incoming.path or "/"}
         charge = find_charge(scope["method"], incoming.path)
-        await self._access.check_source(incoming, is_page=charge is None, takes_forms=True)
-        await self._access.check_open(incoming)
+        await self.access.check_source(incoming, is_page=charge is None, takes_forms=True)
+        await self.access.check_open(incoming)
         if charge is None:
             await self._documents.relay(incoming.request_id, scope, incoming.receive, incoming.reply)
             return
-        identity = await self._access.identify(incoming)
-        async with self._access.admitted(incoming, identity, charge):
-            incoming.reply.headers += self._limits.headers(identity, time.monotonic())
+        identity = await self.access.identify(incoming)
+        async with self.access.admitted(incoming, identity, charge):
+            incoming.reply.headers += self.access.limits.headers(identity, time.monotonic())
             await self._documents.relay(incoming.request_id, scope, incoming.receive, incoming.reply)
 
     async def _answer_ready(self, reply: Reply) -> None:
@@ -262,18 +252,8 @@ class RouterApp:
 
     def _read_gauges(self) -> Iterator[Reading]:
         yield from self._state.read_gauges()
-        yield from self._accounts.read_gauges()
+        yield from self.accounts.read_gauges()
         yield from read_settings(self.settings)
-
-    def _settle(self, context: RequestContext, record: RequestRecord) -> None:
-        used = record.tokens.num_prompt_tokens + record.tokens.num_completion_tokens
-        self._limits.settle(context.identity, context.reserved_tokens, used, time.monotonic())
-        self._accounts.settle(context, record)
-        self._metrics.count(record)
-        log_request(record)
-        if context.trace is not None:
-            context.trace.end(record)
-        self._on_record(record)
 
 
 def _build_traces(settings: Settings, router_id: str) -> Traces | None:

@@ -1,20 +1,39 @@
-"""The way of a request that generates: who asks, may they, what is it, when is its turn, the answer, the record."""
+"""A request that generates, from top to bottom: identify, hold, parse, reserve, place, send, settle.
+
+    identify   whose request it is, and the id that engines and the ledger know it by        -> RequestContext
+    hold       one of the tenant's requests and memory for the body; on every way out everything that the request
+               holds is given back or, if it was used, settled                               -> Held
+    parse      the body, checked, with remote images fetched                                 -> RoutedRequest
+    reserve    the tenant's budget and tokens per minute, of what the request may take       -> WorkEstimate
+    place      a place on a replica, queueing for one if all are busy                        -> Slot
+    send       to that replica, or the next one if it fails before the client has got a byte
+
+Values that steps pass on are frozen. What changes is kept by three objects: the request's money by `RequestAccount`,
+its place by `Slot`, what its client has received by `Reply`. A complete answer's row is in the journal before its last
+bytes leave: `_try` does one after the other.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from starlette.types import Receive
-
 from serving.billing.credits import SERVICE_MARK
 from serving.billing.records import Outcome
-from serving.cluster.directory import ReplicaRecord
-from serving.errors import InvalidRequestError, ReplicaTimeoutError, ServingError
+from serving.errors import (
+    EngineError,
+    InvalidRequestError,
+    NoReplicaError,
+    ReplicaConnectError,
+    ReplicaTimeoutError,
+    ServingError,
+)
 from serving.http.bodies import ClientGoneError, HeldBody, discard_body, read_body
 from serving.http.disconnects import ClientPresence
 from serving.http.reply import Reply
@@ -22,61 +41,100 @@ from serving.router.access.auth import check_model_allowed
 from serving.router.access.control import AccessControl, Incoming
 from serving.router.access.limits import GENERATION
 from serving.router.accounting.accounts import Accounts
-from serving.router.accounting.metering import CLIENT_CLOSED, Accountant, Ending, RequestContext
+from serving.router.accounting.request_account import CLIENT_CLOSED, Ending, RequestAccount, RequestContext
 from serving.router.accounting.token_bounds import bound_tokens
-from serving.router.relay.backend import Gateway
+from serving.router.relay.replica_relay import Relay
 from serving.router.request.parsing import RoutedRequest, parse_request
 from serving.router.request.remote_images import RemoteImages
 from serving.router.scheduling.dispatcher import Dispatcher
-from serving.router.scheduling.work_estimate import read_images
+from serving.router.scheduling.slot import Slot
+from serving.router.scheduling.work_estimate import WorkEstimate, read_images
 from serving.settings.stack import Settings
 
 if TYPE_CHECKING:
     from serving.telemetry.traces import Traces
 
+logger = logging.getLogger(__name__)
+
 _TIMEOUT_HEADER = b"x-request-timeout-ms"
 _GRACE_S = 0.05
+"""A request ends so much later than its deadline in the queue, whose refusal says more."""
+
+_UNTRACED: contextlib.AbstractContextManager[Mapping[str, str]] = contextlib.nullcontext({})
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a request that was let in may use."""
+
+    body: HeldBody
+    """Memory."""
+    began_s: float
+    timeout_s: float
+
+    @property
+    def deadline_s(self) -> float:
+        """Until which it may be queued."""
+        return self.began_s + self.timeout_s
 
 
 @dataclass(slots=True)
 class Generation:
-    """Serves the routes that generate. Everything it needs is given to it; it decides nothing itself."""
+    """Serves the routes that generate. Everything that decides is given to it."""
 
     settings: Settings
     access: AccessControl
     dispatcher: Dispatcher
-    backend: Gateway
-    accountant: Accountant
+    relay: Relay
     remote: RemoteImages
     accounts: Accounts
     traces: Traces | None = None
-    """None when nothing is traced."""
+    """None if nothing is traced."""
 
     async def serve(self, incoming: Incoming) -> None:
-        """One request, to its end and its record.
+        """Serve one request to its end.
 
         Raises:
             ServingError: it was refused or failed, and the reply has not begun.
-            ClientGoneError: nobody is there to be answered.
+            ClientGoneError: the client has left.
         """
-        headers, reply = incoming.headers, incoming.reply
+        account = RequestAccount(self.accounts, await self._identify(incoming))
+        async with self._hold(account, incoming) as held:
+            request = await self._parse(account, incoming, held.body)
+            request, work = self._reserve(account, request, incoming.reply)
+            async with self._place(account, request, work, incoming, held) as slot:
+                await self._send(account, request, slot, incoming.reply)
+
+    async def _identify(self, incoming: Incoming) -> RequestContext:
         identity = await self.access.identify(incoming)
         credit = self.access.read_credit(incoming)
-        context = RequestContext(
-            _make_id(incoming, is_service=credit is not None), incoming.path, identity, time.time_ns()
-        )
-        context.credit_nanodollars = credit or 0
+        request_id = _make_id(incoming, is_service=credit is not None)
+        arrived_ns = time.time_ns()
+        trace = None
         if self.traces is not None:
-            context.trace = self.traces.begin(incoming.path, headers, context.arrived_ns)
+            trace = self.traces.begin(incoming.path, incoming.headers, arrived_ns)
+        return RequestContext(request_id, incoming.path, identity, arrived_ns, credit or 0, trace)
+
+    @contextlib.asynccontextmanager
+    async def _hold(self, account: RequestAccount, incoming: Incoming) -> AsyncIterator[Held]:
+        """Let a request in, and settle it in the end. What fails after the reply has begun is told in the stream."""
+        identity, reply = account.context.identity, incoming.reply
         ending = Ending(Outcome.FAILED, 500, "internal_error")
-        reply.on_whole = lambda: self.accountant.finish_whole(
-            context, Ending.of_whole(reply.status, reply.first_byte_ns)
-        )
         try:
-            await self._serve_admitted(context, incoming)
+            began_s = time.monotonic()
+            timeout_s = _read_timeout(incoming.headers, self.settings.router.admission.request_timeout_s)
+            try:
+                self.accounts.check_room(identity)
+            except ServingError:
+                await discard_body(incoming.receive, self.settings.router.limits)
+                raise
+            async with self.access.admitted(incoming, identity, GENERATION):
+                with self.access.bodies.open() as body:
+                    yield Held(body, began_s, timeout_s)
             ending = Ending.of_whole(reply.status, reply.first_byte_ns)
         except ServingError as error:
-            ending = Ending.from_error(error, context, reply.status, reply.first_byte_ns)
+            outcome = Outcome.FAILED if account.num_tries and error.http_status >= 500 else Outcome.REFUSED
+            ending = Ending(outcome, reply.status or error.http_status, error.code or "", reply.first_byte_ns)
             if not reply.has_begun:
                 raise
             await reply.end_with_error(error)
@@ -90,75 +148,87 @@ class Generation:
             ending = Ending(Outcome.ABORTED, reply.status or CLIENT_CLOSED, "", reply.first_byte_ns)
             raise
         finally:
-            self.accountant.finish(context, ending)
+            account.finish(ending)
 
-    async def _serve_admitted(self, context: RequestContext, incoming: Incoming) -> None:
-        began_s, limits, reply = time.monotonic(), self.access.limits, incoming.reply
-        timeout_s = _read_timeout(incoming.headers, self.settings.router.admission.request_timeout_s)
-        try:
-            self.accounts.check_room(context.identity)
-        except ServingError:
-            await discard_body(incoming.receive, self.settings.router.limits)
-            raise
-        async with self.access.admitted(incoming, context.identity, GENERATION):
-            with self.access.bodies.open() as held:
-                body = await read_body(incoming.scope, incoming.receive, self.settings.router.limits, held)
-                request = await self._understand(context, incoming, body, held)
-                sample = self.dispatcher.sample(request.model)
-                if sample is not None or not self.accounts.has_budget(context.identity):
-                    request = self._reserve(context, request, sample)
-                context.reserved_tokens = self.dispatcher.estimate(request).total
-                try:
-                    limits.reserve_tokens(context.identity, context.reserved_tokens, time.monotonic())
-                except ServingError:
-                    context.reserved_tokens = 0
-                    raise
-                finally:
-                    reply.headers += limits.headers(context.identity, time.monotonic())
-                    reply.headers += self.accounts.headers(context.identity)
-                # A little longer than the queue's own deadline, whose refusal says more.
-                async with asyncio.timeout(timeout_s + _GRACE_S):
-                    await self._answer(context, request, began_s + timeout_s, reply, incoming.receive)
-
-    async def _understand(
-        self, context: RequestContext, incoming: Incoming, body: bytes, held: HeldBody
-    ) -> RoutedRequest:
-        request = parse_request(context.route, body, self.settings)
-        if incoming.is_deepinfra or self.settings.router.usage_in_last_chunk:
+    async def _parse(self, account: RequestAccount, incoming: Incoming, held: HeldBody) -> RoutedRequest:
+        context, settings = account.context, self.settings
+        body = await read_body(incoming.scope, incoming.receive, settings.router.limits, held)
+        request = parse_request(context.route, body, settings)
+        if incoming.is_deepinfra or settings.router.usage_in_last_chunk:
             request = replace(request, usage_in_last_chunk=not request.wants_stream_usage)
-        check_model_allowed(context.identity, request.model, *self.settings.models[request.model].aliases)
-        context.start(request, self.accounts.find_price(request.model, context.identity.tenant_id, context.arrived_ns))
+        check_model_allowed(context.identity, request.model, *settings.models[request.model].aliases)
+        account.set_price(request)
         if None in request.image_sizes:
-            request = await self.remote.inline(request, self.settings.router)
+            request = await self.remote.inline(request, settings.router)
             held.take(len(request.body) - len(body))
-            context.request = request
         return request
 
-    def _reserve(self, context: RequestContext, request: RoutedRequest, replica: ReplicaRecord | None) -> RoutedRequest:
-        """Hold back what the request can cost, and give it as it may be sent."""
+    def _reserve(
+        self, account: RequestAccount, request: RoutedRequest, reply: Reply
+    ) -> tuple[RoutedRequest, WorkEstimate]:
+        """Reserve budget and tokens. A tenant with a budget whose model has no replica yet reserves when there is one:
+        until then the longest answer is unknown."""
+        identity = account.context.identity
+        replica = self.dispatcher.sample(request.model)
+        reading = read_images(request, replica)
         max_model_len = replica.max_model_len if replica is not None else 0
-        self.accounts.reserve(context, bound_tokens(request, read_images(request, replica), max_model_len))
-        return context.understood()[0]
-
-    async def _answer(
-        self, context: RequestContext, request: RoutedRequest, deadline_s: float, reply: Reply, receive: Receive
-    ) -> None:
-        slot = self.dispatcher.try_enter(request, context.identity, deadline_s=deadline_s)
-        if slot is None:
-            async with ClientPresence(receive):
-                slot = await self.dispatcher.enter(request, context.identity, deadline_s=deadline_s)
-        context.queue_wait_ns = round(slot.waited_s * 1e9)
+        if replica is not None or not self.accounts.has_budget(identity):
+            request = account.reserve(request, bound_tokens(request, reading, max_model_len))
+        work = self.dispatcher.estimate(request, reading, max_model_len)
         try:
-            if context.reservation is None:  # while it waited for the model's first replica, nobody knew its context
-                self._reserve(context, request, slot.replica)
-            await self.backend.answer(context, slot, reply, receive)
+            account.reserve_tokens(work.total)
         finally:
-            slot.close(context.tokens, is_whole=reply.is_complete)
+            reply.headers += self.access.limits.headers(identity, time.monotonic())
+            reply.headers += self.accounts.headers(identity)
+        return request, work
+
+    @contextlib.asynccontextmanager
+    async def _place(
+        self, account: RequestAccount, request: RoutedRequest, work: WorkEstimate, incoming: Incoming, held: Held
+    ) -> AsyncIterator[Slot]:
+        """Hold a place on a replica for as long as the request has time and its client is there."""
+        async with asyncio.timeout(held.timeout_s + _GRACE_S), ClientPresence(incoming.receive):
+            identity = account.context.identity
+            slot = await self.dispatcher.enter(request, work, identity, deadline_s=held.deadline_s)
+            try:
+                account.queued(slot.waited_s)
+                yield slot
+            finally:
+                slot.close(account.tokens, is_whole=incoming.reply.is_complete)
+
+    async def _send(self, account: RequestAccount, request: RoutedRequest, slot: Slot, reply: Reply) -> None:
+        """Try replicas until one has begun to answer."""
+        if not account.has_reservation:
+            request = account.reserve(request, bound_tokens(request, slot.reading, slot.replica.max_model_len))
+        while True:
+            try:
+                return await self._try(account, request, slot, reply)
+            except ServingError as error:
+                replica_id = slot.replica.replica_id
+                has_another = slot.fail(error) and error.is_retryable
+                if reply.has_begun or not (has_another or await slot.wait_for_replacement(error)):
+                    raise
+                logger.warning("replica %s failed %s: %s", replica_id, account.context.request_id, error)
+
+    async def _try(self, account: RequestAccount, request: RoutedRequest, slot: Slot, reply: Reply) -> None:
+        """Send the request to the slot's replica, and its answer to the client."""
+        account.sent_to(slot.replica, slot.reading.modes)
+        context = account.context
+        trace = context.trace.trying(slot.replica.replica_id) if context.trace is not None else _UNTRACED
+        with trace as headers:
+            try:
+                last = await self.relay.relay(request, context.request_id, slot.replica, account.notes, reply, headers)
+            except (ReplicaConnectError, EngineError, NoReplicaError):
+                account.refused()
+                raise
+            account.complete(reply.status or 200, reply.first_byte_ns or time.time_ns())
+            await (reply.end(last) if request.is_stream else reply.send_body(200, last))
+        slot.succeed()
 
 
 def _make_id(incoming: Incoming, *, is_service: bool) -> str:
-    """What engines and the ledger know a request by: unique, whatever its client calls it, and a service's cannot be
-    called so by anybody else."""
+    """The id that engines and the ledger know a request by: unique, whatever its client calls it. Only services of this
+    stack have ids that begin with their mark."""
     if b"x-request-id" not in incoming.headers:
         return incoming.request_id
     return f"{SERVICE_MARK if is_service else ''}{incoming.request_id}.{secrets.token_hex(4)}"
@@ -168,7 +238,7 @@ def _read_timeout(headers: Mapping[bytes, bytes], longest_s: float) -> float:
     """Seconds that a request may take: what it asks for, at most what the settings allow.
 
     Raises:
-        InvalidRequestError: the header is no whole number of milliseconds.
+        InvalidRequestError: the header is not a whole number of milliseconds.
     """
     given = headers.get(_TIMEOUT_HEADER)
     if given is None:

@@ -81,7 +81,7 @@ async def test_the_other_of_two_services_takes_over(tmp_path: Path) -> None:
         job = await wait_for_job(left[1], job_id, NUM_PAGES)
         after = await read_pages(left[1], job_id)
         asked = count_asked(engine)
-        ledger = router.app._accounts.ledger
+        ledger = router.app.accounts.ledger
         assert ledger is not None
         assert await ledger.flush(10)
         charged = sum(row[2] for row in read_ledger(tmp_path))
@@ -161,7 +161,7 @@ async def test_a_page_that_was_read_and_not_stored_is_paid_once(tmp_path: Path) 
         Engine(gate.answer, max_num_seqs=64, answers_usage=True) as engine,
         run_router(engine.record, settings=build_stack_settings(tmp_path), has_ledger=True) as router,
     ):
-        ledger = router.app._accounts.ledger
+        ledger = router.app.accounts.ledger
         assert ledger is not None
         async with service_process(tmp_path, router.port) as (process, client):
             form = {"model": "nano", "mode": "tiny", "format": "text"}

@@ -12,6 +12,8 @@ from typing import Any, Self
 import httpx
 import orjson
 
+from serving.billing.open_requests import OpenRequest
+from serving.billing.records import RequestRecord
 from serving.cluster.directory import ReplicaRecord, ReplicaState, Snapshot
 from serving.http.server import HttpServer
 from serving.router.app import RouterApp
@@ -212,11 +214,44 @@ def deaf_replica(replica_id: str = "deaf") -> Iterator[ReplicaRecord]:
 
 
 @dataclass
+class MemoryJournal:
+    """Keeps rows in memory, for tests that look at them."""
+
+    records: list[RequestRecord] = field(default_factory=list)
+    opened: list[OpenRequest] = field(default_factory=list)
+
+    def open(self, request: OpenRequest) -> None:
+        self.opened.append(request)
+
+    def record(self, record: RequestRecord) -> None:
+        self.records.append(record)
+
+
+@dataclass
+class ReplicaList:
+    """What the directory says: a test may change it, and then calls `refresh` of the router's app."""
+
+    records: list[ReplicaRecord]
+    is_stopping: bool = False
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot((1, 1), tuple(self.records), is_stopping=self.is_stopping)
+
+
+@dataclass
 class RunningRouter:
     app: RouterApp
     client: httpx.AsyncClient
     port: int
-    records: list[ReplicaRecord]
+    replicas: ReplicaList
+
+    @property
+    def records(self) -> list[ReplicaRecord]:
+        return self.replicas.records
+
+    @property
+    def num_queued(self) -> int:
+        return sum(self.app.dispatcher.queue_lengths().values())
 
     async def chat(self, **fields: Any) -> httpx.Response:
         return await self.client.post("/v1/chat/completions", content=chat_body(**fields))
@@ -240,20 +275,24 @@ class RunningRouter:
 
 @contextlib.asynccontextmanager
 async def run_router(
-    *records: ReplicaRecord, settings: Settings | None = None, has_ledger: bool = False
+    *records: ReplicaRecord,
+    settings: Settings | None = None,
+    has_ledger: bool = False,
+    journal: MemoryJournal | None = None,
 ) -> AsyncIterator[RunningRouter]:
-    known = list(records)
+    replicas = ReplicaList(list(records))
     app = RouterApp(
         settings or build_settings(),
-        read_snapshot=lambda: Snapshot((1, 1), tuple(known)),
+        read_snapshot=replicas.snapshot,
         has_ledger=has_ledger,
+        journal=journal,
     )
     server = HttpServer(app, host="127.0.0.1", port=0, drain_s=1, limits=app.settings.router.limits)
     await app.start()
     await server.start()
     try:
         async with connect(server.port) as client:
-            router = RunningRouter(app, client, server.port, known)
+            router = RunningRouter(app, client, server.port, replicas)
             yield router
             assert await router.is_idle()
     finally:

@@ -1,13 +1,14 @@
-"""A router's side of the books: what requests cost, what tenants have left, and the ledger that keeps it all."""
+"""One router's side of the money: prices, budgets, rate limits on tokens, and the ledger that keeps the rows."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
+from typing import Protocol
 
-from serving.billing.budgets import Budgets, BudgetState
+from serving.billing.budgets import Budgets, BudgetState, Reservation
 from serving.billing.database import ReplicaLife
 from serving.billing.journal_room import REFUSED_FOR_ROOM
 from serving.billing.ledger import Ledger
@@ -15,14 +16,17 @@ from serving.billing.open_requests import OpenRequest
 from serving.billing.periods import month_of
 from serving.billing.prices import Price, PriceBook
 from serving.billing.records import RequestRecord, TokenCounts
-from serving.cluster.directory import EMPTY, Snapshot
+from serving.cluster.directory import EMPTY, ReplicaRecord, Snapshot
 from serving.errors import OverloadedError
-from serving.router.accounting.metering import FetchUsage, RequestContext, poll_counts
+from serving.router.access.limits import TenantLimits
 from serving.router.accounting.token_bounds import TokenBounds
+from serving.router.accounting.usage_polling import FetchUsage, poll_counts
+from serving.router.request.parsing import RoutedRequest
 from serving.settings.stack import Settings
 from serving.settings.tenants import Identity
 from serving.telemetry.gauges import read_budgets, read_ledger
-from serving.telemetry.router_metrics import Reading
+from serving.telemetry.logs import log_request
+from serving.telemetry.router_metrics import Reading, RouterMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +36,45 @@ _FIRST_READ_S = 2.0
 """How long a router waits at its start for a database to be ready."""
 
 
-class Accounts:
-    """Prices, budgets and the ledger of one router. Without a ledger (`ledger=None`) nothing outlives the process."""
+class Journal(Protocol):
+    """Keeps the rows of requests; `Ledger` is one."""
 
-    def __init__(self, settings: Settings, ledger: Ledger | None, fetch_usage: FetchUsage) -> None:
-        """`fetch_usage` tells what came of requests that routers left open when they died."""
+    def open(self, request: OpenRequest) -> None:
+        """A replica gets the request next; `record` will close it."""
+
+    def record(self, record: RequestRecord) -> None:
+        """The request has ended."""
+
+
+class Accounts:
+    """Prices, budgets and the ledger of one router. Without a ledger nothing outlives the process."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        router_id: str,
+        limits: TenantLimits,
+        metrics: RouterMetrics,
+        fetch_usage: FetchUsage,
+        ledger: Ledger | None = None,
+        journal: Journal | None = None,
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            settings: the whole of them.
+            router_id: of this life of the router, as rows show it.
+            limits: get the tokens that requests have used.
+            metrics: count the requests that have ended.
+            fetch_usage: fetches a replica's counts for a request.
+            ledger: prices, budgets and rows are kept there.
+            journal: gets the rows of requests instead of the ledger.
+        """
+        self.router_id = router_id
+        self.limits = limits
         self.ledger = ledger
+        self.journal: Journal | None = journal or ledger
+        self._metrics = metrics
         self._fetch_usage = fetch_usage
         self._snapshot = EMPTY
         self._prices = build_price_book(settings)
@@ -47,6 +84,12 @@ class Accounts:
         """Monthly budgets of the tenants that were here, in nanodollars."""
         self._is_spending_known = ledger is None
         self._refreshing: asyncio.Task[None] | None = None
+        self._settling: set[asyncio.Task[None]] = set()
+
+    @property
+    def num_settling(self) -> int:
+        """Requests that have ended and whose tokens are still being asked for."""
+        return len(self._settling)
 
     async def start(self) -> None:
         """Raises:
@@ -60,7 +103,9 @@ class Accounts:
             self._refreshing = asyncio.create_task(self._refresh_forever())
 
     async def close(self) -> None:
-        """What is recorded goes to the database if that is quick; it is on disk anyway."""
+        """Wait for the counts that are still asked for. Rows go to the database if that is quick; they are on disk."""
+        if self._settling:
+            await asyncio.wait(self._settling)
         if self._refreshing is not None:
             self._refreshing.cancel()
         if self.ledger is not None:
@@ -79,18 +124,11 @@ class Accounts:
         if self.ledger is not None:
             self.ledger.check_room(identity.tenant_id, is_one_of_many=bool(identity.key_id))
 
-    def reserve(self, context: RequestContext, bounds: TokenBounds) -> None:
-        """Hold back the most that a request can cost. An answer that its client has put no bound on is bounded to what
-        the rest of the budget pays for.
-
-        Raises:
-            QuotaExceededError: the tenant's month is spent, or what is left of it does not pay for this request.
-            RateLimitError: running requests have reserved what it would need.
-            OverloadedError: nobody knows yet what is left of it, since the ledger's database has not been read.
-        """
-        request, notes = context.understood()
-        price, tenant_id = notes.price, context.identity.tenant_id
-        limit = _limit(context.identity)
+    def reserve(
+        self, request: RoutedRequest, bounds: TokenBounds, price: Price, identity: Identity, arrived_ns: int
+    ) -> tuple[RoutedRequest, Reservation]:
+        """Reserve the most that a request can cost: see `RequestAccount.reserve`."""
+        tenant_id, limit = identity.tenant_id, _limit(identity)
         answer = bounds.longest_answer
         if limit is not None:
             self._known[tenant_id] = limit
@@ -100,45 +138,61 @@ class Accounts:
                     self._refresh_s,
                     code="budget_unknown",
                 )
-            payable = self._count_payable(context, limit, bounds)
+            payable = self._count_payable(tenant_id, arrived_ns, price, limit, bounds)
             if request.max_tokens_field is None and payable is not None and (answer is None or payable < answer):
                 answer = max(1, payable)  # what does not pay for a single token is refused below
-                context.request = request = request.with_max_tokens(answer)
+                request = request.with_max_tokens(answer)
         most = price.most_nanodollars(
             num_prompt_tokens=bounds.prompt.most,
             num_completion_tokens=(answer or 0) * bounds.num_choices,
             num_image_tokens=bounds.num_image_tokens,
         )
-        context.reservation = self._budgets.reserve(
+        return request, self._budgets.reserve(
             tenant_id,
             limit_nanodollars=limit,
             most_nanodollars=most,
-            now_ns=context.arrived_ns,
+            now_ns=arrived_ns,
             param=request.max_tokens_field,
         )
-        if self.ledger is not None:
-            context.on_try = self._open
 
     def has_budget(self, identity: Identity) -> bool:
         """Whether what a tenant spends is limited."""
         return _limit(identity) is not None
 
-    def _count_payable(self, context: RequestContext, limit: int, bounds: TokenBounds) -> int | None:
+    def _count_payable(
+        self, tenant_id: str, arrived_ns: int, price: Price, limit: int, bounds: TokenBounds
+    ) -> int | None:
         """Tokens of each answer that the rest of the budget pays for; None for any number."""
-        status = self._budgets.status(context.identity.tenant_id, limit_nanodollars=limit, now_ns=context.arrived_ns)
-        payable = context.understood()[1].price.count_payable(
+        status = self._budgets.status(tenant_id, limit_nanodollars=limit, now_ns=arrived_ns)
+        payable = price.count_payable(
             status.left_nanodollars or 0,
             num_prompt_tokens=bounds.prompt.most,
             num_image_tokens=bounds.num_image_tokens,
         )
         return None if payable is None else payable // bounds.num_choices
 
-    def settle(self, context: RequestContext, record: RequestRecord) -> None:
-        """A request has ended: its reservation becomes its cost, and its record goes into the ledger."""
-        if context.reservation is not None:
-            self._budgets.settle(context.reservation, record.cost_nanodollars)
-        if self.ledger is not None and record.error_code not in REFUSED_FOR_ROOM:
-            self.ledger.record(record)
+    async def poll_counts(self, replica: ReplicaRecord, request_id: str) -> TokenCounts | None:
+        """What a replica counted for a request that has ended; None if it cannot say."""
+        return await poll_counts(self._fetch_usage, replica, request_id)
+
+    def run(self, settling: Coroutine[object, object, None]) -> None:
+        """Settle a request in a task of its own, since its replicas have to be asked first."""
+        task = asyncio.get_running_loop().create_task(settling)
+        self._settling.add(task)
+        task.add_done_callback(self._settling.discard)
+
+    def settle(
+        self, identity: Identity, record: RequestRecord, reservation: Reservation | None, reserved_tokens: int
+    ) -> None:
+        """A request has ended: what was reserved for it becomes what it used, and its row is written and counted."""
+        used = record.tokens.num_prompt_tokens + record.tokens.num_completion_tokens
+        self.limits.settle(identity, reserved_tokens, used, time.monotonic())
+        if reservation is not None:
+            self._budgets.settle(reservation, record.cost_nanodollars)
+        if self.journal is not None and record.error_code not in REFUSED_FOR_ROOM:
+            self.journal.record(record)
+        self._metrics.count(record)
+        log_request(record)
 
     def headers(self, identity: Identity) -> list[tuple[bytes, bytes]]:
         """Tells a tenant that little of its budget is left; nothing before."""
@@ -165,38 +219,10 @@ class Accounts:
             yield from read_ledger(self.ledger)
         yield from read_budgets(self._budgets, self._known, time.time_ns())
 
-    def promise(self, context: RequestContext, record: RequestRecord) -> None:
-        """A whole answer is about to leave, and tries of it that others lost must still be asked for."""
-        if self.ledger is not None:
-            self._open(context, record)
-
-    def _open(self, context: RequestContext, promised: RequestRecord | None = None) -> None:
-        """Note on disk that a replica gets this request, should this router not live to see its end."""
-        assert self.ledger is not None
-        request, notes = context.understood()
-        self.ledger.open(
-            OpenRequest(
-                request_id=context.request_id,
-                tenant_id=context.identity.tenant_id,
-                key_id=context.identity.key_id,
-                model=request.model,
-                route=context.route,
-                price_version=notes.price.version,
-                router_id=self.ledger.router_id,
-                arrived_ns=context.arrived_ns,
-                num_pages=len(request.image_sizes),
-                priority=context.identity.tenant.priority,
-                is_stream=request.is_stream,
-                num_tries=len(context.tried),
-                replica_ids=tuple(replica.replica_id for replica in context.uncounted),
-                promised=promised,
-            )
-        )
-
     async def _fetch_counts(self, replica_id: str, request_id: str) -> TokenCounts | None:
         for replica in self._snapshot.records:
             if replica.replica_id == replica_id:
-                return await poll_counts(self._fetch_usage, replica, request_id)
+                return await self.poll_counts(replica, request_id)
         return None
 
     async def _refresh_forever(self) -> None:

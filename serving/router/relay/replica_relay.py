@@ -50,10 +50,14 @@ class Relay:
         notes: UsageNotes,
         reply: Reply,
         trace_headers: Mapping[str, str] = _NO_HEADERS,
-    ) -> None:
-        """Ask the replica and send its answer on.
+    ) -> bytes:
+        """Send a request to a replica, and all of its answer but the last bytes to the client.
 
         Cancelling this closes the connection to the replica, on which vLLM aborts the request.
+
+        Returns:
+            What is left to be sent: the end of a stream that has begun, or the whole body of any other answer. By then
+            the replica has answered completely.
 
         Raises:
             ServingError: the reply has not begun (a retryable error may be tried on another replica), or it is a
@@ -69,9 +73,8 @@ class Relay:
             if request.is_stream:
                 shows, in_last = request.wants_stream_usage, request.usage_in_last_chunk
                 annotator = StreamAnnotator(notes, shows_usage=shows, usage_in_last=in_last)
-                await _relay_stream(answer, annotator, reply)
-            else:
-                await reply.send_body(200, annotate_answer(await answer.read(), notes))
+                return await _relay_stream(answer, annotator, reply)
+            return annotate_answer(await answer.read(), notes)
 
     async def fetch_usage(self, replica: ReplicaRecord, request_id: str) -> dict[str, Any] | None:
         """What the replica's engine counted for a request whose answer did not say; None when it cannot tell."""
@@ -85,8 +88,9 @@ class Relay:
         return found if isinstance(found, dict) else None
 
 
-async def _relay_stream(answer: Answer, annotator: StreamAnnotator, reply: Reply) -> None:
-    """Send frames as they come. Nothing is sent before the first, so that until then another replica may be tried."""
+async def _relay_stream(answer: Answer, annotator: StreamAnnotator, reply: Reply) -> bytes:
+    """Send frames as they come. Nothing is sent before the first, so that until then another replica may be tried.
+    Returns those at the end that the client may have only when its request is accounted for."""
     out = annotator.feed(await answer.read_some())
     if annotator.error is not None:
         raise annotator.error
@@ -100,7 +104,7 @@ async def _relay_stream(answer: Answer, annotator: StreamAnnotator, reply: Reply
     last = annotator.flush()
     if not annotator.is_done:
         raise annotator.error or ReplicaUnreachableError("The replica ended this answer before it was complete.")
-    await reply.end(last)
+    return last
 
 
 async def _read_error(answer: Answer) -> Any:

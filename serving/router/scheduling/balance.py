@@ -121,6 +121,9 @@ class Fleet:
     _loads: dict[str, ReplicaLoad] = field(default_factory=dict)
     _others_work: dict[str, int] = field(default_factory=dict)
 
+    def __len__(self) -> int:
+        return len(self._loads)
+
     def follow(self, snapshot: Snapshot) -> dict[str, list[ReplicaLoad]]:
         """Take over a replica list; gives the replicas that are ready, by model. One that has left is remembered until
         nothing runs on it any more, so that it is not taken for idle should it come back."""

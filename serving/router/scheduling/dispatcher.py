@@ -11,7 +11,6 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from random import Random
 
 from serving.billing.records import TokenCounts
@@ -22,72 +21,18 @@ from serving.router.scheduling.balance import Fleet, Need, ReplicaLoad, choose
 from serving.router.scheduling.circuit_breaker import NO_PROBE, Breakers, BreakerState
 from serving.router.scheduling.model_pool import Pool, Waiting, no_replica, refuse
 from serving.router.scheduling.queue import AdmissionQueue, check_deadline, retry_after_s
-from serving.router.scheduling.work_estimate import OutputForecast, WorkEstimate, estimate_work, read_images
+from serving.router.scheduling.slot import Slot
+from serving.router.scheduling.work_estimate import (
+    ImageReading,
+    OutputForecast,
+    WorkEstimate,
+    estimate_work,
+    read_images,
+)
 from serving.settings.stack import Settings
 from serving.settings.tenants import Identity, Priority
 
 _MIN_DELAY_S = 0.001  # a timer that rings a hair early must not ring again in the same moment
-
-
-@dataclass(slots=True, eq=False)
-class Slot:
-    """A place on a replica. Whoever has one closes it, whatever happens."""
-
-    replica: ReplicaRecord
-    modes: tuple[str, ...]
-    """Resolution mode in which this replica reads every image, empty where only it can know."""
-    num_image_tokens: int | None
-    waited_s: float
-    work: WorkEstimate
-    """As it was admitted; it does not change when the request moves to another replica."""
-    num_tries: int
-    _dispatcher: Dispatcher
-    _request: RoutedRequest
-    _label: str
-    _load: ReplicaLoad
-    _probe: int
-    _started_s: float
-    _failed: tuple[str, ...] = ()
-    _has_verdict: bool = False
-    _is_closed: bool = False
-
-    def fail(self, error: ServingError) -> bool:
-        """The replica did not answer but failed with `error`; move to another one that was not tried yet.
-
-        The request keeps its admission: it does not wait again, and may put more on a replica than its capacity.
-
-        Returns:
-            False when the error is not one to retry, no replica is left, or the tries are used up: the slot is then to
-            be closed.
-        """
-        return not self._is_closed and self._dispatcher.move(self, error)
-
-    async def wait_for_replacement(self, error: ServingError) -> bool:
-        """After `fail` found nobody to move to: wait for another replica, as those do whom none has had yet.
-
-        Only for what was lost with its replica; one that says that it is overloaded lives, and stands for the others.
-
-        Returns:
-            False when the error is another, the tries are used up, or none came within `replica_wait_s`.
-        """
-        return not self._is_closed and await self._dispatcher.wait_for_replacement(self, error)
-
-    def succeed(self) -> None:
-        """The replica has begun to answer."""
-        if not self._has_verdict and not self._is_closed:
-            self._has_verdict = True
-            self._dispatcher.breakers.succeed(self._load.replica_id, self._probe)
-
-    def close(self, used: TokenCounts | None, *, is_whole: bool = True) -> None:
-        """Give the place back. Calling it again changes nothing.
-
-        Args:
-            used: what the engine counted, None when nothing was answered.
-            is_whole: whether the answer went to its end. One that was cut tells nothing of how long answers are.
-        """
-        if not self._is_closed:
-            self._is_closed = True
-            self._dispatcher.release(self, used, is_whole)
 
 
 class Dispatcher:
@@ -115,52 +60,39 @@ class Dispatcher:
         self._fleet = Fleet(admission.work_per_replica, admission.high_reserve)
         self._num_slots = 0
         self._forecast = OutputForecast(admission.expected_output_tokens)
-        self.breakers = Breakers(settings.router.breaker)
-
-    async def enter(self, request: RoutedRequest, identity: Identity, *, deadline_s: float) -> Slot:
-        """Wait for a place on a replica. Cancelling it leaves the queue at once.
-
-        Args:
-            request: what is asked; its model must be one of the settings'.
-            identity: who asks: the tenant decides the priority class, and shares with the others inside it.
-            deadline_s: on the dispatcher's clock, when the client's patience is over.
-
-        Raises:
-            OverloadedError: too many wait, or the deadline cannot be met, or it passed.
-            NoReplicaError: no replica of the model came within `replica_wait_s`.
-        """
-        slot = self.try_enter(request, identity, deadline_s=deadline_s)
-        if slot is not None:
-            return slot
-        pool = self._pools[request.model]
-        return await self._wait(pool, request, self._estimate(pool, request), identity, deadline_s, self._clock())
-
-    def try_enter(self, request: RoutedRequest, identity: Identity, *, deadline_s: float) -> Slot | None:
-        """A place at once, or None when the request would have to wait: `enter` does that."""
-        self._look()
-        now_s = self._clock()
-        pool = self._pools[request.model]
-        priority = identity.tenant.priority
-        if deadline_s <= now_s or pool.queue.has_ahead(priority):
-            return None
-        work = self._estimate(pool, request)
-        load = self._find(pool, work, request, priority, now_s)
-        return self._place(request, work, load, now_s, now_s) if load is not None else None
+        self._breakers = Breakers(settings.router.breaker)
 
     def sample(self, model: str) -> ReplicaRecord | None:
         """A replica that stands for all of a model's, the last one known while there is none."""
         self._look()
         return self._pools[model].sample
 
-    def estimate(self, request: RoutedRequest) -> WorkEstimate:
-        """What a request would be admitted as now."""
-        self._look()
-        return self._estimate(self._pools[request.model], request)
+    def estimate(self, request: RoutedRequest, reading: ImageReading, max_model_len: int) -> WorkEstimate:
+        """What a request is admitted as, `reading` and `max_model_len` being those of the model's `sample`."""
+        return estimate_work(request, reading, self._forecast, max_model_len)
 
-    def _estimate(self, pool: Pool, request: RoutedRequest) -> WorkEstimate:
-        sample = pool.sample
-        reading = read_images(request, sample)
-        return estimate_work(request, reading, self._forecast, sample.max_model_len if sample is not None else 0)
+    async def enter(self, request: RoutedRequest, work: WorkEstimate, identity: Identity, *, deadline_s: float) -> Slot:
+        """Place a request on a replica, at once if one has room. Cancelling it leaves the queue at once.
+
+        Args:
+            request: its model must be one of the settings'.
+            work: the request's, see `estimate`.
+            identity: whose request it is: the tenant decides the priority class, and shares with the others inside it.
+            deadline_s: on the dispatcher's clock, when the client's patience is over.
+
+        Raises:
+            OverloadedError: too many wait, or the deadline cannot be met, or it passed.
+            NoReplicaError: no replica of the model came within `replica_wait_s`.
+        """
+        self._look()
+        now_s = self._clock()
+        pool = self._pools[request.model]
+        priority = identity.tenant.priority
+        if deadline_s > now_s and not pool.queue.has_ahead(priority):
+            load = self._find(pool, work, request, priority, now_s)
+            if load is not None:
+                return self._place(request, work, load, now_s, now_s)
+        return await self._wait(pool, request, work, identity, deadline_s, now_s)
 
     async def _wait(
         self,
@@ -172,7 +104,7 @@ class Dispatcher:
         now_s: float,
     ) -> Slot:
         tenant_id, priority = identity.tenant_id, identity.tenant.priority
-        pool.check_availability(self.breakers.blocked(now_s), now_s)
+        pool.check_availability(self._breakers.blocked(now_s), now_s)
         wait_s = None
         if pool.unavailable_since_s is None:
             ahead = pool.queue.work_ahead(tenant_id, priority, work.total)
@@ -203,16 +135,16 @@ class Dispatcher:
     def move(self, slot: Slot, error: ServingError) -> bool:
         """See `Slot.fail`."""
         now_s = self._clock()
-        load = slot._load
+        load = slot.load
         if isinstance(error, EngineError):
             slot.succeed()  # it refused the request, and is well
-        elif isinstance(error, UpstreamError) and not slot._has_verdict and not load.is_gone:
-            slot._has_verdict = True
-            self.breakers.fail(load.replica_id, slot._probe, now_s)
+        elif isinstance(error, UpstreamError) and not slot.has_verdict and not load.is_gone:
+            slot.has_verdict = True
+            self._breakers.fail(load.replica_id, slot.probe, now_s)
         if not error.is_retryable or slot.num_tries >= self._router.max_tries:
             return False
         self._look()
-        pool = self._pools[slot._request.model]
+        pool = self._pools[slot.request.model]
         has_moved = self._transfer(slot, pool, now_s)
         if has_moved:
             self._pump(pool, now_s)
@@ -223,13 +155,13 @@ class Dispatcher:
         patience_s = self._router.admission.replica_wait_s
         if not isinstance(error, ReplicaUnreachableError) or slot.num_tries >= self._router.max_tries:
             return False
-        pool = self._pools[slot._request.model]
+        pool = self._pools[slot.request.model]
         moved: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         pool.stranded[slot] = moved
         try:
             self._pump(pool, self._clock())  # sets the timer
             await asyncio.wait([moved], timeout=min(patience_s, self._lease_s))
-            failed = (*slot._failed, slot._load.replica_id)
+            failed = (*slot.failed_ids, slot.load.replica_id)
             # Whoever is listed after a whole lease was not lost, and no successor comes. Nor may it get the request
             # again: an engine's counts are known by the request's id.
             if not moved.done() and not any(load.replica_id in failed for load in pool.loads):
@@ -241,32 +173,35 @@ class Dispatcher:
 
     def _transfer(self, slot: Slot, pool: Pool, now_s: float) -> bool:
         """Let a request that its replica has failed go on on another one, if there is any."""
-        failed = (*slot._failed, slot._load.replica_id)
-        excluded = self.breakers.blocked(now_s).union(failed)
-        need = self._need(slot.work, slot._request, Priority.HIGH)  # it is let in already
+        failed = (*slot.failed_ids, slot.load.replica_id)
+        excluded = self._breakers.blocked(now_s).union(failed)
+        need = self._need(slot.work, slot.request, Priority.HIGH)  # it is let in already
         target = choose(pool.loads, need, excluded, self._rng) or choose(pool.loads, None, excluded, self._rng)
         if target is None:
             return False
         self._leave(slot)
-        target.add(slot.work.total, max(1, slot._request.num_choices))
-        reading = read_images(slot._request, target.record)
-        slot.replica, slot._load, slot._probe = target.record, target, self.breakers.begin(target.replica_id)
-        slot.modes, slot.num_image_tokens, slot._label = reading.modes, reading.num_tokens, reading.label
+        target.add(slot.work.total, max(1, slot.request.num_choices))
+        slot.load, slot.probe = target, self._breakers.begin(target.replica_id)
+        slot.reading = read_images(slot.request, target.record)
         slot.num_tries += 1
-        slot._failed, slot._has_verdict, slot._started_s = failed, False, now_s
+        slot.failed_ids, slot.has_verdict, slot.started_s = failed, False, now_s
         return True
+
+    def succeed(self, slot: Slot) -> None:
+        """See `Slot.succeed`."""
+        self._breakers.succeed(slot.load.replica_id, slot.probe)
 
     def release(self, slot: Slot, used: TokenCounts | None, is_whole: bool) -> None:
         """See `Slot.close`."""
         self._leave(slot)
         self._num_slots -= 1
-        request = slot._request
+        request = slot.request
         pool = self._pools[request.model]
         now_s = self._clock()
         if used is not None and is_whole and used.num_completion_tokens > 0:
             per_choice = used.num_completion_tokens / max(1, request.num_choices)
-            self._forecast.observe(request.model, slot._label, len(request.image_sizes), per_choice)
-            pool.rate.finish(pool.share(slot.work.total), now_s - slot._started_s, round(per_choice))
+            self._forecast.observe(request.model, slot.reading.label, len(request.image_sizes), per_choice)
+            pool.rate.finish(pool.share(slot.work.total), now_s - slot.started_s, round(per_choice))
         if pool.queue:
             self._pump(pool, now_s)
 
@@ -309,12 +244,22 @@ class Dispatcher:
     def breaker_states(self) -> dict[str, BreakerState]:
         """By id of every replica that is listed."""
         now_s = self._clock()
-        return {record.replica_id: self.breakers.state(record.replica_id, now_s) for record in self._snapshot.records}
+        return {record.replica_id: self._breakers.state(record.replica_id, now_s) for record in self._snapshot.records}
 
     @property
     def is_idle(self) -> bool:
         """Whether nothing waits and no slot is open."""
         return not self._num_slots and not any(pool.queue for pool in self._pools.values())
+
+    @property
+    def num_replicas(self) -> int:
+        """Replicas that are listed or still run something."""
+        return len(self._fleet)
+
+    @property
+    def num_timers(self) -> int:
+        """Timers that are set: none while nothing waits."""
+        return sum(pool.timer is not None for pool in self._pools.values())
 
     def _need(self, work: WorkEstimate, request: RoutedRequest, priority: Priority) -> Need:
         return Need(work.total, max(1, request.num_choices), priority is Priority.HIGH, self._fleet.num_routers)
@@ -322,35 +267,23 @@ class Dispatcher:
     def _find(
         self, pool: Pool, work: WorkEstimate, request: RoutedRequest, priority: Priority, now_s: float
     ) -> ReplicaLoad | None:
-        return choose(pool.loads, self._need(work, request, priority), self.breakers.blocked(now_s), self._rng)
+        return choose(pool.loads, self._need(work, request, priority), self._breakers.blocked(now_s), self._rng)
 
     def _place(
         self, request: RoutedRequest, work: WorkEstimate, load: ReplicaLoad, entered_s: float, now_s: float
     ) -> Slot:
         load.add(work.total, max(1, request.num_choices))
-        reading = read_images(request, load.record)
         self._num_slots += 1
-        return Slot(
-            load.record,
-            reading.modes,
-            reading.num_tokens,
-            now_s - entered_s,
-            work,
-            1,
-            self,
-            request,
-            reading.label,
-            load,
-            self.breakers.begin(load.replica_id),
-            now_s,
-        )
+        reading = read_images(request, load.record)
+        probe = self._breakers.begin(load.replica_id)
+        return Slot(self, request, work, now_s - entered_s, load, reading, probe, now_s)
 
     def _leave(self, slot: Slot) -> None:
         """Take a slot's work off its replica. One that has left the list is forgotten with its last request."""
-        load = slot._load
-        load.add(-slot.work.total, -max(1, slot._request.num_choices))
-        if slot._probe != NO_PROBE and not slot._has_verdict:
-            self.breakers.release(load.replica_id, slot._probe)
+        load = slot.load
+        load.add(-slot.work.total, -max(1, slot.request.num_choices))
+        if slot.probe != NO_PROBE and not slot.has_verdict:
+            self._breakers.release(load.replica_id, slot.probe)
         self._fleet.forget(load)
 
     def _look(self) -> None:
@@ -359,7 +292,7 @@ class Dispatcher:
         if snapshot is self._snapshot:
             return
         self._snapshot = snapshot
-        self.breakers.retain({record.replica_id for record in snapshot.records})
+        self._breakers.retain({record.replica_id for record in snapshot.records})
         ready = self._fleet.follow(snapshot)
         for model in ready.keys() - self._pools.keys():
             self._pools[model] = Pool(AdmissionQueue(self._router.admission.max_queue))
@@ -392,7 +325,7 @@ class Dispatcher:
                 break
             pool.queue.pop(waiter)
             waiter.placed.set_result(self._place(waiter.request, waiter.estimate, load, waiter.entered_s, now_s))
-        pool.check_availability(self.breakers.blocked(now_s), now_s)
+        pool.check_availability(self._breakers.blocked(now_s), now_s)
         patience_s = self._router.admission.replica_wait_s
         if pool.unavailable_since_s is not None and pool.unavailable_since_s + patience_s <= now_s:
             for late in pool.queue.take_older(now_s - patience_s):
@@ -401,7 +334,7 @@ class Dispatcher:
 
     def _settle(self, pool: Pool, now_s: float) -> None:
         """Note whether requests wait, and set the timer for what comes next without an event."""
-        next_s = pool.note(now_s, self.breakers.next_change_s(now_s), self._router.admission.replica_wait_s)
+        next_s = pool.note(now_s, self._breakers.next_change_s(now_s), self._router.admission.replica_wait_s)
         if pool.timer_s <= next_s < math.inf:
             return  # it rings early, finds nothing and is set anew: cheaper than to set it for everybody who comes
         if pool.timer is not None:

@@ -9,17 +9,14 @@ import asyncio
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from serving.cluster.directory import ReplicaRecord
 from serving.errors import NoReplicaError, OverloadedError, ServingError
 from serving.router.request.parsing import RoutedRequest
 from serving.router.scheduling.balance import ReplicaLoad
 from serving.router.scheduling.queue import AdmissionQueue, ServiceRate, Waiter, retry_after_s
+from serving.router.scheduling.slot import Slot
 from serving.router.scheduling.work_estimate import WorkEstimate
-
-if TYPE_CHECKING:
-    from serving.router.scheduling.dispatcher import Slot
 
 
 @dataclass(slots=True, eq=False)

@@ -126,6 +126,11 @@ class AdmissionQueue(Generic[W]):
     def __len__(self) -> int:
         return self._num
 
+    @property
+    def num_deadlines(self) -> int:
+        """Deadlines in memory, those of requests that have left included."""
+        return len(self._deadlines)
+
     def __iter__(self) -> Iterator[W]:
         """The oldest first."""
         return iter(self._by_age)

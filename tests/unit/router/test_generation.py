@@ -19,24 +19,22 @@ from support.router_stack import (
     USAGE,
     Engine,
     Exchange,
+    MemoryJournal,
     RunningRouter,
     Script,
     answers,
     build_settings,
     chat_body,
-    connect,
     dead_replica,
     eventually,
     hang_up,
+    run_router,
     streams,
     streams_and_waits,
 )
 
 from serving.billing.records import LostTry, Outcome, RequestRecord, TokenCounts
-from serving.cluster.directory import Snapshot
-from serving.http.server import HttpServer
 from serving.router.access.keys_file import KeysFile, make_key, write_keys
-from serving.router.app import RouterApp
 from serving.settings.router import AdmissionSettings
 from serving.settings.stack import Settings
 from serving.settings.tenants import Priority, Tenant
@@ -59,9 +57,13 @@ TOLD = {
 class Recorded:
     """A router and the records of the requests that it served."""
 
-    def __init__(self, router: RunningRouter, records: list[RequestRecord]) -> None:
+    def __init__(self, router: RunningRouter, journal: MemoryJournal) -> None:
         self.router = router
-        self.records = records
+        self.journal = journal
+
+    @property
+    def records(self) -> list[RequestRecord]:
+        return self.journal.records
 
     async def only(self) -> RequestRecord:
         assert await eventually(lambda: bool(self.records))
@@ -74,20 +76,9 @@ async def recording(*engines: Engine, settings: Settings | None = None) -> Async
     async with contextlib.AsyncExitStack() as stack:
         for engine in engines:
             await stack.enter_async_context(engine)
-        records: list[RequestRecord] = []
-        snapshot = Snapshot((1, 1), tuple(engine.record for engine in engines))
-        app = RouterApp(settings or build_settings(), lambda: snapshot, on_record=records.append)
-        server = HttpServer(app, host="127.0.0.1", port=0, drain_s=1, limits=app.settings.router.limits)
-        await app.start()
-        await server.start()
-        client = await stack.enter_async_context(connect(server.port))
-        router = RunningRouter(app, client, server.port, list(snapshot.records))
-        try:
-            yield Recorded(router, records)
-            assert await router.is_idle()
-        finally:
-            await server.stop()
-            await app.close()
+        journal = MemoryJournal()
+        running = run_router(*(engine.record for engine in engines), settings=settings, journal=journal)
+        yield Recorded(await stack.enter_async_context(running), journal)
 
 
 def telling(script: Script, told: dict[str, Any] | None = None) -> Script:
@@ -171,9 +162,7 @@ async def test_an_answer_after_a_lost_try_is_promised_before_it_leaves() -> None
 
     bad = Engine(loses, "bad", max_num_seqs=1000, answers_usage=True)
     async with recording(bad, Engine(answers(orjson.dumps(ANSWER)), "good")) as recorded:
-        promised: list[RequestRecord] = []
-        recorded.router.app._accountant._on_promise = lambda call, record: promised.append(record)
-        while not promised:
+        while not (promised := [each.promised for each in recorded.journal.opened if each.promised is not None]):
             recorded.records.clear()
             await ask_app(recorded)
         assert not recorded.records, "the lost try has not been told yet"
@@ -269,9 +258,7 @@ async def test_what_a_failed_try_generated_is_wasted() -> None:
 async def test_who_was_never_connected_has_wasted_nothing() -> None:
     with dead_replica("dead") as dead:
         async with recording(Engine(answers(orjson.dumps(ANSWER)))) as recorded:
-            app = recorded.router.app
-            app._read_snapshot = app._dispatcher._read_snapshot = lambda: snapshot
-            snapshot = Snapshot((1, 2), (dead, *recorded.router.records))
+            recorded.router.records.insert(0, dead)
             for _ in range(16):
                 await recorded.router.chat()
             assert max(record.num_tries for record in recorded.records) == 2
@@ -360,12 +347,11 @@ async def test_a_client_that_leaves_the_queue_frees_its_place() -> None:
         assert await eventually(lambda: not router.app.is_idle)
         await asyncio.sleep(0.05)
         waiting = asyncio.create_task(router.chat())
-        lengths = router.app._dispatcher.queue_lengths
-        assert await eventually(lambda: sum(lengths().values()) == 1)
+        assert await eventually(lambda: router.num_queued == 1)
         refused = await router.chat()
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
         waiting.cancel()
-        assert await eventually(lambda: sum(lengths().values()) == 0)
+        assert await eventually(lambda: router.num_queued == 0)
         running.cancel()
         await asyncio.gather(running, waiting, return_exceptions=True)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from typing import Any
 
 import orjson
@@ -21,8 +20,7 @@ from unit.router.test_generation import ANSWER, DONE, LAST, TEXT
 
 def stop(router: RunningRouter) -> None:
     """What the directory tells when `serving up` begins to stop."""
-    before = router.app._read_snapshot()
-    router.app._read_snapshot = lambda: dataclasses.replace(before, is_stopping=True)
+    router.replicas.is_stopping = True
     router.app.refresh()
 
 

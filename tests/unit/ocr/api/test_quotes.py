@@ -16,9 +16,8 @@ import pypdfium2
 import pytest
 from support.ocr_service import build_service_settings, frame, run_host, run_service, tail
 from support.papers import A4, encrypted_pdf, write_pdf
-from support.router_stack import Engine, Exchange, RunningRouter, answers, build_settings, run_router
+from support.router_stack import Engine, Exchange, MemoryJournal, RunningRouter, answers, build_settings, run_router
 
-from serving.billing.records import RequestRecord
 from serving.router.access.keys_file import KeysFile, make_key, write_keys
 from serving.settings.tenants import Tenant
 
@@ -36,13 +35,16 @@ async def counts_as_the_model_does(exchange: Exchange) -> None:
 
 
 @contextlib.asynccontextmanager
-async def run_counting(folder: Path) -> AsyncIterator[tuple[httpx.AsyncClient, Engine, RunningRouter]]:
+async def run_counting(
+    folder: Path, journal: MemoryJournal | None = None
+) -> AsyncIterator[tuple[httpx.AsyncClient, Engine, RunningRouter]]:
     settings = build_service_settings(folder)
     async with (
         Engine(counts_as_the_model_does, max_num_seqs=16) as engine,
         run_router(
             dataclasses.replace(engine.record, image_config=CONFIG),
             settings=build_settings(limits=settings.router.limits),
+            journal=journal,
         ) as router,
         run_host(settings, router.port) as (_, client),
     ):
@@ -69,9 +71,9 @@ async def test_a_quote_is_what_the_document_is_billed_for(mode: str, tmp_path: P
         "data": {"model": "nano", "mode": mode, "max_tokens": "50", "pages": "2-3"},
         "files": {"file": ("x.pdf", write_pdf(tmp_path / "x.pdf", 3).read_bytes())},
     }
-    records: list[RequestRecord] = []
-    async with run_counting(tmp_path) as (client, engine, router):
-        router.app._on_record = records.append
+    journal = MemoryJournal()
+    records = journal.records
+    async with run_counting(tmp_path, journal) as (client, engine, router):
         answer = await client.post("/v1/ocr/quote", **form)
         assert answer.status_code == 200, answer.text
         assert (engine.asked, records) == ([], [])

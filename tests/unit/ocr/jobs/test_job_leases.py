@@ -179,7 +179,7 @@ async def test_a_tenants_own_chats_are_no_tries_of_its_pages(
     ):
         asked = await router.client.post("/v1/chat/completions", content=chat_body(), headers=headers)
         assert (asked.status_code, asked.headers["x-request-id"]) == (200, request_id)
-        ledger = router.app._accounts.ledger
+        ledger = router.app.accounts.ledger
         assert ledger is not None
         assert await ledger.flush(20)
         assert await JobLeases(books, 5.0, "service").read_charged(job) == charged

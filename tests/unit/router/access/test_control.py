@@ -23,11 +23,12 @@ from support.router_stack import Engine, RunningRouter, answers, build_settings,
 
 from serving.billing.credits import CREDIT_HEADER, CreditSigner
 from serving.cluster.directory import ServiceRecord
+from serving.errors import RateLimitError
 from serving.ocr.api.app import OcrApp, _Endpoint
 from serving.ocr.api.service import OcrService
 from serving.ocr.reading.router_client import Routers
 from serving.router.access.keys_file import KeysFile, make_key, write_keys
-from serving.router.access.limits import DOCUMENT, GENERATION, LOOKUP
+from serving.router.access.limits import DOCUMENT, GENERATION, LOOKUP, Charge, RequestKind
 from serving.router.app import GENERATE, METHODS
 from serving.router.lookups.routes import MODEL, QUOTE
 from serving.settings.ocr import OcrSettings
@@ -93,7 +94,7 @@ async def run_office(folder: Path, tenant: Tenant, **router: Any) -> AsyncIterat
 @contextlib.contextmanager
 def counted(office: Office) -> Iterator[None]:
     """The tenant has one request of every kind under way."""
-    limits = office.router.app._limits
+    limits = office.router.app.access.limits
     for charge in (GENERATION, DOCUMENT, LOOKUP):
         limits.admit(office.identity, time.monotonic(), charge)
     yield
@@ -101,13 +102,23 @@ def counted(office: Office) -> Iterator[None]:
         limits.leave(office.identity, charge)
 
 
+def spend_the_minute(office: Office) -> None:
+    """The tenant has nothing left of its requests per minute."""
+    limits = office.router.app.access.limits
+    for weight in (1.0, 0.1, 0.01):
+        charge = Charge(RequestKind.LOOKUP, weight)
+        with contextlib.suppress(RateLimitError):
+            while True:
+                limits.admit(office.identity, time.monotonic(), charge)
+                limits.leave(office.identity, charge)
+
+
 @pytest.mark.parametrize("tenant", [Tenant(max_concurrent=1), Tenant(requests_per_minute=1)])
 async def test_no_route_that_works_for_a_tenant_is_free(tmp_path: Path, tenant: Tenant) -> None:
     async with run_office(tmp_path, tenant) as office:
-        state = office.router.app._limits._state(office.identity, time.monotonic())
         for method, path in [*router_routes(), *document_routes(tmp_path)]:
-            if state.requests is not None:
-                state.requests.debit(1.0, time.monotonic())
+            if tenant.requests_per_minute is not None:
+                spend_the_minute(office)
             with counted(office) if tenant.max_concurrent else contextlib.nullcontext():
                 answer = await office.ask(method, path, b"{}" if method == "POST" else None)
             if path in FREE:
@@ -138,12 +149,12 @@ async def test_of_a_crowd_one_document_passes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", [path for path, method in METHODS.items() if method == "POST"])
 async def test_no_route_reads_a_body_that_there_is_no_room_for(tmp_path: Path, path: str) -> None:
     async with run_office(tmp_path, Tenant()) as office:
-        bodies = office.router.app._access.bodies
+        bodies = office.router.app.access.bodies
         body = chat_body() if path != GENERATE[1] else b'{"model":"nano","prompt":"a"}'
         assert (await office.ask("POST", path, body)).status_code == 200
         assert bodies.num_held_bytes == 0
         with bodies.open() as held:
-            held.take(bodies._max_bytes)
+            held.take(office.router.app.settings.router.limits.max_held_bytes)
             answer = await office.ask("POST", path, body)
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "overloaded")
 
@@ -152,7 +163,7 @@ async def test_a_quote_of_a_document_is_held_until_it_is_answered(tmp_path: Path
     seen: list[int] = []
 
     async def look(exchange: Any) -> None:
-        seen.append(office.router.app._access.bodies.num_held_bytes)
+        seen.append(office.router.app.access.bodies.num_held_bytes)
         await answers(b"{}")(exchange)
 
     body = orjson.dumps({"model": "nano", "document": {"type": "file", "file": "eA=="}})

@@ -13,7 +13,6 @@ import pytest
 from support.router_stack import Engine, Exchange, answers, build_settings, chat_body, eventually, run_router
 
 from serving.billing.records import RequestRecord
-from serving.cluster.directory import Snapshot
 from serving.router.access.keys_file import KeysFile, make_key, write_keys
 from serving.router.app import RouterApp
 from serving.settings.billing import BillingSettings, BudgetSettings
@@ -119,10 +118,8 @@ async def test_a_request_before_the_first_replica_reserves_when_it_has_one(tmp_p
     engine = Engine(generate_all)
     async with recording(settings=settings) as recorded, engine:
         early = asyncio.create_task(post(recorded.router.app, headers))
-        dispatcher = recorded.router.app._dispatcher
-        assert await eventually(lambda: dispatcher.queue_lengths()["nano", Tenant().priority] == 1)
-        snapshot = Snapshot((1, 2), (engine.record,))
-        dispatcher._read_snapshot = lambda: snapshot
+        assert await eventually(lambda: recorded.router.num_queued == 1)
+        recorded.router.records.append(engine.record)
         recorded.router.app.refresh()
         assert (await early).status_code == 200
         assert spent(recorded.records) <= Decimal("0.00005")

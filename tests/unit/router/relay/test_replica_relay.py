@@ -79,7 +79,8 @@ async def relay_to(
     await relay.start()
     reply = Reply(client.send)
     try:
-        await relay.relay(request, "r-1", replica, UsageNotes(PRICE), reply)
+        last = await relay.relay(request, "r-1", replica, UsageNotes(PRICE), reply)
+        await (reply.end(last) if request.is_stream else reply.send_body(200, last))
     except ServingError:
         assert reply.has_begun is bool(client.messages)
         assert not reply.is_complete, "whoever gets the error must be able to tell the client of it"
@@ -116,29 +117,29 @@ async def test_an_error_is_sent_in_openai_shape_with_its_status() -> None:
         (COUNTING, streams(TEXT, USAGE_FRAME, DONE)),
     ],
 )
-async def test_an_answer_is_told_to_be_whole_before_a_client_can_know(request_: RoutedRequest, script: Script) -> None:
+async def test_the_end_of_an_answer_is_kept_back_until_the_request_is_accounted_for(
+    request_: RoutedRequest, script: Script
+) -> None:
     client = Client()
-    seen: list[bytes] = []
+    notes = UsageNotes(PRICE)
     relay = Relay(RouterSettings(), None)
     await relay.start()
     reply = Reply(client.send)
-    reply.on_whole = lambda: seen.append(client.body if client.messages else b"")
     async with Engine(script) as engine:
-        await relay.relay(request_, "r-1", engine.record, UsageNotes(PRICE), reply)
+        last = await relay.relay(request_, "r-1", engine.record, notes, reply)
     await relay.close()
-    (before,) = seen
-    assert before == (TEXT if request_.is_stream else b"")
-    assert client.body != before
-    assert client.is_complete
+    assert (client.body if client.messages else b"") == (TEXT if request_.is_stream else b"")
+    assert not client.is_complete
+    assert notes.tokens is not None, "what it used is known by then"
+    assert last.endswith(DONE) if request_.is_stream else b"estimated_cost" in last
 
 
 @pytest.mark.parametrize("script", [streams(TEXT), streams(TEXT, USAGE_FRAME), dies_after(TEXT)])
-async def test_what_breaks_is_never_told_to_be_whole(script: Script) -> None:
+async def test_what_breaks_has_no_end(script: Script) -> None:
     client = Client()
     relay = Relay(RouterSettings(), None)
     await relay.start()
     reply = Reply(client.send)
-    reply.on_whole = lambda: pytest.fail("it is not")
     async with Engine(script) as engine:
         with pytest.raises(ReplicaUnreachableError) as caught:
             await relay.relay(COUNTING, "r-1", engine.record, UsageNotes(PRICE), reply)

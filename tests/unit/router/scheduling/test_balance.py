@@ -148,4 +148,4 @@ def test_a_fleet_knows_others_work_before_the_replica_is_listed() -> None:
     ready["nano"][0].add(-10, -1)
     fleet.forget(ready["nano"][0])
     assert fleet.work() == {}
-    assert not fleet._loads
+    assert len(fleet) == 0

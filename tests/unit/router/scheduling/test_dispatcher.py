@@ -21,7 +21,9 @@ from serving.errors import (
 )
 from serving.router.request.parsing import RoutedRequest
 from serving.router.scheduling.circuit_breaker import BreakerState
-from serving.router.scheduling.dispatcher import Dispatcher, Slot
+from serving.router.scheduling.dispatcher import Dispatcher
+from serving.router.scheduling.slot import Slot
+from serving.router.scheduling.work_estimate import read_images
 from serving.settings.router import AdmissionSettings, BreakerSettings, RouterSettings
 from serving.settings.stack import EngineSettings, ModelSettings, Settings
 from serving.settings.tenants import Identity, Priority, Tenant
@@ -62,15 +64,29 @@ class Stage:
         self.settings = Settings(
             models={"nano": ModelSettings(checkpoint="nano")}, router=router, engine=engine or EngineSettings()
         )
-        self.dispatcher = Dispatcher(self.settings, lambda: self.snapshot, router_id="me", rng=Random(1))
+        self.passed_s = 0.0
+        """By which the dispatcher's clock is ahead."""
+        self.dispatcher = Dispatcher(
+            self.settings, lambda: self.snapshot, router_id="me", clock=self.now_s, rng=Random(1)
+        )
         self.list(*records)
 
     def list(self, *records: ReplicaRecord) -> None:
         self.snapshot = Snapshot((1, self.snapshot.version[1] + 1), records)
 
+    def now_s(self) -> float:
+        return time.monotonic() + self.passed_s
+
     async def enter(self, work: int = 100, identity: Identity | None = None, patience_s: float = 60.0) -> Slot:
-        deadline_s = time.monotonic() + patience_s
-        return await self.dispatcher.enter(ask(work), identity or who(), deadline_s=deadline_s)
+        return await self.enter_with(ask(work), identity, patience_s)
+
+    async def enter_with(
+        self, request: RoutedRequest, identity: Identity | None = None, patience_s: float = 60.0
+    ) -> Slot:
+        sample = self.dispatcher.sample(request.model)
+        max_model_len = sample.max_model_len if sample is not None else 0
+        work = self.dispatcher.estimate(request, read_images(request, sample), max_model_len)
+        return await self.dispatcher.enter(request, work, identity or who(), deadline_s=self.now_s() + patience_s)
 
     def queue(self, work: int = 100, identity: Identity | None = None, patience_s: float = 60.0) -> asyncio.Task[Slot]:
         return asyncio.create_task(self.enter(work, identity, patience_s))
@@ -80,8 +96,7 @@ class Stage:
         assert self.dispatcher.queued_work() == {}
         assert self.dispatcher.replica_work() == {}
         assert set(self.dispatcher.queue_lengths().values()) == {0}
-        for pool in self.dispatcher._pools.values():
-            assert pool.timer is None
+        assert self.dispatcher.num_timers == 0
 
 
 async def settle() -> None:
@@ -94,7 +109,7 @@ async def test_a_request_that_fits_gets_a_place_at_once() -> None:
     slot = await stage.enter(300)
     assert slot.replica.replica_id == "a"
     assert (slot.work.total, slot.num_tries, slot.waited_s) == (300, 1, 0)
-    assert (slot.modes, slot.num_image_tokens) == ((), 0)
+    assert (slot.reading.modes, slot.reading.num_tokens) == ((), 0)
     assert stage.dispatcher.replica_work() == {"a": 300}
     assert not stage.dispatcher.is_idle
     slot.close(USED)
@@ -105,19 +120,23 @@ async def test_a_request_that_fits_gets_a_place_at_once() -> None:
 async def test_a_slot_says_how_its_replica_reads_the_images() -> None:
     stage = Stage(replica("a"))
     request = dataclasses.replace(ask(), image_sizes=((1654, 2339),), image_options={"mode": "base"})
-    slot = await stage.dispatcher.enter(request, who(), deadline_s=time.monotonic() + 9)
-    assert (slot.modes, slot.num_image_tokens) == (("base",), 273)
+    slot = await stage.enter_with(request)
+    assert (slot.reading.modes, slot.reading.num_tokens) == (("base",), 273)
     assert slot.work.prompt_tokens == 274
     slot.close(None)
 
 
-async def test_who_asks_for_a_place_at_once_does_not_wait() -> None:
+async def test_a_request_that_finds_room_is_placed_without_a_round_of_the_event_loop() -> None:
     stage = Stage(replica("a"))
-    deadline_s = time.monotonic() + 9
-    slot = stage.dispatcher.try_enter(ask(1000), who(), deadline_s=deadline_s)
-    assert slot is not None
-    assert stage.dispatcher.estimate(ask(1000)) == slot.work
-    assert stage.dispatcher.try_enter(ask(1), who(), deadline_s=deadline_s) is None
+    entering = stage.enter(1000)
+    with pytest.raises(StopIteration) as placed:
+        entering.send(None)
+    slot = placed.value.value
+    assert slot.work.total == 1000
+    waiting = stage.enter(1)
+    assert waiting.send(None) is not None, "this one sleeps on a future"
+    with pytest.raises(asyncio.CancelledError):
+        waiting.throw(asyncio.CancelledError)
     slot.close(USED)
     stage.check_idle()
 
@@ -253,7 +272,7 @@ async def test_a_deadline_that_has_passed_is_refused_though_there_is_room() -> N
 async def test_a_deadline_that_cannot_be_met_is_refused_at_once() -> None:
     stage = Stage(replica("a"))
     slot = await stage.enter(1000)
-    slot._started_s -= 20.0  # took 20 s
+    stage.passed_s += 20.0
     slot.close(USED)
     running = await stage.enter(1000)
     waiting = stage.queue(1000, patience_s=100.0)
@@ -270,9 +289,9 @@ async def test_a_deadline_that_cannot_be_met_is_refused_at_once() -> None:
 async def test_who_can_no_longer_be_answered_in_time_gives_way_to_the_next() -> None:
     stage = Stage(replica("a"))
     running = await stage.enter(1000)
-    hurried, patient = stage.queue(1000, patience_s=5.0), stage.queue(1000)
+    hurried, patient = stage.queue(1000, patience_s=10.0), stage.queue(1000)
     await settle()
-    running._started_s -= 6.0  # so long do answers take
+    stage.passed_s += 6.0  # so long do answers take, and 4 s are left
     running.close(USED)
     with pytest.raises(OverloadedError) as refused:
         await hurried
@@ -532,7 +551,7 @@ async def test_a_replica_that_vanishes_is_forgotten_with_its_last_request() -> N
         slot.close(USED)
     (await waiting).close(USED)
     stage.check_idle()
-    assert set(stage.dispatcher._fleet._loads) == {"b"}
+    assert stage.dispatcher.num_replicas == 1
 
 
 async def test_a_replica_that_comes_back_is_not_taken_for_idle() -> None:
@@ -596,7 +615,7 @@ async def test_the_forecast_follows_whole_answers_only() -> None:
     request = RoutedRequest("/v1/completions", "nano", b"", False, False)
     for is_whole in (False, True):
         for _ in range(100):
-            slot = await stage.dispatcher.enter(request, who(), deadline_s=time.monotonic() + 9)
+            slot = await stage.enter_with(request)
             slot.close(USED, is_whole=is_whole)
         assert slot.work.output_tokens == (500 if not is_whole else pytest.approx(20, abs=5))
     stage.check_idle()

@@ -158,7 +158,7 @@ def test_who_leaves_leaves_nothing_behind() -> None:
         one = waiter()
         queue.push(one)
         assert queue.remove(one)
-    assert len(queue._deadlines) < 200
+    assert queue.num_deadlines < 200
     assert queue.head() is None
 
 

@@ -49,7 +49,7 @@ class Office:
 
     async def settle(self) -> None:
         """All that was asked is in the database."""
-        ledger = self.app._accounts.ledger
+        ledger = self.app.accounts.ledger
         assert ledger is not None
         assert await ledger.flush(20)
 
