@@ -13,17 +13,18 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from serving.billing.database import Database, ReplicaLife, is_data_fault
-from serving.billing.journal_frames import clean_record, encode_frame
+from serving.billing.database import Database, ReplicaLife
+from serving.billing.journal_frames import clean_record
 from serving.billing.journal_room import JournalRoom
 from serving.billing.open_requests import FetchCounts, OpenRequest, close_request
 from serving.billing.prices import PriceBook
 from serving.billing.queries import sum_month_by_tenant
 from serving.billing.records import RequestRecord
+from serving.billing.row_writer import LedgerCounts, RowWriter, describe
 from serving.billing.spool import Spool, adopt_spool, open_spool, sync_and_close
 from serving.settings.billing import BillingSettings
 
@@ -39,44 +40,30 @@ _LOOK_S = 10.0
 _REST_S = 1.0  # what a dead router has sent is with its replica by then
 
 
-@dataclass(slots=True)
-class LedgerCounts:
-    """What one ledger has done since it started; all only grow."""
-
-    num_recorded: int = 0
-    num_committed: int = 0
-    """Rows that this process put into the database, those of adopted spools included."""
-    num_repeated: int = 0
-    """Records that were in the database already: of a batch whose commit was not heard of, or of an earlier life."""
-    num_unspooled: int = 0
-    """Records that the disk did not take: they are in memory until the database has them."""
-    num_lost: int = 0
-    """Records in no place any more but the log: the disk did not take them, and the database was away when the router
-    ended."""
-    num_refused: int = 0
-    """Records that the database refuses for good; they are in `refused` beside the spools."""
-    num_closed: int = 0
-    """Requests that a router left open when it died, and that have their records now."""
-    num_failures: int = 0
-    """Times that the database failed."""
-
-
 class Ledger:
     """Use `start`, `record` and `close` from one event loop.
 
     `router_id` names this life of the router: it must differ from that of any other life and router.
     """
 
-    def __init__(self, settings: BillingSettings, router_id: str, prices: PriceBook | None = None) -> None:
+    def __init__(
+        self,
+        settings: BillingSettings,
+        router_id: str,
+        prices: PriceBook | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.settings = settings
         self.router_id = router_id
         self.database = Database(settings)
         self.counts = LedgerCounts()
+        self._writer = RowWriter(self.database, settings, self.counts)
         self.is_database_up = False
         """Whether the last thing that was asked of the database succeeded."""
         self.fetch_counts: FetchCounts | None = None
         """Set as soon as it is known which replicas there are; what dead routers left open waits until then."""
         self._prices = prices
+        self._clock = clock
         self._room = JournalRoom(settings)
         self._looked_s = -_LOOK_S
         self._spool: Spool | None = None
@@ -203,7 +190,7 @@ class Ledger:
         self._respool()
         self.counts.num_lost += len(self._memory)
         for record in self._memory:
-            logger.critical("a record is lost with the memory it was in: %s", _describe(record))
+            logger.critical("a record is lost with the memory it was in: %s", describe(record))
         sync_and_close(self._spool.take_unsynced())
         self._spool.close()
         self._spool = None
@@ -274,7 +261,7 @@ class Ledger:
         if self._spool is None:
             return
         self._respool()
-        now_s = time.monotonic()
+        now_s = self._clock()
         if now_s - self._looked_s < _LOOK_S:
             return
         self._looked_s = now_s
@@ -298,11 +285,11 @@ class Ledger:
         await self._drain_own(1 if is_due else self.settings.batch_rows)
         while self._memory:
             records = [self._memory[i] for i in range(min(len(self._memory), self.settings.batch_rows))]
-            await self._write(records)
+            await self._writer.write(records)
             for _ in records:
                 self._memory.popleft()
             self._mark_done(records)
-        now_s = time.monotonic()
+        now_s = self._clock()
         if self._replicas and now_s - self._replicas_saved_s >= _SEE_REPLICAS_S:
             await self.database.see_replicas(self._replicas.values())
             self._replicas_saved_s = now_s
@@ -325,7 +312,7 @@ class Ledger:
             records = self._spool.read(self.settings.batch_rows)
             if not records:  # what is left is in memory
                 return
-            await self._write(records)
+            await self._writer.write(records)
             self._spool.commit()
             self._mark_done(records)
 
@@ -339,7 +326,7 @@ class Ledger:
             logger.warning("adopting %s with %d bytes of a router that is gone", orphan.directory, orphan.size_bytes)
             try:
                 while records := orphan.read(self.settings.batch_rows):
-                    await self._write(records)
+                    await self._writer.write(records)
                     orphan.commit()
                     await self._drain_own(self.settings.batch_rows)
                 if not await self._close_requests(orphan):
@@ -361,37 +348,10 @@ class Ledger:
         requests, ask, now_ns = orphan.open_requests.read(), self.fetch_counts, time.time_ns()
         records = await asyncio.gather(*(close_request(request, ask, now_ns) for request in requests))
         for begin in range(0, len(records), self.settings.batch_rows):
-            await self._write(records[begin : begin + self.settings.batch_rows])
+            await self._writer.write(records[begin : begin + self.settings.batch_rows])
         self.counts.num_closed += len(records)
         orphan.open_requests.forget()
         return True
-
-    async def _write(self, records: Sequence[RequestRecord]) -> None:
-        try:
-            async with asyncio.timeout(self.settings.write_timeout_s):
-                num_new = await self.database.insert(records)
-        except Exception as error:
-            if not is_data_fault(error):
-                raise
-            num_new = await self._write_singly(records)
-        self.counts.num_committed += num_new
-        self.counts.num_repeated += len(records) - num_new
-
-    async def _write_singly(self, records: Sequence[RequestRecord]) -> int:
-        """A batch with a record in it that the database refuses: the others must not wait for it."""
-        num_new = 0
-        for record in records:
-            try:
-                async with asyncio.timeout(self.settings.write_timeout_s):
-                    num_new += await self.database.insert([clean_record(record)])
-            except Exception as error:
-                if not is_data_fault(error):
-                    raise
-                self.counts.num_refused += 1
-                logger.exception("the database refuses a record: %s", _describe(record))
-                with (self.settings.directory / "refused").open("ab") as file:
-                    file.write(encode_frame(record))
-        return num_new
 
     def _mark_done(self, records: Sequence[RequestRecord]) -> None:
         self._room.remove(records)
@@ -404,15 +364,10 @@ class Ledger:
             self._marks.clear()
 
     def _alarm(self) -> None:
-        now_s = time.monotonic()
+        now_s = self._clock()
         if self.is_alarming and now_s - self._alarmed_s >= _ALARM_EVERY_S:
             self._alarmed_s = now_s
             logger.error(
                 "the ledger is behind: %d records, %d bytes, %d of them in memory only, the oldest of %.0f s ago",
                 *(self.depth, self.size_bytes, len(self._memory), self.lag_s),
             )
-
-
-def _describe(record: RequestRecord) -> str:
-    """All of it: it holds no content and no key, and may stand nowhere else any more."""
-    return repr(record)

@@ -12,9 +12,9 @@ from support.billing_samples import make_record
 from serving.billing.ledger import Ledger
 from serving.billing.open_requests import OpenRequest, OpenRequests, close_request, read_open_requests
 from serving.billing.records import LostTry, Outcome, TokenCounts
-from serving.billing.spool import count_open
+from serving.billing.spool import count_open, open_spool
 from unit.billing.conftest import MakeSettings
-from unit.billing.test_ledger import PATIENCE_S, read_ids, wait_until
+from unit.billing.test_ledger import read_ids, wait_until
 from unit.billing.test_spool import die
 
 COUNTS = TokenCounts(num_prompt_tokens=9, num_completion_tokens=4)
@@ -115,21 +115,26 @@ def test_a_promise_counts_also_while_its_request_is_there_twice(tmp_path: Path, 
     assert [request.promised for request in read_open_requests(tmp_path / "both")] == [promised]
 
 
+async def test_a_request_is_open_on_disk_until_it_is_recorded(make_settings: MakeSettings) -> None:
+    settings = make_settings()
+    ledger = Ledger(settings, "r1")
+    await ledger.start()
+    ledger.open(make_open("req-0", "a"))
+    assert count_open(settings.directory / "spool") == 1
+    ledger.record(make_record(0))
+    assert count_open(settings.directory / "spool") == 0
+    await ledger.close()
+
+
 async def test_whoever_adopts_a_spool_closes_what_its_router_left_open(make_settings: MakeSettings) -> None:
     settings = make_settings()
-    dead = Ledger(settings, "dead")
-    await dead.start()
-    await dead.flush(PATIENCE_S)
+    dead = open_spool(settings.directory / "spool", "dead", settings.spool)
     for name in ("recorded", "both", "open"):
-        dead.open(make_open(name, "a"))
-    dead.record(make_record(request_id="recorded"))
-    assert await dead.flush(PATIENCE_S)
-    assert dead._spool is not None
-    for task in dead._tasks:
-        task.cancel()
-    await asyncio.gather(*dead._tasks, return_exceptions=True)
-    dead._spool.append(make_record(request_id="both"))  # killed after this and before it was closed
-    die(dead._spool)
+        dead.open_requests.put(make_open(name, "a"))
+    dead.append(make_record(request_id="recorded"))
+    dead.open_requests.remove("recorded")
+    dead.append(make_record(request_id="both"))  # killed after this and before it was closed
+    die(dead)
     assert count_open(settings.directory / "spool") == 2
     other = Ledger(settings, "other")
     await other.start()
@@ -142,6 +147,5 @@ async def test_whoever_adopts_a_spool_closes_what_its_router_left_open(make_sett
     other.fetch_counts = ask
     await wait_until(lambda: other.counts.num_closed == 2)
     await other.close()
-    await dead.database.close()
     assert await read_ids(settings) == {"recorded": 1, "both": 1, "open": 1}
     assert list((settings.directory / "spool").iterdir()) == []
