@@ -24,8 +24,8 @@ from benchmarks.fastpath.rows import Row
 from benchmarks.load.__main__ import find_stack
 from serving.nano.documents import BookKind, BookPage, sample_sheet, write_document
 from serving.nano.training.metrics import character_error_rate
-from serving.ocr_client.client import DEFAULT_URL, Mode, OcrClient, Options
-from serving.ocr_client.results import OcrPage
+from serving.ocr_api.shapes import OcrPage
+from serving.ocr_client.client import DEFAULT_URL, Mode, OcrClient, ReadOptions
 
 _MODES = ("tiny", "small", "base", "large", "gundam")
 _VISION_TOKENS = {"tiny": 64, "small": 100, "base": 256, "large": 400, "gundam": 256}
@@ -64,7 +64,7 @@ class Measured:
         return float(np.mean(list(chars))) / _VISION_TOKENS[self.mode]
 
 
-def measure(client: OcrClient, book: Path, sheets: Sequence[BookPage], options: Options) -> Measured:
+def measure(client: OcrClient, book: Path, sheets: Sequence[BookPage], options: ReadOptions) -> Measured:
     """Read a book in one mode. A page that failed counts as wholly wrong."""
     began_s = time.monotonic()
     result = client.read(book, options)
@@ -176,7 +176,7 @@ def main(
         for name in mode or _MODES:
             if name not in get_args(Mode) or name not in _VISION_TOKENS:
                 raise typer.BadParameter(f"{name}: there are {', '.join(_MODES)}", param_hint="--mode")
-            options = Options(model, mode=name, format="text", max_tokens=_MAX_TOKENS)  # type: ignore[arg-type]
+            options = ReadOptions(model, mode=name, format="text", max_tokens=_MAX_TOKENS)  # type: ignore[arg-type]
             with console.status(f"{name}: {pages} pages"):
                 found.append(measure(client, book, sheets, options))
     for table in build_tables(found):

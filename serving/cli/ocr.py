@@ -9,10 +9,12 @@ import typing
 from pathlib import Path
 from typing import Annotated
 
+import pydantic
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from serving.ocr_api.options import MODES
 from serving.ocr_client.bulk import (
     BulkRun,
     FileOutcome,
@@ -24,11 +26,12 @@ from serving.ocr_client.bulk import (
     plan_tasks,
 )
 from serving.ocr_client.bulk_state import BulkState, RunningError
-from serving.ocr_client.client import DEFAULT_URL, AsyncOcrClient, Options, RetryPolicy
+from serving.ocr_client.client import DEFAULT_URL, AsyncOcrClient, ReadOptions, RetryPolicy
 from serving.ocr_client.errors import KeyRefusedError, OcrError
 from serving.ocr_client.file_names import show_name
 
-_MODES = ("tiny", "small", "base", "large", "gundam", "auto")
+_ANY_MODEL = "*"
+"""Stands for the first model that the service lists, until it has been asked."""
 _SHOWN_FAILURES = 10
 _INTERRUPTED = 130
 
@@ -38,7 +41,7 @@ def read_files(
         list[str], typer.Argument(metavar="FILE...", help="Documents, folders of them, or quoted patterns.")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results and for what has been done.")],
-    mode: Annotated[str | None, typer.Option(help=f"How closely to look: {', '.join(_MODES)}.")] = None,
+    mode: Annotated[str | None, typer.Option(help=f"How closely to look: {', '.join(MODES)}.")] = None,
     output: Annotated[
         OutputFormat, typer.Option("--format", "-f", help="json has the blocks with their boxes, too.")
     ] = OutputFormat.MARKDOWN,
@@ -68,22 +71,26 @@ def read_files(
     The exit status is 0 when every page was read, 1 when some pages, documents or folders were not (they are listed), 2
     when the command is wrong, 3 when the service cannot be used, 130 after Ctrl-C.
     """
-    if mode is not None and mode not in _MODES:
-        _fail(2, f"--mode {mode}: there are {', '.join(_MODES)}")
+    if mode is not None and mode not in MODES:
+        _fail(2, f"--mode {mode}: there are {', '.join(MODES)}")
+    fields = {"pages": pages, "prompt": prompt, "dpi": dpi, "max_tokens": max_tokens, "mode": mode}
     try:
+        options = ReadOptions(model or _ANY_MODEL, **fields)  # type: ignore[arg-type]  # pydantic checks them
         found = find_files(files, out)
         tasks = plan_tasks(found.files, out, output)
         state = BulkState(out)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        _fail(2, f"--{str(first['loc'][0]).replace('_', '-')}: {first['msg']}")
     except FileSelectionError as error:
         _fail(2, str(error))
     except RunningError:
         _fail(2, f"another `serving ocr` writes into {show_name(out)}; wait for it, or take another folder")
     except OSError as error:
         _fail(2, f"{show_name(out)}: cannot be written ({error.strerror})")
-    fields = {"pages": pages, "prompt": prompt, "dpi": dpi, "max_tokens": max_tokens, "mode": mode}
     try:
         client = AsyncOcrClient(url, api_key=key, retry=RetryPolicy(max_wait_s=wait))
-        outcomes = asyncio.run(_run(client, state, Options(model or "", **fields), output, tasks, jobs))  # type: ignore[arg-type]
+        outcomes = asyncio.run(_run(client, state, options, output, tasks, jobs))
     except KeyboardInterrupt:
         _fail(_INTERRUPTED, "stopped; the service goes on with what it has, the same command fetches it")
     except OcrError as error:
@@ -98,12 +105,12 @@ def read_files(
 
 
 async def _run(
-    client: AsyncOcrClient, state: BulkState, options: Options, output: OutputFormat, tasks: list[Task], jobs: int
+    client: AsyncOcrClient, state: BulkState, options: ReadOptions, output: OutputFormat, tasks: list[Task], jobs: int
 ) -> list[FileOutcome]:
     console = Console(stderr=True)
     began_s = time.monotonic()
     async with client:
-        if not options.model:
+        if options.model == _ANY_MODEL:
             options = await _choose_model(client, options)
         with _build_progress(console) as progress:
             bar = progress.add_task("", total=None, files=f"0/{len(tasks)} files", rates="")
@@ -128,7 +135,7 @@ async def _run(
     return outcomes
 
 
-async def _choose_model(client: AsyncOcrClient, options: Options) -> Options:
+async def _choose_model(client: AsyncOcrClient, options: ReadOptions) -> ReadOptions:
     names = await client.models()
     if not names:
         _fail(3, "the service lists no model")

@@ -14,8 +14,10 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
+from serving.ocr_api.page_ranges import select_pages
+from serving.ocr_api.shapes import JobStatus, OcrJob, OcrPage
 from serving.ocr_client.bulk_state import BulkState, FileState, describe_options, digest_file, join_ranges
-from serving.ocr_client.client import AsyncOcrClient, Options
+from serving.ocr_client.client import AsyncOcrClient, PageFormat, ReadOptions
 from serving.ocr_client.errors import (
     BusyError,
     KeyRefusedError,
@@ -26,8 +28,6 @@ from serving.ocr_client.errors import (
     ServiceError,
 )
 from serving.ocr_client.file_names import name_key, safe_place, show_name
-from serving.ocr_client.page_ranges import select_pages
-from serving.ocr_client.results import JobStatus, OcrJob, OcrPage
 
 SUFFIXES = frozenset((".pdf", ".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".gif", ".bmp"))
 """Of files that are taken from folders; a file that is named is sent whatever its suffix."""
@@ -44,6 +44,12 @@ class OutputFormat(StrEnum):
     @property
     def suffix(self) -> str:
         return {"markdown": ".md", "text": ".txt", "json": ".json"}[self.value]
+
+    @property
+    def page_format(self) -> PageFormat:
+        """The format of pages that the file is made from."""
+        formats: dict[str, PageFormat] = {"markdown": "markdown", "text": "text", "json": "layout"}
+        return formats[self.value]
 
 
 class FileSelectionError(Exception):
@@ -201,7 +207,7 @@ class BulkRun:
         self,
         client: AsyncOcrClient,
         state: BulkState,
-        options: Options,
+        options: ReadOptions,
         kind: OutputFormat,
         on_change: Callable[[Tally], None] = lambda tally: None,
         on_outcome: Callable[[FileOutcome], None] = lambda outcome: None,
@@ -214,8 +220,7 @@ class BulkRun:
         on_change: told whenever pages have come.
         on_outcome: told of every file's end.
         """
-        asked = {"markdown": "markdown", "text": "text", "json": "layout"}
-        self._options = replace(options, format=asked[kind])  # type: ignore[arg-type]
+        self._options = replace(options, format=kind.page_format)
         self._client, self._state, self._kind = client, state, kind
         self._on_change, self._on_outcome = on_change, on_outcome
         self.tally = Tally()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from serving.ocr_client.results import OcrPage
+from serving.ocr_api.shapes import OcrPage
 
 STATE_NAME = ".serving-ocr.sqlite"
 _LOCK_NAME = ".serving-ocr.lock"

@@ -1,12 +1,12 @@
 """Clients of the OCR service, for threads and for event loops: the same calls, the same types, the same errors.
 
     with OcrClient("http://127.0.0.1:8000", api_key="sk-...") as client:
-        result = client.read(Path("report.pdf"), Options("nano"))
+        result = client.read(Path("report.pdf"), ReadOptions("nano"))
         print(result.pages[0].markdown, result.usage.estimated_cost)
 
 Long documents go in jobs, which outlive the connection and the service's process:
 
-        job = client.submit(Path("book.pdf"), Options("nano"), idempotency_key="book-1")
+        job = client.submit(Path("book.pdf"), ReadOptions("nano"), idempotency_key="book-1")
         for page in client.follow(job.id):
             print(page.number, page.content)
 
@@ -25,16 +25,14 @@ from typing import Any, Self
 import httpx
 import tenacity
 
+from serving.ocr_api.options import Mode, PageFormat, ReadOptions
+from serving.ocr_api.shapes import JobList, JobPages, OcrJob, OcrPage, OcrResult, StreamEvent
 from serving.ocr_client import requests
 from serving.ocr_client.requests import Follower, OcrRequest
-from serving.ocr_client.results import JobList, JobPages, OcrJob, OcrPage, OcrResult, StreamEvent
 from serving.ocr_client.wire import (
     Answer,
     Document,
     EventReader,
-    Format,
-    Mode,
-    Options,
     RetryPolicy,
     Source,
     build_retrying,
@@ -42,7 +40,7 @@ from serving.ocr_client.wire import (
     read_answer,
 )
 
-__all__ = ["AsyncOcrClient", "Document", "Format", "Mode", "OcrClient", "Options", "RetryPolicy", "Source"]
+__all__ = ["AsyncOcrClient", "Document", "Mode", "OcrClient", "PageFormat", "ReadOptions", "RetryPolicy", "Source"]
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 _PAGES_AT_ONCE = 100
@@ -80,10 +78,10 @@ class OcrClient:
         self._http.close()
 
     def models(self) -> list[str]:
-        """Names that `Options.model` may have."""
+        """Names that `ReadOptions.model` may have."""
         return self._ask(requests.models()).names
 
-    def read(self, source: Source, options: Options) -> OcrResult:
+    def read(self, source: Source, options: ReadOptions) -> OcrResult:
         """Read a document and wait for all of it. Pages that failed say why.
 
         Raises:
@@ -92,7 +90,7 @@ class OcrClient:
         """
         return self._ask(requests.read(source, options))
 
-    def stream(self, source: Source, options: Options) -> Generator[StreamEvent]:
+    def stream(self, source: Source, options: ReadOptions) -> Generator[StreamEvent]:
         """Read a document and see its pages arrive. Whoever closes the generator ends the work.
 
         Raises:
@@ -108,7 +106,7 @@ class OcrClient:
                     return
             events.finish()
 
-    def submit(self, source: Source, options: Options, *, idempotency_key: str | None = None) -> OcrJob:
+    def submit(self, source: Source, options: ReadOptions, *, idempotency_key: str | None = None) -> OcrJob:
         """Have a document read in a job.
 
         Args:
@@ -199,10 +197,10 @@ class AsyncOcrClient:
     async def models(self) -> list[str]:
         return (await self._ask(requests.models())).names
 
-    async def read(self, source: Source, options: Options) -> OcrResult:
+    async def read(self, source: Source, options: ReadOptions) -> OcrResult:
         return await self._ask(requests.read(source, options))
 
-    async def stream(self, source: Source, options: Options) -> AsyncGenerator[StreamEvent]:
+    async def stream(self, source: Source, options: ReadOptions) -> AsyncGenerator[StreamEvent]:
         events = EventReader()
         async with contextlib.aclosing(await self._send(requests.stream(source, options))) as answer:
             with requests.own_errors():
@@ -213,7 +211,7 @@ class AsyncOcrClient:
                         return
                 events.finish()
 
-    async def submit(self, source: Source, options: Options, *, idempotency_key: str | None = None) -> OcrJob:
+    async def submit(self, source: Source, options: ReadOptions, *, idempotency_key: str | None = None) -> OcrJob:
         return await self._ask(requests.submit(source, options, idempotency_key))
 
     async def job(self, job_id: str) -> OcrJob:

@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx
 
-from serving.ocr_client.results import ErrorDetail
+from serving.ocr_api.shapes import ErrorDetail
 
 
 class OcrError(Exception):

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic
 
 import httpx
 import pydantic
 
+from serving.ocr_api.options import ReadOptions
+from serving.ocr_api.shapes import JobList, JobPages, ModelList, OcrJob, OcrPage, OcrResult
 from serving.ocr_client.errors import from_httpx
-from serving.ocr_client.results import JobList, JobPages, ModelList, OcrJob, OcrPage, OcrResult
-from serving.ocr_client.wire import Answer, Options, Source, build_document, close_document
+from serving.ocr_client.wire import Answer, Source, build_document, close_document
 
 _OCR, _JOBS = "/v1/ocr", "/v1/ocr/jobs"
 _CONNECT_S = 10.0
@@ -58,19 +59,21 @@ def models() -> OcrRequest[ModelList]:
     return OcrRequest("GET", "/v1/models", ModelList)
 
 
-def read(source: Source, options: Options) -> OcrRequest[OcrResult]:
-    return OcrRequest("POST", _OCR, OcrResult, (source, options.fields()), is_repeatable=False)
+def read(source: Source, options: ReadOptions) -> OcrRequest[OcrResult]:
+    fields = replace(options, stream=False).fields()
+    return OcrRequest("POST", _OCR, OcrResult, (source, fields), is_repeatable=False)
 
 
-def stream(source: Source, options: Options) -> OcrRequest[OcrResult]:
-    fields = {**options.fields(), "stream": True}
+def stream(source: Source, options: ReadOptions) -> OcrRequest[OcrResult]:
+    fields = replace(options, stream=True).fields()
     return OcrRequest("POST", _OCR, OcrResult, (source, fields), is_repeatable=False, is_stream=True)
 
 
-def submit(source: Source, options: Options, idempotency_key: str | None) -> OcrRequest[OcrJob]:
+def submit(source: Source, options: ReadOptions, idempotency_key: str | None) -> OcrRequest[OcrJob]:
     """With a key of its own when none is given, so that it may be sent again."""
     headers = {"idempotency-key": idempotency_key or uuid.uuid4().hex}
-    return OcrRequest("POST", _JOBS, OcrJob, (source, options.fields()), arguments={"headers": headers})
+    fields = replace(options, stream=False).fields()
+    return OcrRequest("POST", _JOBS, OcrJob, (source, fields), arguments={"headers": headers})
 
 
 def job(job_id: str) -> OcrRequest[OcrJob]:

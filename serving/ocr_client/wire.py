@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import httpx
 import pydantic
 import tenacity
 
 from serving.http.retry_after import read_retry_after
+from serving.ocr_api.shapes import StreamEvent, read_event
 from serving.ocr_client.errors import BadAnswerError, ConnectionLostError, OcrError, RequestRefusedError, from_answer
 from serving.ocr_client.file_names import show_name
-from serving.ocr_client.results import StreamEvent, read_event
 
-Mode = Literal["tiny", "small", "base", "large", "gundam", "auto"]
-Format = Literal["markdown", "text", "layout"]
 Answer = TypeVar("Answer", bound=pydantic.BaseModel)
 
 _DATA, _DONE = "data:", "[DONE]"
@@ -33,30 +31,6 @@ class Document:
 
 Source = Path | Document | str
 """A file, bytes, or an `https:` or `data:` address (the service must allow the host)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How a document is to be read; None leaves it to the service."""
-
-    model: str
-    mode: Mode | None = None
-    format: Format = "markdown"
-    pages: str | None = None
-    """`1-3,7`, counted from 1."""
-    prompt: str | None = None
-    dpi: int | None = None
-    max_tokens: int | None = None
-    """Of one page's answer."""
-    include_images: bool = False
-    """Figures, cut out of the pages."""
-    include_page_images: bool = False
-    """Streams only: the pages as they were drawn, of the first twenty."""
-
-    def fields(self) -> dict[str, Any]:
-        """What was chosen, by the names that the service knows."""
-        chosen = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {name: value for name, value in chosen.items() if value is not None and value is not False}
 
 
 @dataclass(frozen=True, slots=True)

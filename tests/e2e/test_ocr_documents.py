@@ -20,7 +20,7 @@ from e2e.conftest import ROOT, Stack, free_port
 from e2e.scripted_stack import SERVING, wait_until
 from serving.nano.documents import sample_sheet, write_document
 from serving.nano.training.metrics import character_error_rate
-from serving.ocr_client.client import OcrClient, Options
+from serving.ocr_client.client import OcrClient, ReadOptions
 
 NUM_PAGES = 50
 SHEETS = [sample_sheet(100, index) for index in range(NUM_PAGES)]
@@ -121,8 +121,8 @@ def test_a_document_is_read_on_the_page(stack: Stack, book: Path) -> None:
 @pytest.mark.slow
 def test_a_client_reads_a_document_through_the_stack(stack: Stack, book: Path) -> None:
     with OcrClient(stack.url) as client:
-        result = client.read(book, Options("nano", pages="2,4", format="layout"))
-        events = list(client.stream(book, Options("nano", pages="2", include_page_images=True)))
+        result = client.read(book, ReadOptions("nano", pages="2,4", format="layout"))
+        events = list(client.stream(book, ReadOptions("nano", pages="2", include_page_images=True)))
     assert [page.number for page in result.pages] == [2, 4]
     assert [page.content for page in result.pages] == [SHEETS[1].text, SHEETS[3].text]
     assert result.usage.estimated_cost > 0

@@ -11,13 +11,14 @@ from starlette.requests import Request
 from serving.errors import InvalidRequestError, JobNotFoundError
 from serving.http.disconnects import ClientPresence
 from serving.http.reply import Reply
-from serving.ocr.api.documents import document_to_json
 from serving.ocr.api.service import OcrService
 from serving.ocr.api.uploads import Submission
 from serving.ocr.jobs.model import JobRow, NewJob, new_job_id
-from serving.ocr.reading.options import without_stream
+from serving.ocr.reading.options import options_to_json, without_stream
+from serving.ocr.reading.results import build_document
 from serving.ocr.reading.router_client import Caller
-from serving.ocr_client.page_ranges import select_pages
+from serving.ocr_api.page_ranges import select_pages
+from serving.ocr_api.shapes import JobList, JobPages
 
 _MAX_JOBS = 100
 _MAX_PAGES = 1000
@@ -45,12 +46,12 @@ class JobsRoute:
         ):
             job = await self._keep(submission, caller, idempotency_key)
         service.runner.wake()
-        await reply.send_body(202, orjson.dumps(job.to_json()))
+        await reply.send_body(202, job.build_job().to_json())
 
     async def _keep(self, submission: Submission, caller: Caller, idempotency_key: str | None) -> JobRow:
         service = self._service
         options = without_stream(submission.options)
-        options_json = options.to_json()
+        options_json = options_to_json(options)
         digest = hashlib.sha256(
             orjson.dumps([submission.digest, options_json], option=orjson.OPT_SORT_KEYS)
         ).hexdigest()
@@ -65,7 +66,7 @@ class JobsRoute:
             owner=caller.owner,
             model=options.model,
             options=options_json,
-            document=document_to_json(document, submission.size_bytes),
+            document=build_document(document, submission.size_bytes),
             pages=pages,
             sealed_key=service.key_sealer.seal(caller.api_key),
             digest=digest,
@@ -88,12 +89,12 @@ class JobsRoute:
         caller = await self._identify(request)
         limit = _read_count(request, "limit", _DEFAULT_LIMIT, 1, _MAX_JOBS)
         jobs, has_more = await self._service.store.list_jobs(caller.owner, limit, request.query_params.get("after"))
-        await reply.send_body(200, _list([job.to_json() for job in jobs], has_more))
+        await reply.send_body(200, JobList(data=tuple(job.build_job() for job in jobs), has_more=has_more).to_json())
 
     async def show(self, request: Request, reply: Reply) -> None:
         caller = await self._identify(request)
         job = await self._service.store.find(request.path_params["job_id"], caller.owner)
-        await reply.send_body(200, orjson.dumps(job.to_json()))
+        await reply.send_body(200, job.build_job().to_json())
 
     async def list_pages(self, request: Request, reply: Reply) -> None:
         caller = await self._identify(request)
@@ -101,7 +102,7 @@ class JobsRoute:
         limit = _read_count(request, "limit", 100, 1, _MAX_PAGES)
         job_id = request.path_params["job_id"]
         pages, has_more = await self._service.store.list_pages(job_id, caller.owner, limit, after)
-        await reply.send_body(200, _list(pages, has_more))
+        await reply.send_body(200, JobPages(data=tuple(pages), has_more=has_more).to_json())
 
     async def cancel(self, request: Request, reply: Reply) -> None:
         caller = await self._identify(request)
@@ -110,7 +111,7 @@ class JobsRoute:
         service.runner.abandon(job.job_id)
         if not service.settings.ocr.jobs.keep_documents_s:
             await service.runner.remove_file(job.job_id)
-        await reply.send_body(200, orjson.dumps(job.to_json()))
+        await reply.send_body(200, job.build_job().to_json())
 
     async def delete(self, request: Request, reply: Reply) -> None:
         """Everything of a job, whether it has ended or not."""
@@ -124,10 +125,6 @@ class JobsRoute:
 
     async def _identify(self, request: Request) -> Caller:
         return await self._service.callers.identify(request.headers.get("authorization"))
-
-
-def _list(data: list[dict[str, object]], has_more: bool) -> bytes:
-    return orjson.dumps({"object": "list", "data": data, "has_more": has_more})
 
 
 def _read_count(request: Request, name: str, usual: int, least: int, most: int) -> int:

@@ -27,8 +27,9 @@ from serving.http.body_pace import BodyPace, receive_in_time
 from serving.http.fetching import FETCH_ERRORS, Fetcher
 from serving.ocr.limits.shares import Refusals, Shares
 from serving.ocr.limits.storage import Storage, StoredFile
-from serving.ocr.reading.options import ReadOptions, read_form_options, read_options
+from serving.ocr.reading.options import read_form_options, read_options
 from serving.ocr.reading.router_client import Caller
+from serving.ocr_api.options import ReadOptions
 from serving.settings.ocr import OcrSettings
 from serving.settings.router import LimitSettings
 

@@ -18,10 +18,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from serving.billing.credits import SERVICE_MARK
 from serving.billing.schema import JOB_PAGES, JOBS, REQUESTS
 from serving.ocr.jobs.database import JobDatabase
-from serving.ocr.jobs.model import COMPLETED, FAILED, NS, OPEN, RUNNING, JobRow, dump, find_page
+from serving.ocr.jobs.model import COMPLETED, FAILED, NS, OPEN, RUNNING, JobRow, find_page
 from serving.ocr.jobs.turns import JobTurns, OwnerJobs
-from serving.ocr.reading.page_json import PageResult, failure_to_json
 from serving.ocr.reading.pages import PageFailure
+from serving.ocr.reading.results import PageResult, build_error
 
 _CLOCKS_S = 600.0
 """By so much a router's clock may be behind a service's."""
@@ -131,7 +131,7 @@ class JobLeases:
         Raises:
             LeaseLostError: the job is no longer this service's.
         """
-        used, text = result.usage, dump(result.body)
+        used, text = result.usage, result.page.model_dump_json()
         changes = {
             "num_done": JOBS.c.num_done + 1,
             "num_failed": JOBS.c.num_failed + int(result.is_failed),
@@ -147,7 +147,7 @@ class JobLeases:
             count = select(JOBS.c.num_done).where(JOBS.c.job_id == job_id)
             row = {
                 "job_id": job_id,
-                "page": result.index,
+                "page": result.page.index,
                 "seq": (await connection.execute(count)).scalar_one(),
                 "is_failed": result.is_failed,
                 "result": text,
@@ -162,7 +162,7 @@ class JobLeases:
             LeaseLostError: it is no longer this service's.
         """
         changes = self._jobs.ended(FAILED if failure is not None else COMPLETED)
-        changes["error"] = dump(failure_to_json(failure)) if failure is not None else ""
+        changes["error"] = build_error(failure).model_dump_json() if failure is not None else ""
         async with self._jobs.writing() as connection:
             await self._update_own(connection, job_id, changes)
 

@@ -11,12 +11,12 @@ from typing import Any
 import orjson
 
 from serving.billing.credits import SERVICE_MARK
-from serving.ocr.reading.page_json import usage_to_json
 from serving.ocr.reading.pages import PageUsage
+from serving.ocr.reading.results import build_usage
+from serving.ocr_api.shapes import DocumentFacts, ErrorDetail, JobStatus, OcrJob
 
-QUEUED, RUNNING, COMPLETED, FAILED, CANCELLED = "queued", "running", "completed", "failed", "cancelled"
+QUEUED, RUNNING, COMPLETED, FAILED, CANCELLED = STATES = tuple(status.value for status in JobStatus)
 OPEN = (QUEUED, RUNNING)
-STATES = (QUEUED, RUNNING, COMPLETED, FAILED, CANCELLED)
 NS = 10**9
 
 
@@ -27,7 +27,7 @@ class NewJob:
     owner: str
     model: str
     options: dict[str, Any]
-    document: dict[str, Any]
+    document: DocumentFacts
     pages: Sequence[int]
     sealed_key: str
     digest: str
@@ -42,11 +42,11 @@ class JobRow:
     owner: str
     status: str
     options: dict[str, Any]
-    document: dict[str, Any]
+    document: DocumentFacts
     pages: tuple[int, ...]
     sealed_key: str
     digest: str
-    error: dict[str, Any] | None
+    error: ErrorDetail | None
     num_done: int
     num_failed: int
     usage: PageUsage
@@ -56,25 +56,24 @@ class JobRow:
     expires_ns: int
     num_takes: int
 
-    def to_json(self) -> dict[str, Any]:
-        """As the API shows it."""
-        return {
-            "id": self.job_id,
-            "object": "ocr.job",
-            "status": self.status,
-            "created_at": self.created_ns // NS,
-            "started_at": self.started_ns // NS or None,
-            "finished_at": self.finished_ns // NS or None,
-            "expires_at": self.expires_ns // NS or None,
-            "model": self.options["model"],
-            "document": self.document,
-            "options": {name: value for name, value in self.options.items() if name != "model"},
-            "pages_total": len(self.pages),
-            "pages_done": self.num_done,
-            "pages_failed": self.num_failed,
-            "usage": usage_to_json(self.usage, self.num_done, self.num_failed),
-            "error": self.error,
-        }
+    def build_job(self) -> OcrJob:
+        """In the API's shape."""
+        return OcrJob(
+            id=self.job_id,
+            status=JobStatus(self.status),
+            created_at=self.created_ns // NS,
+            started_at=self.started_ns // NS or None,
+            finished_at=self.finished_ns // NS or None,
+            expires_at=self.expires_ns // NS or None,
+            model=self.options["model"],
+            document=self.document,
+            options={name: value for name, value in self.options.items() if name != "model"},
+            pages_total=len(self.pages),
+            pages_done=self.num_done,
+            pages_failed=self.num_failed,
+            usage=build_usage(self.usage, self.num_done, self.num_failed),
+            error=self.error,
+        )
 
 
 def new_job_id() -> str:
@@ -101,11 +100,11 @@ def read_job(row: Any) -> JobRow:
         owner=row.owner,
         status=row.status,
         options=orjson.loads(row.options),
-        document=orjson.loads(row.document),
+        document=DocumentFacts.model_validate_json(row.document),
         pages=tuple(orjson.loads(row.pages)),
         sealed_key=row.sealed_key,
         digest=row.digest,
-        error=orjson.loads(row.error) if row.error else None,
+        error=ErrorDetail.model_validate_json(row.error) if row.error else None,
         num_done=row.num_done,
         num_failed=row.num_failed,
         usage=usage,

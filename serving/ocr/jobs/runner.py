@@ -24,10 +24,11 @@ from serving.ocr.jobs.leases import JobLeases, LeaseLostError
 from serving.ocr.jobs.model import JobRow
 from serving.ocr.jobs.sweeper import JobSweeper
 from serving.ocr.jobs.turns import HeldJob, JobTurns
-from serving.ocr.reading.documents import PageEnded, Pipeline, ReadRequest, is_for_all
+from serving.ocr.reading.documents import PageEnded, Pipeline, is_for_all
 from serving.ocr.reading.options import read_options
-from serving.ocr.reading.page_json import as_failure
 from serving.ocr.reading.pages import PageFailure
+from serving.ocr.reading.request import ReadRequest, choose_prompt
+from serving.ocr.reading.results import as_failure
 from serving.ocr.rendering.pool import Effort, Renderer
 from serving.settings.ocr import OcrSettings
 
@@ -219,11 +220,17 @@ class JobRunner:
         except ServingError as error:
             return as_failure(error)
         options = read_options(job.options)
-        left = [page for page in job.pages if page not in done]
-        page_request = options.page_request(self._settings, api_key)
-        failure = await self._read_pages(
-            job, ReadRequest(document, left, options, page_request, job.job_id, charged, stop)
+        request = ReadRequest(
+            document=document,
+            pages=[page for page in job.pages if page not in done],
+            options=options,
+            prompt=choose_prompt(options, self._settings),
+            request_id=job.job_id,
+            api_key=api_key,
+            charged=charged,
+            stop=stop,
         )
+        failure = await self._read_pages(job, request)
         if stop.is_set():
             self._efforts[job.job_id] = document.effort
             while len(self._efforts) > _MAX_LEFT:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
-import orjson
 from sqlalchemy import ColumnElement, and_, delete, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -14,6 +12,7 @@ from serving.billing.schema import JOB_PAGES, JOBS
 from serving.errors import InvalidRequestError, JobNotFoundError, RateLimitError
 from serving.ocr.jobs.database import JobDatabase
 from serving.ocr.jobs.model import CANCELLED, OPEN, QUEUED, JobRow, NewJob, dump, read_job
+from serving.ocr_api.shapes import OcrPage
 
 _ZEROS = (
     "num_done",
@@ -52,7 +51,7 @@ class JobStore:
             "status": QUEUED,
             "model": new.model,
             "options": dump(new.options),
-            "document": dump(new.document),
+            "document": new.document.model_dump_json(),
             "pages": dump(list(new.pages)),
             "sealed_key": new.sealed_key,
             "idempotency_key": new.idempotency_key,
@@ -114,14 +113,15 @@ class JobStore:
             rows = (await connection.execute(select(JOBS).where(where).order_by(*order).limit(limit + 1))).all()
         return [read_job(row) for row in rows[:limit]], len(rows) > limit
 
-    async def list_pages(self, job_id: str, owner: str, limit: int, after: int) -> tuple[list[dict[str, Any]], bool]:
+    async def list_pages(self, job_id: str, owner: str, limit: int, after: int) -> tuple[list[OcrPage], bool]:
         """Pages in the order in which they were done, from the one after `seq` on."""
         await self.find(job_id, owner)
         where = and_(JOB_PAGES.c.job_id == job_id, JOB_PAGES.c.seq > after)
         wanted = select(JOB_PAGES.c.seq, JOB_PAGES.c.result).where(where).order_by(JOB_PAGES.c.seq).limit(limit + 1)
         async with self._jobs.reading() as connection:
             rows = (await connection.execute(wanted)).all()
-        return [{**orjson.loads(row.result), "seq": row.seq} for row in rows[:limit]], len(rows) > limit
+        pages = [OcrPage.model_validate_json(row.result).model_copy(update={"seq": row.seq}) for row in rows[:limit]]
+        return pages, len(rows) > limit
 
     async def cancel(self, job_id: str, owner: str) -> JobRow:
         """End a job that has not ended; pages that are done stay, the key goes."""

@@ -14,10 +14,10 @@ from sqlalchemy import and_, delete, func, or_, select, update
 from serving.billing.schema import JOB_PAGES, JOBS
 from serving.errors import ServingError
 from serving.ocr.jobs.database import JobDatabase
-from serving.ocr.jobs.model import FAILED, NS, OPEN, QUEUED, STATES, dump
+from serving.ocr.jobs.model import FAILED, NS, OPEN, QUEUED, STATES
 from serving.ocr.limits.storage import Storage
-from serving.ocr.reading.page_json import failure_to_json
 from serving.ocr.reading.pages import PageFailure
+from serving.ocr.reading.results import build_error
 from serving.settings.ocr import OcrSettings
 from serving.settings.router import LimitSettings
 
@@ -110,7 +110,7 @@ class JobSweeper:
         """Fail jobs that have been open for longer than they may."""
         before_ns = time.time_ns() - round(self._settings.max_age_s * NS)
         failure = PageFailure("job_expired", "The job did not end within its time.")
-        changes = self._jobs.ended(FAILED) | {"error": dump(failure_to_json(failure))}
+        changes = self._jobs.ended(FAILED) | {"error": build_error(failure).model_dump_json()}
         where = and_(JOBS.c.status.in_(OPEN), JOBS.c.created_ns < before_ns)
         async with self._jobs.writing() as connection:
             await connection.execute(update(JOBS).where(where).values(changes))

@@ -9,16 +9,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import pybase64
 
 from serving.errors import ServingError
-from serving.ocr.reading.options import ReadOptions
-from serving.ocr.reading.page_json import (
-    Dimensions,
+from serving.ocr.reading.pages import Delta, PageFailure, PageReader, PageReading, TryStarted
+from serving.ocr.reading.request import ReadRequest
+from serving.ocr.reading.results import (
     PageResult,
     as_failure,
     build_page,
@@ -26,9 +26,9 @@ from serving.ocr.reading.page_json import (
     find_figures,
     measure,
 )
-from serving.ocr.reading.pages import Delta, PageFailure, PageReader, PageReading, PageRequest, TryStarted
-from serving.ocr.rendering.pool import DrawnPage, OpenedDocument, Renderer
+from serving.ocr.rendering.pool import DrawnPage, Renderer
 from serving.ocr.text.layout import Box, parse_layout
+from serving.ocr_api.shapes import Dimensions, PageDelta, PageImage, PageStarted
 from serving.settings.ocr import OcrSettings
 
 _QUEUED_EVENTS = 256
@@ -41,30 +41,6 @@ _QUOTA = "insufficient_quota"
 
 
 @dataclass(frozen=True, slots=True)
-class PageStarted:
-    """A try begins: whatever deltas of this page came before no longer count."""
-
-    index: int
-    number: int
-    mode: str | None
-    dimensions: Dimensions
-
-
-@dataclass(frozen=True, slots=True)
-class PageDrawn:
-    """The page's picture, for streams that show it."""
-
-    index: int
-    image: DrawnPage
-
-
-@dataclass(frozen=True, slots=True)
-class PageDelta:
-    index: int
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
 class PageEnded:
     """Whoever tells its owner of it, or stores it, has it counted (`Pipeline.count`)."""
 
@@ -73,7 +49,8 @@ class PageEnded:
     """From the page's turn to its end."""
 
 
-PipelineEvent = PageStarted | PageDrawn | PageDelta | PageEnded
+PipelineEvent = PageStarted | PageImage | PageDelta | PageEnded
+"""All but the last are the API's own."""
 
 
 class Observer(Protocol):
@@ -82,22 +59,6 @@ class Observer(Protocol):
     def see_render(self, seconds: float) -> None: ...
 
     def see_page(self, *, is_failed: bool, num_retries: int, seconds: float) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class ReadRequest:
-    """Pages of one document, and how they are to be read."""
-
-    document: OpenedDocument
-    pages: Sequence[int]
-    options: ReadOptions
-    page_request: PageRequest
-    request_id: str
-    """Requests to the router are known by this, the page's number and that of the try."""
-    charged: Mapping[int, int] = field(default_factory=dict)
-    """What pages were charged before, in nanodollars: they are not charged that again."""
-    stop: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set, no further page is begun; those under way are finished."""
 
 
 @dataclass(slots=True, eq=False)
@@ -165,7 +126,7 @@ class Pipeline:
     def count(self, ended: PageEnded) -> None:
         """Of a page that its owner knows of: one that was read for nobody is none."""
         result = ended.result
-        self._observer.see_page(is_failed=result.is_failed, num_retries=result.num_retries, seconds=ended.seconds)
+        self._observer.see_page(is_failed=result.is_failed, num_retries=result.page.retries, seconds=ended.seconds)
 
     async def _read_page(self, run: _Run, index: int) -> PageResult:
         request, started_s = run.request, time.monotonic()
@@ -179,20 +140,19 @@ class Pipeline:
     async def _read_image(self, run: _Run, index: int, image: DrawnPage) -> PageResult:
         request, events = run.request, run.events
         dimensions = measure(request.document, image, request.options.dpi or self._settings.render.dpi)
-        page_request = replace(
-            request.page_request,
-            request_id=f"{request.request_id}-p{index + 1}",
-            credit_nanodollars=request.charged.get(index, 0),
-        )
         reading: PageReading | None = None
-        async with contextlib.aclosing(self._reader.read(image, page_request)) as read:
+        async with contextlib.aclosing(self._reader.read(image, request, index)) as read:
             async for event in read:
                 if isinstance(event, TryStarted):
-                    await events.put(PageStarted(index, event.number, event.mode, dimensions))
+                    started = PageStarted(index=index, attempt=event.number, mode=event.mode, dimensions=dimensions)
+                    await events.put(started)
                     if event.number == 1 and wants_page_image(request, index, image):
-                        await events.put(PageDrawn(index, image))
+                        picture = PageImage(
+                            index=index, image_url=image.as_url(), width=image.width, height=image.height
+                        )
+                        await events.put(picture)
                 elif isinstance(event, Delta):
-                    await events.put(PageDelta(index, event.text))
+                    await events.put(PageDelta(index=index, text=event.text))
                 else:
                     reading = event
         assert reading is not None  # a reader's last event

@@ -1,143 +1,92 @@
-"""What a request for a document asks for: its options, checked once, as JSON or as form fields. Pure."""
+"""Reads the options of a request from JSON or from form fields. Pure."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, replace
+from typing import Any, NoReturn
+
+from pydantic import TypeAdapter, ValidationError
 
 from serving.errors import InvalidRequestError
-from serving.ocr.reading.pages import MODES, PageRequest
-from serving.settings.ocr import OcrSettings
+from serving.ocr_api.options import ReadOptions
 
-FORMATS = ("markdown", "text", "layout")
-AUTO = "auto"
-_MAX_PROMPT_CHARS = 4096
-_MAX_NAME_CHARS = 255
-_KNOWN = frozenset(
-    {"model", "document", "pages", "mode", "format", "prompt", "dpi", "stream", "max_tokens", "include_images"}
-    | {"include_page_images"}
-)
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-
-
-@dataclass(frozen=True, slots=True)
-class ReadOptions:
-    """Everything but the document and the key."""
-
-    model: str
-    pages: str | None = None
-    mode: str | None = None
-    format: str = "markdown"
-    prompt: str | None = None
-    dpi: int | None = None
-    max_tokens: int | None = None
-    include_images: bool = False
-    stream: bool = False
-    include_page_images: bool = False
-    """In a stream: the pages as they were drawn, too."""
-
-    def page_request(self, settings: OcrSettings, api_key: str | None) -> PageRequest:
-        """How each of the pages is to be read."""
-        usual = settings.text_prompt if self.format == "text" else settings.markdown_prompt
-        return PageRequest(self.model, self.prompt or usual, self.mode, self.max_tokens, api_key)
-
-    def to_json(self) -> dict[str, Any]:
-        """As the API shows them with a job; `read_options` takes it back."""
-        found = asdict(self)
-        del found["stream"], found["include_page_images"]
-        return found
+_FIELDS: Mapping[str, dict[str, Any]] = TypeAdapter(ReadOptions).json_schema()["properties"]
+_FORM_FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 
 def read_options(given: Mapping[str, Any]) -> ReadOptions:
-    """Options of a JSON body or of `ReadOptions.to_json`.
+    """Options from a JSON body, or from `options_to_json`. Null is as good as missing.
 
     Raises:
-        InvalidRequestError: `param` says which one is wrong.
+        InvalidRequestError: `param` names the option that is wrong.
     """
-    unknown = sorted(set(given) - _KNOWN)
+    unknown = sorted(set(given) - _FIELDS.keys() - {"document"})
     if unknown:
         raise InvalidRequestError(f"There is no option {unknown[0][:100]!r}.", param=unknown[0][:100])
-    mode = _read_choice(given, "mode", (*MODES, AUTO))
-    return ReadOptions(
-        model=_read_text(given, "model", _MAX_NAME_CHARS) or _refuse("model", "the name of a model; it is required"),
-        pages=_read_text(given, "pages", _MAX_PROMPT_CHARS),
-        mode=mode,
-        format=_read_choice(given, "format", FORMATS) or FORMATS[0],
-        prompt=_read_text(given, "prompt", _MAX_PROMPT_CHARS, is_line=False),
-        dpi=_read_count(given, "dpi", 18, 600),
-        max_tokens=_read_count(given, "max_tokens", 1, 2**31 - 1),
-        include_images=_read_flag(given, "include_images"),
-        stream=_read_flag(given, "stream"),
-        include_page_images=_read_flag(given, "include_page_images"),
-    )
+    try:
+        return ReadOptions(**{name: given[name] for name in _FIELDS if given.get(name) is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        _refuse(name, "given; it is the name of a model" if first["type"] == "missing" else _describe(_FIELDS[name]))
 
 
 def read_form_options(fields: Mapping[str, str]) -> ReadOptions:
-    """Options of form fields, where everything is text. Empty ones are as good as missing.
+    """Options from form fields, where everything is text. Empty ones are as good as missing.
 
     Raises:
         InvalidRequestError: as `read_options` does.
     """
-    given: dict[str, Any] = {name: text for name, text in fields.items() if text != ""}
-    for name in ("dpi", "max_tokens"):
-        if name in given and re.fullmatch(r"[0-9]{1,9}", given[name]):
-            given[name] = int(given[name])
-    for name in ("include_images", "include_page_images", "stream"):
-        if name in given:
-            given[name] = {"true": True, "1": True, "false": False, "0": False}.get(given[name].lower(), given[name])
-    if "document" in given:
+    if fields.get("document"):
         _refuse("document", "left out of a form, whose file part it is")
+    given: dict[str, Any] = {name: text for name, text in fields.items() if text != ""}
+    for name in given.keys() & _FIELDS.keys():
+        kind, text = _find_choice(_FIELDS[name]).get("type"), given[name]
+        if kind == "integer" and re.fullmatch(r"[0-9]{1,9}", text):
+            given[name] = int(text)
+        elif kind == "boolean":
+            given[name] = _FORM_FLAGS.get(text.lower(), text)
     return read_options(given)
 
 
 def without_stream(options: ReadOptions) -> ReadOptions:
-    """For a job.
+    """The options for a job.
 
     Raises:
-        InvalidRequestError: it asks for a stream.
+        InvalidRequestError: they ask for a stream.
     """
     if options.stream:
         _refuse("stream", "false for a job; GET its pages as they come")
-    return replace(options, stream=False, include_page_images=False)
+    return replace(options, include_page_images=False)
 
 
-def _read_text(given: Mapping[str, Any], name: str, max_chars: int, *, is_line: bool = True) -> str | None:
-    value = given.get(name)
-    if value is None:
-        return None
-    if not isinstance(value, str) or not value or len(value) > max_chars:
-        _refuse(name, f"a text of 1 to {max_chars} characters")
-    if is_line and _CONTROL.search(value):
-        _refuse(name, "a text without control characters")
-    return value
+def options_to_json(options: ReadOptions) -> dict[str, Any]:
+    """Options as they are stored and shown with a job."""
+    found = asdict(options)
+    del found["stream"], found["include_page_images"]
+    return found
 
 
-def _read_choice(given: Mapping[str, Any], name: str, choices: tuple[str, ...]) -> str | None:
-    value = given.get(name)
-    if value is None:
-        return None
-    if not isinstance(value, str) or value not in choices:
-        _refuse(name, f"one of {', '.join(choices)}")
-    return value
+def _find_choice(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A field's schema, without the null that it may be as well."""
+    found: Mapping[str, Any] = next((part for part in schema.get("anyOf", ()) if part["type"] != "null"), schema)
+    return found
 
 
-def _read_count(given: Mapping[str, Any], name: str, least: int, most: int) -> int | None:
-    value = given.get(name)
-    if value is None:
-        return None
-    if type(value) is not int or not least <= value <= most:
-        _refuse(name, f"a whole number from {least} to {most}")
-    return value
+def _describe(schema: Mapping[str, Any]) -> str:
+    """What a field must be, from its JSON schema."""
+    choice = _find_choice(schema)
+    if "enum" in choice:
+        return f"one of {', '.join(choice['enum'])}"
+    if choice["type"] == "integer":
+        return f"a whole number from {choice['minimum']} to {choice['maximum']}"
+    if choice["type"] == "boolean":
+        return "true or false"
+    control = ", without control characters" if "pattern" in choice else ""
+    return f"a text of 1 to {choice['maxLength']} characters{control}"
 
 
-def _read_flag(given: Mapping[str, Any], name: str) -> bool:
-    value = given.get(name)
-    if value is not None and not isinstance(value, bool):
-        _refuse(name, "true or false")
-    return bool(value)
-
-
-def _refuse(param: str, wanted: str) -> Any:
+def _refuse(param: str, wanted: str) -> NoReturn:
     raise InvalidRequestError(f"{param} must be {wanted}.", param=param)

@@ -13,7 +13,7 @@ import itertools
 import random
 import re
 from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
@@ -21,11 +21,11 @@ import orjson
 
 from serving.billing.credits import CREDIT_HEADER, SignCredit
 from serving.http.retry_after import read_retry_after
+from serving.ocr.reading.request import ReadRequest
 from serving.ocr.rendering.pool import DrawnPage
+from serving.ocr_api.options import RESOLUTION_MODES
 from serving.settings.ocr import ReadSettings
 
-MODES = ("tiny", "small", "base", "large", "gundam")
-"""Fewest tokens first."""
 NANO_PER_DOLLAR = 10**9
 
 _REPETITION = "repetition"
@@ -55,22 +55,6 @@ class PageUsage:
             self.image_tokens + other.image_tokens,
             self.cost_nanodollars + other.cost_nanodollars,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class PageRequest:
-    """How pages are to be read."""
-
-    model: str
-    prompt: str
-    mode: str | None = None
-    """One of `MODES` or `auto`; None for the server's own."""
-    max_tokens: int | None = None
-    api_key: str | None = field(default=None, repr=False)
-    request_id: str | None = None
-    """What the router knows the page's requests by; the number of the try is put after it."""
-    credit_nanodollars: int = 0
-    """What earlier requests for this page were charged, and no further one is to be charged again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,33 +161,36 @@ class PageReader:
         assert self._session is not None
         await self._session.close()
 
-    async def read(self, page: DrawnPage, request: PageRequest) -> AsyncGenerator[Event]:
-        """Read one page; the last event is its Reading. Whoever stops listening (`aclose`) ends the request."""
+    async def read(self, image: DrawnPage, request: ReadRequest, index: int) -> AsyncGenerator[Event]:
+        """Read one page; the last event is its PageReading. Whoever stops listening (`aclose`) ends the request."""
         deadline_s = asyncio.get_running_loop().time() + self._settings.page_timeout_s
-        url = page.as_url()
-        spent = PageUsage(cost_nanodollars=request.credit_nanodollars)
+        url = image.as_url()
+        mode: str | None = request.options.mode
+        credit_nanodollars = request.charged.get(index, 0)
+        spent = PageUsage(cost_nanodollars=credit_nanodollars)
         tried_modes: list[str] = []
         num_refusals = 0
         for number in itertools.count(1):
-            yield TryStarted(number, request.mode)
-            attempt = _Try(mode=request.mode)
-            async for text in self._ask(build_body(url, request), request, number, attempt, deadline_s):
+            yield TryStarted(number, mode)
+            attempt = _Try(mode=mode)
+            headers = self._build_headers(request, index, number, credit_nanodollars)
+            async for text in self._ask(build_body(url, request, mode), headers, attempt, deadline_s):
                 yield Delta(text)
             spent += attempt.usage
-            request = replace(request, credit_nanodollars=request.credit_nanodollars - attempt.credited_nanodollars)
+            credit_nanodollars -= attempt.credited_nanodollars
             num_refusals += attempt.is_refused
-            another = self._plan(attempt, request, tried_modes, number - num_refusals, deadline_s)
+            another = self._plan(attempt, mode, tried_modes, number - num_refusals, deadline_s)
             if another is None:
                 break
-            pause_s, request = another
+            pause_s, mode = another
             await asyncio.sleep(pause_s)
         text, is_cut = "".join(attempt.texts), attempt.finish_reason == "length"
         yield PageReading(text, spent, number, attempt.mode, is_cut, attempt.failure)
 
     def _plan(
-        self, attempt: _Try, request: PageRequest, tried_modes: list[str], number: int, deadline_s: float
-    ) -> tuple[float, PageRequest] | None:
-        """The pause before the next try and what it asks; None when this one was the last.
+        self, attempt: _Try, mode: str | None, tried_modes: list[str], number: int, deadline_s: float
+    ) -> tuple[float, str | None] | None:
+        """The pause before the next try and its mode; None when this one was the last.
 
         `number` counts the tries that were no mere refusals: those cost nothing, and end with the page's time.
         """
@@ -214,7 +201,7 @@ class PageReader:
             mode = find_other_mode(attempt.mode, tried_modes)
             if mode is None:
                 return None
-            request, pause_s = replace(request, mode=mode), 0.0
+            pause_s = 0.0
         elif attempt.failure is None or not attempt.is_passing:
             return None
         else:
@@ -224,14 +211,13 @@ class PageReader:
         left_s = deadline_s - asyncio.get_running_loop().time()
         if number >= self._settings.max_tries or (attempt.wait_s or 0) > self._settings.max_wait_s or pause_s >= left_s:
             return None
-        return pause_s, request
+        return pause_s, mode
 
     async def _ask(
-        self, body: bytes, request: PageRequest, number: int, attempt: _Try, deadline_s: float
+        self, body: bytes, headers: Mapping[str, str], attempt: _Try, deadline_s: float
     ) -> AsyncGenerator[str]:
         """One request; what it brings goes into `attempt`, pieces of text are given on at once."""
         assert self._session is not None
-        headers = self._build_headers(request, number)
         url = self._choose_router().rstrip("/") + "/v1/chat/completions"
         try:
             async with asyncio.timeout_at(deadline_s):
@@ -261,29 +247,29 @@ class PageReader:
         except ValueError:
             attempt.fail("bad_answer", "The answer is not the OpenAI API's.", is_passing=False)
 
-    def _build_headers(self, request: PageRequest, number: int) -> dict[str, str]:
+    def _build_headers(self, request: ReadRequest, index: int, number: int, credit_nanodollars: int) -> dict[str, str]:
         headers = {"content-type": "application/json"}
         if request.api_key is not None:
             headers["authorization"] = f"Bearer {request.api_key}"
-        if request.request_id is not None:
-            headers["x-request-id"] = request_id = f"{request.request_id}-t{number}"
-            if self._sign_credit is not None:
-                headers[CREDIT_HEADER] = self._sign_credit(request_id, request.credit_nanodollars)
+        headers["x-request-id"] = request_id = f"{request.request_id}-p{index + 1}-t{number}"
+        if self._sign_credit is not None:
+            headers[CREDIT_HEADER] = self._sign_credit(request_id, credit_nanodollars)
         return headers
 
 
 def find_other_mode(mode: str | None, tried: list[str]) -> str | None:
     """Where to try a page that looped: the next one with more tokens, then ones with fewer."""
-    start = MODES.index(mode) if mode in MODES else len(MODES) - 1
-    order = (*MODES[start + 1 :], *reversed(MODES[:start]))
+    modes: tuple[str, ...] = RESOLUTION_MODES
+    start = modes.index(mode) if mode in modes else len(modes) - 1
+    order = (*modes[start + 1 :], *reversed(modes[:start]))
     return next((name for name in order if name not in tried), None)
 
 
-def build_body(url: str, request: PageRequest) -> bytes:
-    """The chat request that reads the page at this URL."""
+def build_body(url: str, request: ReadRequest, mode: str | None) -> bytes:
+    """The chat request that reads the page at this URL in a mode; None leaves the mode to the server."""
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": request.prompt}]
     body: dict[str, Any] = {
-        "model": request.model,
+        "model": request.options.model,
         "messages": [{"role": "user", "content": content}],
         "temperature": 0.0,
         "stream": True,
@@ -292,10 +278,10 @@ def build_body(url: str, request: PageRequest) -> bytes:
         # leave them out unless it is told.
         "skip_special_tokens": False,
     }
-    if request.mode is not None:
-        body["mm_processor_kwargs"] = {"mode": request.mode}
-    if request.max_tokens is not None:
-        body["max_tokens"] = request.max_tokens
+    if mode is not None:
+        body["mm_processor_kwargs"] = {"mode": mode}
+    if request.options.max_tokens is not None:
+        body["max_tokens"] = request.options.max_tokens
     return orjson.dumps(body)
 
 

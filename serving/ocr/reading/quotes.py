@@ -8,15 +8,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from serving.billing.quotes import Quote, quote_from_json, quote_to_json, sum_quotes
 from serving.errors import InternalError, RenderError, ServingError
 from serving.ocr.reading.documents import is_for_all
-from serving.ocr.reading.page_json import Dimensions, as_failure, failure_to_json, measure
-from serving.ocr.reading.pages import PageFailure, PageRequest, build_body
+from serving.ocr.reading.pages import PageFailure, build_body
+from serving.ocr.reading.request import ReadRequest
+from serving.ocr.reading.results import as_failure, build_error, measure
 from serving.ocr.reading.router_client import Callers
-from serving.ocr.rendering.pool import OpenedDocument, Renderer
+from serving.ocr.rendering.pool import Renderer
+from serving.ocr_api.shapes import Dimensions, DocumentFacts, DocumentQuote, QuotedPage
 from serving.settings.ocr import OcrSettings
 
 
@@ -38,24 +39,21 @@ class Quoter:
         self._callers = callers
         self._settings = settings
 
-    async def quote(
-        self, document: OpenedDocument, pages: Sequence[int], dpi: int | None, request: PageRequest
-    ) -> list[PageQuote]:
+    async def quote(self, request: ReadRequest) -> list[PageQuote]:
         """All pages, in their order.
 
         Raises:
             ServingError: what would befall every page: a key or model that the router does not take, or no router.
         """
-        waiting = iter(pages)
+        waiting = iter(request.pages)
         found: list[PageQuote] = []
 
         async def quote_next_pages() -> None:
             for index in waiting:
-                found.append(await self._quote_page(document, index, dpi, request))
+                found.append(await self._quote_page(request, index))
 
-        workers = [
-            asyncio.create_task(quote_next_pages()) for _ in range(min(self._settings.pages_in_parallel, len(pages)))
-        ]
+        num_workers = min(self._settings.pages_in_parallel, len(request.pages))
+        workers = [asyncio.create_task(quote_next_pages()) for _ in range(num_workers)]
         try:
             await asyncio.gather(*workers)
         finally:
@@ -64,16 +62,15 @@ class Quoter:
             await asyncio.gather(*workers, return_exceptions=True)
         return sorted(found, key=lambda page: page.index)
 
-    async def _quote_page(
-        self, document: OpenedDocument, index: int, dpi: int | None, request: PageRequest
-    ) -> PageQuote:
+    async def _quote_page(self, request: ReadRequest, index: int) -> PageQuote:
+        document, options = request.document, request.options
         try:
-            image = await self._renderer.draw(document, index, dpi)
+            image = await self._renderer.draw(document, index, options.dpi)
         except RenderError as error:
             return PageQuote(index, None, None, as_failure(error))
-        dimensions = measure(document, image, dpi or self._settings.render.dpi)
+        dimensions = measure(document, image, options.dpi or self._settings.render.dpi)
         try:
-            answer = await self._callers.fetch_quote(request.api_key, build_body(image.as_url(), request))
+            answer = await self._callers.fetch_quote(request.api_key, build_body(image.as_url(), request, options.mode))
         except ServingError as error:
             failure = as_failure(error)
             if error.http_status >= 500 or is_for_all(failure):
@@ -85,25 +82,24 @@ class Quoter:
             raise InternalError("What the router answers is no quote.", 502, code="bad_answer") from error
 
 
-def quote_answer_to_json(model: str, pages: Sequence[PageQuote]) -> dict[str, Any]:
-    """As the router shows a request's: the sums, and the pages that they come from."""
+def build_quote(model: str, pages: Sequence[PageQuote], document: DocumentFacts) -> DocumentQuote:
+    """In the shape of a chat request's quote: the sums, and the pages that they come from."""
     quotes = [page.quote for page in pages if page.quote is not None]
-    counts = {"pages_quoted": len(quotes), "pages_failed": len(pages) - len(quotes)}
-    return {
+    return DocumentQuote(
         **quote_to_json(model, sum_quotes(quotes)),
-        **counts,
-        "pages": [_page_quote_to_json(page) for page in pages],
-    }
+        pages_quoted=len(quotes),
+        pages_failed=len(pages) - len(quotes),
+        pages=tuple(map(_build_page, pages)),
+        document=document,
+    )
 
 
-def _page_quote_to_json(page: PageQuote) -> dict[str, Any]:
-    amounts = quote_to_json("", page.quote or sum_quotes(()))
-    del amounts["object"], amounts["model"]
-    return {
-        "index": page.index,
-        "number": page.index + 1,
-        "status": "quoted" if page.failure is None else "failed",
-        "dimensions": page.dimensions.to_json() if page.dimensions is not None else None,
-        **amounts,
-        "error": failure_to_json(page.failure),
-    }
+def _build_page(page: PageQuote) -> QuotedPage:
+    return QuotedPage(
+        index=page.index,
+        number=page.index + 1,
+        status="quoted" if page.failure is None else "failed",
+        dimensions=page.dimensions,
+        error=build_error(page.failure) if page.failure is not None else None,
+        **quote_to_json("", page.quote or sum_quotes(())),
+    )

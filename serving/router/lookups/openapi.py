@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from typing import Any
 
-from serving.router.lookups.openapi_ocr import describe_document_body, describe_documents
+from serving.router.lookups.openapi_ocr import describe_answers, describe_document_body, describe_documents
 from serving.settings.stack import Settings
 
 _STATUSES = {
@@ -57,7 +57,7 @@ def build_document(settings: Settings) -> dict[str, Any]:
             "/admin/state": {"get": _looking_up("Replicas, queues and tenants; needs an admin key")},
         },
         "components": {
-            "schemas": {"Error": _ERROR},
+            "schemas": {"Error": _ERROR, **(describe_answers() if settings.ocr.enabled else {})},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
         "security": [{"key": []}] if settings.router.keys_file is not None else [],

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from benchmarks.ocr_accuracy import Measured, build_rows, build_tables, measure
 from serving.nano.documents import BookPage
-from serving.ocr_client.client import Options
-from serving.ocr_client.results import OcrResult
+from serving.ocr_api.shapes import OcrResult
+from serving.ocr_client.client import ReadOptions
 
 TINY = Measured("tiny", rates=[0.0, 0.02, 0.1], chars=[128, 192, 320], seconds=6.0, dollars=0.00003, num_failed=0)
 BASE = Measured("base", rates=[0.0, 0.0, 0.04], chars=[128, 192, 320], seconds=12.0, dollars=0.00006, num_failed=1)
@@ -23,7 +23,7 @@ class Client:
     def __init__(self, *pages: dict[str, Any]) -> None:
         self._pages = pages
 
-    def read(self, source: Path, options: Options) -> OcrResult:
+    def read(self, source: Path, options: ReadOptions) -> OcrResult:
         pages = [{"index": n, "number": n + 1, "status": "completed", **page} for n, page in enumerate(self._pages)]
         failed = sum(page["status"] == "failed" for page in pages)
         usage = {"estimated_cost": 0.25, "pages_processed": len(pages) - failed, "pages_failed": failed}
@@ -33,7 +33,7 @@ class Client:
 def test_a_book_is_measured_page_by_page_and_a_failed_page_is_wholly_wrong() -> None:
     sheets = [BookPage(("abcd", "efghi"), 0, 0), BookPage(("1234567890",), 0, 0), BookPage(("xyz",), 0, 0)]
     client: Any = Client({"text": "abcd\nefghi"}, {"text": "123456789"}, {"text": "xyz", "status": "failed"})
-    found = measure(client, Path("book.pdf"), sheets, Options("nano", mode="small"))
+    found = measure(client, Path("book.pdf"), sheets, ReadOptions("nano", mode="small"))
     assert (found.mode, found.rates, found.chars) == ("small", [0.0, 0.1, 1.0], [10, 10, 3])
     assert (found.dollars, found.num_failed) == (0.25, 1)
     assert found.error_percent == pytest.approx(110 / 3)

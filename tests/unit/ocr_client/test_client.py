@@ -16,7 +16,8 @@ import pytest
 from support.ocr_service_double import OcrDouble, run_double
 from support.papers import write_pdf
 
-from serving.ocr_client.client import AsyncOcrClient, Document, OcrClient, Options, RetryPolicy
+from serving.ocr_api.shapes import DocumentStarted, JobStatus, PageDelta, PageFinished, ResultFinished, read_event
+from serving.ocr_client.client import AsyncOcrClient, Document, OcrClient, ReadOptions, RetryPolicy
 from serving.ocr_client.errors import (
     BadAnswerError,
     BusyError,
@@ -29,9 +30,8 @@ from serving.ocr_client.errors import (
     from_answer,
     from_httpx,
 )
-from serving.ocr_client.results import DocumentStarted, JobStatus, PageDelta, PageFinished, ResultFinished, read_event
 
-NANO = Options("nano")
+NANO = ReadOptions("nano")
 QUICK = RetryPolicy(max_wait_s=10, first_pause_s=0.01, max_pause_s=0.05)
 ONCE = RetryPolicy(max_wait_s=0)
 BUSY = (429, {"retry-after": "1", "retry-after-ms": "300"}, {"message": "later", "code": "rate_limit_exceeded"})
@@ -93,7 +93,7 @@ def test_a_document_is_read(client: Both, paper: Path) -> None:
 def test_every_kind_of_source_is_sent(client: Both, paper: Path) -> None:
     url = f"data:application/pdf;base64,{base64.b64encode(paper.read_bytes()).decode()}"
     for source in (paper, Document(paper.read_bytes(), "x.pdf"), url):
-        result = client.call("read", source, Options("nano", format="text", pages="2-3"))
+        result = client.call("read", source, ReadOptions("nano", format="text", pages="2-3"))
         assert [page.text for page in result.pages] == ["# Page 2", "# Page 3"]
 
 
@@ -105,7 +105,7 @@ def test_a_page_that_failed_says_why(client: Both, service: OcrDouble, paper: Pa
 
 
 def test_pages_arrive_as_events(client: Both, paper: Path) -> None:
-    events = client.call("stream", paper, Options("nano", format="layout"))
+    events = client.call("stream", paper, ReadOptions("nano", format="layout"))
     assert isinstance(events[0], DocumentStarted)
     assert isinstance(events[-1], ResultFinished)
     texts = "".join(event.text for event in events if isinstance(event, PageDelta) and event.index == 0)

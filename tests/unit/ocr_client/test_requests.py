@@ -5,11 +5,12 @@ from pathlib import Path
 import httpx
 import pytest
 
+from serving.ocr_api.options import ReadOptions
+from serving.ocr_api.shapes import JobPages
 from serving.ocr_client import requests
 from serving.ocr_client.errors import ConnectionLostError
 from serving.ocr_client.requests import Follower
-from serving.ocr_client.results import JobPages
-from serving.ocr_client.wire import Document, Options
+from serving.ocr_client.wire import Document
 
 PAPER = Document(b"x", "x.pdf")
 
@@ -34,12 +35,12 @@ def test_a_service_that_promises_more_and_gives_none_is_not_asked_for_ever() -> 
 
 
 def test_what_costs_money_is_not_sent_twice_unless_it_has_a_key() -> None:
-    assert not requests.read(PAPER, Options("nano")).is_repeatable
-    assert not requests.stream(PAPER, Options("nano")).is_repeatable
-    one, other = (requests.submit(PAPER, Options("nano"), None) for _ in range(2))
+    assert not requests.read(PAPER, ReadOptions("nano")).is_repeatable
+    assert not requests.stream(PAPER, ReadOptions("nano")).is_repeatable
+    one, other = (requests.submit(PAPER, ReadOptions("nano"), None) for _ in range(2))
     assert one.is_repeatable
     assert one.arguments["headers"]["idempotency-key"] != other.arguments["headers"]["idempotency-key"]
-    assert requests.submit(PAPER, Options("nano"), "mine").arguments["headers"] == {"idempotency-key": "mine"}
+    assert requests.submit(PAPER, ReadOptions("nano"), "mine").arguments["headers"] == {"idempotency-key": "mine"}
 
 
 def test_a_document_is_open_only_while_it_is_sent(tmp_path: Path) -> None:
@@ -48,7 +49,7 @@ def test_a_document_is_open_only_while_it_is_sent(tmp_path: Path) -> None:
     contents = []
 
     def send() -> None:
-        with requests.read(file, Options("nano")).opened() as request:
+        with requests.read(file, ReadOptions("nano")).opened() as request:
             contents.append(request["files"]["file"][1])
             assert contents[0].read() == b"%PDF"
             raise httpx.ReadError("gone")
@@ -56,5 +57,5 @@ def test_a_document_is_open_only_while_it_is_sent(tmp_path: Path) -> None:
     with pytest.raises(ConnectionLostError):
         send()
     assert contents[0].closed
-    with pytest.raises(FileNotFoundError), requests.read(tmp_path / "none", Options("nano")).opened():
+    with pytest.raises(FileNotFoundError), requests.read(tmp_path / "none", ReadOptions("nano")).opened():
         pass

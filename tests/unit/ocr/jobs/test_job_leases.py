@@ -10,25 +10,28 @@ from typing import Any
 import orjson
 import pytest
 from pydantic import SecretStr
-from sqlalchemy import text
+from sqlalchemy import insert, text
 from support.billing_samples import make_record
 from support.router_stack import USAGE, Engine, answers, build_settings, chat_body, run_router
 
 from serving.billing.credits import CREDIT_HEADER, CreditSigner
 from serving.billing.database import Database
+from serving.billing.schema import JOB_PAGES
 from serving.ocr.jobs.database import JobDatabase
 from serving.ocr.jobs.leases import JobLeases, LeaseLostError
 from serving.ocr.jobs.model import JobRow, NewJob, find_page
 from serving.ocr.jobs.store import JobStore
 from serving.ocr.jobs.turns import JobTurns, OwnerJobs
-from serving.ocr.reading.page_json import PageResult
 from serving.ocr.reading.pages import PageUsage
+from serving.ocr.reading.results import PageResult
+from serving.ocr_api.shapes import DocumentFacts, JobPages, OcrPage
 from serving.settings.billing import BillingSettings
 from serving.settings.ocr import OcrSettings
 from unit.billing.conftest import database, database_url, make_settings, postgres_url  # noqa: F401  # its fixtures
+from unit.ocr.api.test_wire import ANSWERS
 
-NEW = NewJob("acme", "nano", {"model": "nano"}, {}, range(12), "", "digest")
-PAGE = PageResult(0, {}, PageUsage(), None)
+NEW = NewJob("acme", "nano", {"model": "nano"}, DocumentFacts(), range(12), "", "digest")
+PAGE = PageResult(OcrPage(index=0, number=1, status="completed", markdown="x"), PageUsage(), None)
 
 
 async def submit(jobs: JobDatabase, job_id: str, owner: str = "acme") -> JobRow:
@@ -122,22 +125,39 @@ async def test_results_are_counted_also_those_of_a_version_before(
         await submit(jobs, job_id)
     job = await leases.take(JobTurns(60.0))
     assert job is not None
-    for number in range(3):
-        await leases.store_page(job.job_id, dataclasses.replace(PAGE, index=number, body={"text": "ü" * 100}))
+    pages = [OcrPage(index=index, number=index + 1, status="completed", text="ü" * 100) for index in range(3)]
+    for page in pages:
+        await leases.store_page(job.job_id, dataclasses.replace(PAGE, page=page))
 
     async def sizes() -> dict[str, int]:
         async with database.reading() as connection:
             rows = await connection.execute(text("SELECT job_id, result_bytes FROM ocr_jobs"))
             return {job_id: int(size) for job_id, size in rows}
 
-    assert await sizes() == {"job-1": 3 * len('{"text":""}' + 200 * "x"), "job-2": 0}
+    num_bytes = sum(len(page.to_json()) for page in pages)
+    assert await sizes() == {"job-1": num_bytes, "job-2": 0}
     async with database.engine.begin() as connection:
         await connection.execute(text("ALTER TABLE ocr_jobs DROP COLUMN result_bytes"))
         await connection.execute(text("UPDATE alembic_version SET version_num = '0003'"))
     await database.migrate()
     found = await sizes()
     assert found["job-2"] == 0
-    assert 300 <= found["job-1"] <= 3 * 211, "in characters"
+    assert num_bytes - 300 <= found["job-1"] <= num_bytes, "in characters"
+
+
+async def test_pages_that_a_former_version_stored_are_listed_as_it_listed_them(
+    jobs: JobDatabase,
+    database: Database,  # noqa: F811
+) -> None:
+    await submit(jobs, "job-1")
+    former = orjson.loads(orjson.loads(ANSWERS.read_text())["pages"])
+    for page in former["data"]:
+        row = {"job_id": "job-1", "page": page["index"], "seq": page["seq"], "is_failed": page["error"] is not None}
+        stored = orjson.dumps({name: value for name, value in page.items() if name != "seq"}).decode()
+        async with jobs.writing() as connection:
+            await connection.execute(insert(JOB_PAGES).values(**row, result=stored, finished_ns=1))
+    pages, has_more = await JobStore(jobs, 10).list_pages("job-1", "acme", 10, 0)
+    assert JobPages(data=tuple(pages), has_more=has_more).to_json() == orjson.dumps(former)
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,7 @@ async def test_a_job_is_seen_followed_and_cancelled_at_the_other_service(
 async def test_a_service_that_stops_leaves_its_job_to_the_next(tmp_path: Path) -> None:
     settings = build_service_settings(tmp_path, pages_in_parallel=2, jobs={"lease_s": 600})
     async with run_service(tmp_path, reads(pause_s=0.1), settings=settings) as service:
+        assert (await service.client.get("/v1/ocr/jobs")).status_code == 200, "the database is there"
         async with run_host(settings, service.router.port, drain_s=5) as (_, client):
             await service.host._service.runner.close(0)  # only the other one reads
             form = {"model": "nano"}

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -31,15 +32,18 @@ from serving.ocr.reading.pages import (
     Event,
     PageReader,
     PageReading,
-    PageRequest,
     TryStarted,
     find_other_mode,
 )
-from serving.ocr.rendering.pool import DrawnPage
+from serving.ocr.reading.request import ReadRequest
+from serving.ocr.rendering.formats import DocumentFormat
+from serving.ocr.rendering.pool import DrawnPage, OpenedDocument
+from serving.ocr_api.options import ReadOptions
 from serving.settings.ocr import OcrSettings, ReadSettings
 
 PAGE = DrawnPage(encode_image("PNG"), "image/png", 30, 20)
-PAGE_REQUEST = PageRequest("nano", "Free OCR.", mode="tiny")
+DOCUMENT = OpenedDocument(Path("page.png"), DocumentFormat.PNG, 1, "acme")
+REQUEST = ReadRequest(DOCUMENT, [0], ReadOptions("nano", mode="tiny"), "Free OCR.", "job-1")
 DONE = b"data: [DONE]\n\n"
 
 
@@ -75,8 +79,8 @@ async def reading(script: Script, **settings: object) -> AsyncIterator[tuple[Pag
             yield reader, engine
 
 
-async def read(reader: PageReader, request: PageRequest = PAGE_REQUEST) -> tuple[list[Event], PageReading]:
-    events = [event async for event in reader.read(PAGE, request)]
+async def read(reader: PageReader, request: ReadRequest = REQUEST) -> tuple[list[Event], PageReading]:
+    events = [event async for event in reader.read(PAGE, request, 0)]
     assert isinstance(events[-1], PageReading)
     return events, events[-1]
 
@@ -108,7 +112,7 @@ async def test_what_a_page_was_charged_before_is_set_off_try_by_try() -> None:
         run_router(engine.record, settings=settings) as router,
         PageReader(f"http://127.0.0.1:{router.port}", ReadSettings(), sign_credit=sign) as reader,
     ):
-        _, page = await read(reader, replace(PAGE_REQUEST, request_id="job-1-p1", credit_nanodollars=each + 500))
+        _, page = await read(reader, replace(REQUEST, charged={0: each + 500}))
     assert asked == [each + 500, 500]
     assert (page.num_tries, page.usage.completion_tokens) == (2, 20)
     assert page.usage.cost_nanodollars == 2 * each, "what both tries cost, the part that was charged before included"
@@ -166,7 +170,7 @@ async def test_a_refusal_for_good_is_not_tried_again() -> None:
 
 async def test_a_refusal_by_the_router_has_its_code() -> None:
     async with reading(READ) as (reader, _):
-        _, page = await read(reader, PageRequest("other", "Free OCR."))
+        _, page = await read(reader, replace(REQUEST, options=ReadOptions("other")))
     assert page.failure is not None
     assert (page.failure.code, page.failure.status, page.num_tries) == ("model_not_found", 404, 1)
 
@@ -181,7 +185,7 @@ async def test_a_silent_engine_ends_with_the_pages_time() -> None:
 async def test_who_stops_listening_ends_the_generation() -> None:
     left = asyncio.Event()
     async with reading(streams_and_waits(left, frame("x"))) as (reader, _):
-        events = reader.read(PAGE, PAGE_REQUEST)
+        events = reader.read(PAGE, REQUEST, 0)
         async for event in events:
             if isinstance(event, Delta):
                 break

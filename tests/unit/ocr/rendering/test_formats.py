@@ -9,7 +9,7 @@ from support.papers import office_file
 
 from serving.errors import InvalidRequestError
 from serving.ocr.rendering.formats import DocumentFormat, find_format
-from serving.ocr_client.page_ranges import select_pages
+from serving.ocr_api.page_ranges import select_pages
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,171 @@
+"""From what was read of a page to the API's shapes. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from serving.errors import ServingError
+from serving.ocr.reading.pages import NANO_PER_DOLLAR, PageFailure, PageReading, PageUsage
+from serving.ocr.rendering.formats import DocumentFormat
+from serving.ocr.rendering.pool import DrawnPage, OpenedDocument
+from serving.ocr.text.layout import Box, LayoutBlock, parse_layout
+from serving.ocr.text.markdown import render_markdown, render_text
+from serving.ocr_api.options import PageFormat
+from serving.ocr_api.shapes import (
+    Block,
+    Dimensions,
+    DocumentFacts,
+    ErrorDetail,
+    ImageTokens,
+    OcrPage,
+    OcrPageUsage,
+    OcrUsage,
+    PageFigure,
+)
+
+FIGURES = frozenset({"image", "figure"})
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+
+@dataclass(frozen=True, slots=True)
+class PageResult:
+    """One page that is done with."""
+
+    page: OcrPage
+    usage: PageUsage
+    """With the exact cost, which the page has in dollars."""
+    failure: PageFailure | None
+
+    @property
+    def is_failed(self) -> bool:
+        return self.failure is not None
+
+
+def measure(document: OpenedDocument, image: DrawnPage, dpi: int) -> Dimensions:
+    """Of a page that was drawn at `dpi`, where it has no pixels of its own."""
+    is_pdf = document.format is DocumentFormat.PDF
+    return Dimensions(width=image.width, height=image.height, dpi=dpi if is_pdf else None)
+
+
+def find_figures(blocks: Sequence[LayoutBlock], max_figures: int) -> list[Box]:
+    """Boxes of a page's figures, in order and each once; figures without one, or without area, cannot be cut out."""
+    boxes = dict.fromkeys(box for block in blocks if block.label.lower() in FIGURES for box in block.boxes)
+    return [box for box in boxes if box.right > box.left and box.bottom > box.top][:max_figures]
+
+
+def name_figure(index: int, box: Box, figures: Sequence[Box]) -> str | None:
+    """The id of a figure that was cut out; None for one that was not."""
+    return f"page-{index + 1}-figure-{figures.index(box) + 1}" if box in figures else None
+
+
+def build_page(
+    index: int,
+    reading: PageReading,
+    dimensions: Dimensions,
+    form: PageFormat,
+    figures: Sequence[tuple[Box, str]] | None = None,
+) -> PageResult:
+    """A page that was read, or failed while it was.
+
+    Args:
+        index: counted from 0.
+        reading: what came of it.
+        dimensions: of the page as it was sent.
+        form: markdown, text or layout.
+        figures: boxes and pictures (base64) of figures that were cut out; None when nobody wants them.
+    """
+    blocks = parse_layout(reading.text, dimensions.width, dimensions.height)
+    boxes = [box for box, _ in figures or ()]
+
+    def name(_: int, box: Box | None) -> str | None:
+        return name_figure(index, box, boxes) if box is not None else None
+
+    page = OcrPage(
+        index=index,
+        number=index + 1,
+        status="completed" if reading.failure is None else "failed",
+        dimensions=dimensions,
+        text=render_text(blocks) if form == "text" else None,
+        markdown=render_markdown(blocks, name if figures is not None else None) if form != "text" else None,
+        blocks=tuple(map(_build_block, blocks)) if form == "layout" else None,
+        images=_build_figures(index, figures) if figures is not None else None,
+        mode=reading.mode,
+        finish_reason=_finish_reason(reading),
+        retries=reading.num_tries - 1,
+        usage=_build_page_usage(reading.usage),
+        error=build_error(reading.failure) if reading.failure is not None else None,
+    )
+    return PageResult(page, reading.usage, reading.failure)
+
+
+def build_unread_page(index: int, failure: PageFailure, charged_nanodollars: int = 0) -> PageResult:
+    """A page that did not come so far that it could be read, though it may have been charged for once."""
+    usage = PageUsage(cost_nanodollars=charged_nanodollars)
+    page = OcrPage(
+        index=index, number=index + 1, status="failed", usage=_build_page_usage(usage), error=build_error(failure)
+    )
+    return PageResult(page, usage, failure)
+
+
+def build_usage(usage: PageUsage, num_pages: int, num_failed: int) -> OcrUsage:
+    """Totals; `num_pages` counts the failed ones too."""
+    return OcrUsage(
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        total_tokens=usage.prompt_tokens + usage.completion_tokens,
+        prompt_tokens_details=ImageTokens(image_tokens=usage.image_tokens),
+        estimated_cost=usage.cost_nanodollars / NANO_PER_DOLLAR,
+        pages_processed=num_pages - num_failed,
+        pages_failed=num_failed,
+    )
+
+
+def build_error(failure: PageFailure) -> ErrorDetail:
+    """In OpenAI's shape."""
+    status = failure.status or 500
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    if failure.code == "insufficient_quota":
+        kind = failure.code
+    return ErrorDetail(message=failure.message, type=kind, code=failure.code)
+
+
+def build_document(document: OpenedDocument, size_bytes: int) -> DocumentFacts:
+    """What a document was found to be."""
+    return DocumentFacts(format=document.format.value, num_pages=document.num_pages, size_bytes=size_bytes)
+
+
+def as_failure(error: ServingError) -> PageFailure:
+    """What an error of ours means for a page."""
+    return PageFailure(error.code or error.type, error.message, error.http_status)
+
+
+def _build_block(block: LayoutBlock) -> Block:
+    return Block(label=block.label, text=block.text, boxes=tuple(map(_edges, block.boxes)))
+
+
+def _build_figures(index: int, figures: Sequence[tuple[Box, str]]) -> tuple[PageFigure, ...]:
+    boxes = [box for box, _ in figures]
+    return tuple(
+        PageFigure(id=name_figure(index, box, boxes) or "", box=_edges(box), image_base64=picture)
+        for box, picture in figures
+    )
+
+
+def _build_page_usage(usage: PageUsage) -> OcrPageUsage:
+    return OcrPageUsage(
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        image_tokens=usage.image_tokens,
+        estimated_cost=usage.cost_nanodollars / NANO_PER_DOLLAR,
+    )
+
+
+def _finish_reason(reading: PageReading) -> str | None:
+    if reading.failure is not None:
+        return "repetition" if reading.failure.code == "repetition" else None
+    return "length" if reading.is_cut else "stop"
+
+
+def _edges(box: Box) -> tuple[int, int, int, int]:
+    return box.left, box.top, box.right, box.bottom

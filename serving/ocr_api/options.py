@@ -1,0 +1,53 @@
+"""How a document is to be read: the options of a request, with their limits."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+ResolutionMode = Literal["tiny", "small", "base", "large", "gundam"]
+Mode = Literal[ResolutionMode, "auto"]
+PageFormat = Literal["markdown", "text", "layout"]
+
+RESOLUTION_MODES: tuple[ResolutionMode, ...] = get_args(ResolutionMode)
+"""Fewest tokens per page first."""
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+_Line = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]*$")]
+
+
+@dataclass(frozen=True, slots=True, config=ConfigDict(strict=True, extra="forbid", use_attribute_docstrings=True))
+class ReadOptions:
+    """Everything a request says except the document and the key. None leaves the choice to the service.
+
+    Raises:
+        pydantic.ValidationError: a value that the service would refuse.
+    """
+
+    model: Annotated[_Line, Field(max_length=255)]
+    """One of the names that `GET /v1/models` lists."""
+    pages: Annotated[_Line, Field(max_length=4096)] | None = None
+    """Pages to read, counted from 1: `1-3,7`. All of them by default."""
+    mode: Mode | None = None
+    """Resolution of the images that the model sees; `auto` chooses by page."""
+    format: PageFormat = "markdown"
+    """`layout` adds blocks with boxes to the markdown."""
+    prompt: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+    """Replaces the format's own prompt."""
+    dpi: Annotated[int, Field(ge=18, le=600)] | None = None
+    """Resolution in which PDF pages are rendered."""
+    max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    """Limit on the answer for one page."""
+    include_images: bool = False
+    """Return figures, cut out of the pages."""
+    stream: bool = False
+    """Answer with server-sent events instead of one JSON object."""
+    include_page_images: bool = False
+    """Streams only: send the rendered images of the first twenty pages."""
+
+    def fields(self) -> dict[str, Any]:
+        """The options that differ from the service's defaults, by their names in the API."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: value for name, value in values.items() if value is not None and value is not False}
