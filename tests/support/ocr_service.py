@@ -22,6 +22,8 @@ from support.router_stack import Engine, Exchange, RunningRouter, Script, build_
 
 DONE = b"data: [DONE]\n\n"
 BODY_BYTES = 20_000_000
+_BACKSTOP_S = 200.0
+"""For what will never happen: a busy machine may take long to read a page."""
 
 
 def frame(text: str = "", **choice: Any) -> bytes:
@@ -76,7 +78,7 @@ class RunningService:
         return await self.client.post(path, data=form, files={"file": ("x", data)}, headers=headers)
 
     async def wait_for(self, job_id: str, *states: str, headers: dict[str, str] | None = None) -> dict[str, Any]:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(_BACKSTOP_S):
             while True:
                 job = (await self.client.get(f"/v1/ocr/jobs/{job_id}", headers=headers)).json()
                 if job["status"] in states:

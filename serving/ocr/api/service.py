@@ -79,7 +79,7 @@ class OcrService:
         self.store = JobStore(jobs, ocr.jobs.max_open_per_tenant)
         leases = JobLeases(jobs, ocr.jobs.lease_s, self.service_id)
         sweeper = JobSweeper(jobs, ocr, settings.router.limits, self.storage)
-        self.runner = JobRunner(leases, sweeper, self.pipeline, self.renderer, self.key_sealer, ocr)
+        self.runner = JobRunner(leases, sweeper, self.pipeline, self.key_sealer, ocr)
         self._running = contextlib.AsyncExitStack()
 
     async def start(self) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from serving.errors import OverloadedError, ServingError, SettingsError
+from serving.errors import InvalidRequestError, OverloadedError, ServingError, SettingsError
 from serving.ocr.jobs.key_sealing import KeySealer
 from serving.ocr.jobs.leases import JobLeases, LeaseLostError
 from serving.ocr.jobs.model import JobRow
@@ -29,7 +29,8 @@ from serving.ocr.reading.options import read_options
 from serving.ocr.reading.pages import PageFailure
 from serving.ocr.reading.request import ReadRequest, choose_prompt
 from serving.ocr.reading.results import as_failure
-from serving.ocr.rendering.pool import Effort, Renderer
+from serving.ocr.rendering.formats import DocumentFormat
+from serving.ocr.rendering.pool import Effort, OpenedDocument
 from serving.settings.ocr import OcrSettings
 
 logger = logging.getLogger(__name__)
@@ -63,14 +64,12 @@ class JobRunner:
         leases: JobLeases,
         sweeper: JobSweeper,
         pipeline: Pipeline,
-        renderer: Renderer,
         key_sealer: KeySealer,
         settings: OcrSettings,
     ) -> None:
         self._leases = leases
         self._sweeper = sweeper
         self._pipeline = pipeline
-        self._renderer = renderer
         self._key_sealer = key_sealer
         self._settings = settings
         self._wake = asyncio.Event()
@@ -206,20 +205,17 @@ class JobRunner:
             return PageFailure("job_given_up", "Services that read this job have ended too often.")
         try:
             api_key = self._key_sealer.open(job.sealed_key)
-            charged = await self._find_charged(job)
-            done = await self._leases.read_done(job.job_id)
-            effort = self._efforts.pop(job.job_id, None)
-            document = await self._renderer.open(self.find_file(job.job_id), job.owner, effort)
-        except FileNotFoundError:
-            return PageFailure("document_missing", "The job's document is no longer there.")
+            options = read_options(job.options)
         except SettingsError as error:
             logger.error("job %s: %s", job.job_id, error)
             return PageFailure("key_unreadable", "The service's secret has changed since this job was made.")
-        except OverloadedError:
-            raise
-        except ServingError as error:
+        except InvalidRequestError as error:  # a version with other options took it in
             return as_failure(error)
-        options = read_options(job.options)
+        document = self._find_document(job)
+        if not await asyncio.to_thread(document.file.exists):
+            return PageFailure("document_missing", "The job's document is no longer there.")
+        charged = await self._find_charged(job)
+        done = await self._leases.read_done(job.job_id)
         request = ReadRequest(
             document=document,
             pages=[page for page in job.pages if page not in done],
@@ -236,6 +232,14 @@ class JobRunner:
             while len(self._efforts) > _MAX_LEFT:
                 self._efforts.popitem(last=False)
         return failure
+
+    def _find_document(self, job: JobRow) -> OpenedDocument:
+        """The document as it was opened when the job was submitted."""
+        effort = self._efforts.pop(job.job_id, None) or Effort()
+        facts = job.document
+        return OpenedDocument(
+            self.find_file(job.job_id), DocumentFormat(facts.format or ""), facts.num_pages or 0, job.owner, effort
+        )
 
     async def _find_charged(self, job: JobRow) -> Mapping[int, int]:
         """What pages were charged while another service had the job, in nanodollars."""

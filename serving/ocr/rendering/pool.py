@@ -93,20 +93,19 @@ class Renderer:
         """Documents and pages that wait for their turn."""
         return self._queue.num_waiting
 
-    async def open(self, file: Path, tenant: str, effort: Effort | None = None) -> OpenedDocument:
+    async def open(self, file: Path, tenant: str) -> OpenedDocument:
         """Find out what a document is and how many pages it has, when its tenant's turn has come.
 
         Args:
             file: must stay while pages are drawn.
             tenant: whose it is.
-            effort: what drawing it has taken before.
 
         Raises:
             InvalidRequestError: a format that is not read.
-            RenderError: it is encrypted or damaged, took too long, or has cost too much before.
+            RenderError: it is encrypted or damaged, or took too long.
         """
         kind = find_format(await asyncio.to_thread(_read_head, file))
-        effort = effort if effort is not None else Effort()
+        effort = Effort()
         answer, _ = await self._ask({"file": str(file), "format": kind.value}, tenant, effort)
         if answer["num_pages"] < 1:
             raise RenderError("The document has no pages.", param="document")
