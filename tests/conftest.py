@@ -9,6 +9,7 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 from xdist.workermanage import Producer
 
+pytest_plugins = ("support.databases",)
 STACKS = "tests/e2e/"
 _ROOMS = ("e2e", "k8s", "monitoring", "unit")
 

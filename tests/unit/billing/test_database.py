@@ -14,6 +14,7 @@ from pydantic import SecretStr, ValidationError
 from sqlalchemy import Connection, select, text
 from sqlalchemy.exc import OperationalError
 from support.billing_samples import NOON_NS, RECORDS, SAMPLE, make_record
+from support.databases import MakeSettings
 
 from serving.billing.database import Database, ReplicaLife, build_url, is_data_fault
 from serving.billing.periods import month_of
@@ -21,7 +22,6 @@ from serving.billing.prices import PriceBook
 from serving.billing.records import LostTry, RequestRecord
 from serving.billing.schema import LOST_TRIES, METADATA, MIXED, MONTHS, PRICES, REPLICAS, REQUESTS, row_of
 from serving.settings.billing import BillingSettings, PriceSettings
-from unit.billing.conftest import MakeSettings
 
 
 async def read_rows(database: Database, table: object) -> list[tuple[object, ...]]:

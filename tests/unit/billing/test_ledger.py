@@ -14,6 +14,7 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import func, select
 from support.billing_samples import make_record
+from support.databases import MakeSettings
 from support.paths import ROOT
 
 from serving.billing.database import Database, ReplicaLife
@@ -25,7 +26,6 @@ from serving.billing.schema import MONTHS, PRICES, REPLICAS, REQUESTS
 from serving.billing.spool import Spool, open_spool, read_spools
 from serving.errors import ServingError
 from serving.settings.billing import BillingSettings, PriceSettings, SpoolSettings
-from unit.billing.conftest import MakeSettings
 from unit.billing.test_spool import die
 
 NUM_KILLS = 20

@@ -8,12 +8,12 @@ from pathlib import Path
 import msgspec
 import pytest
 from support.billing_samples import make_record
+from support.databases import MakeSettings
 
 from serving.billing.ledger import Ledger
 from serving.billing.open_requests import OpenRequest, OpenRequests, close_request, read_open_requests
 from serving.billing.records import LostTry, Outcome, TokenCounts
 from serving.billing.spool import count_open, open_spool
-from unit.billing.conftest import MakeSettings
 from unit.billing.test_ledger import read_ids, wait_until
 from unit.billing.test_spool import die
 

@@ -251,16 +251,3 @@ async def test_an_engines_metrics_are_open_only_where_the_settings_open_them(
         has_key = telemetry.metrics_key is not None
         assert ((await http.get("/metrics", headers=scrape)).status_code == 200) is (has_key or is_open)
         assert (await http.get("/usage", headers=scrape)).status_code == 401
-
-
-def test_a_request_costs_microseconds() -> None:
-    usage, _ = build()
-    started_s = time.perf_counter()
-    for number in range(2000):
-        name = str(number)
-        usage.open(name)
-        usage.begin(name, f"chatcmpl-{name}", Sequence(10, 5))
-        usage.end(name, "stop")
-        usage.close(name)
-    per_request_us = (time.perf_counter() - started_s) / 2000 * 1e6
-    assert per_request_us < 500, "a busy machine has room here; an idle one takes about ten"

@@ -27,7 +27,6 @@ from serving.ocr.reading.results import PageResult
 from serving.ocr_api.shapes import DocumentFacts, JobPages, OcrPage
 from serving.settings.billing import BillingSettings
 from serving.settings.ocr import OcrSettings
-from unit.billing.conftest import database, database_url, make_settings, postgres_url  # noqa: F401  # its fixtures
 from unit.ocr.api.test_wire import ANSWERS
 
 NEW = NewJob("acme", "nano", {"model": "nano"}, DocumentFacts(), range(12), "", "digest")
@@ -39,11 +38,11 @@ async def submit(jobs: JobDatabase, job_id: str, owner: str = "acme") -> JobRow:
 
 
 @pytest.fixture
-def jobs(database: Database) -> JobDatabase:  # noqa: F811
+def jobs(database: Database) -> JobDatabase:
     return JobDatabase(database, 60.0)
 
 
-async def test_what_pages_were_charged_is_in_the_ledger(jobs: JobDatabase, database: Database) -> None:  # noqa: F811
+async def test_what_pages_were_charged_is_in_the_ledger(jobs: JobDatabase, database: Database) -> None:
     job = await submit(jobs, "job-a_b")
 
     def row(request_id: str, cost: int, **changes: Any) -> Any:
@@ -118,7 +117,7 @@ async def test_a_turn_that_ended_in_order_is_no_take(jobs: JobDatabase) -> None:
 
 async def test_results_are_counted_also_those_of_a_version_before(
     jobs: JobDatabase,
-    database: Database,  # noqa: F811
+    database: Database,
 ) -> None:
     leases = JobLeases(jobs, 60.0, "service")
     for job_id in ("job-1", "job-2"):
@@ -147,7 +146,7 @@ async def test_results_are_counted_also_those_of_a_version_before(
 
 async def test_pages_that_a_former_version_stored_are_listed_as_it_listed_them(
     jobs: JobDatabase,
-    database: Database,  # noqa: F811
+    database: Database,
 ) -> None:
     await submit(jobs, "job-1")
     former = orjson.loads(orjson.loads(ANSWERS.read_text())["pages"])

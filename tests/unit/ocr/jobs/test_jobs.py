@@ -19,7 +19,6 @@ from serving.ocr.jobs.key_sealing import KeySealer
 from serving.router.access.keys_file import KeysFile, make_key, write_keys
 from serving.settings.billing import BillingSettings
 from serving.settings.tenants import Tenant
-from unit.billing.conftest import database_url, make_settings, postgres_url  # noqa: F401  # its fixtures
 
 SECRET_TEXT = "the quick brown fox is the page's secret"
 
@@ -45,7 +44,7 @@ async def rows_of(settings: BillingSettings, table: Any) -> list[Any]:
 
 
 @pytest.fixture
-def billing(make_settings: Any) -> BillingSettings:  # noqa: F811
+def billing(make_settings: Any) -> BillingSettings:
     found: BillingSettings = make_settings()
     return found
 

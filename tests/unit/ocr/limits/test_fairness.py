@@ -19,7 +19,6 @@ from support.router_stack import Script, eventually
 from serving.ocr.host import OcrHost
 from serving.ocr.rendering import pool as renderer_module
 from serving.settings.billing import BillingSettings
-from unit.billing.conftest import database_url, make_settings, postgres_url  # noqa: F401  # its fixtures
 from unit.ocr.jobs.test_jobs import make_keys
 
 SLOW_BYTES = 50_000
@@ -59,7 +58,7 @@ def drawing(monkeypatch: pytest.MonkeyPatch) -> Drawing:
 
 
 @pytest.fixture
-def billing(make_settings: Any) -> BillingSettings:  # noqa: F811
+def billing(make_settings: Any) -> BillingSettings:
     found: BillingSettings = make_settings()
     return found
 

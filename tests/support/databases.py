@@ -1,3 +1,5 @@
+"""Databases for tests: a private PostgreSQL, and an empty database of each kind."""
+
 from __future__ import annotations
 
 import asyncio
