@@ -1,1 +1,1 @@
-"""`serving up`: Ray's start, the run file, the supervisor, the Serve applications."""
+"""The implementation of `serving up`: starting Ray, the run file, the supervisor, the Serve applications."""

@@ -1,4 +1,4 @@
-"""The Serve applications that the stack is made of: put together here and nowhere else.
+"""Builds the Serve applications that make up the stack.
 
 `serving up` deploys them with `build_all`. Ray Serve's own config files, and so KubeRay's `serveConfigV2`, name the
 builders `engine`, `entrance` and `documents`:
@@ -8,9 +8,9 @@ builders `engine`, `entrance` and `documents`:
       - {name: router, route_prefix: /, import_path: "serving.stack.applications:entrance", args: {}}
       - {name: ocr, route_prefix: null, import_path: "serving.stack.applications:documents", args: {}}
 
-A builder reads the settings file where Ray Serve runs it, which may be any node of the cluster, and the environment
-over it: file and secrets have to be on every node. Serve replaces what runs when `args` change, and only then: that is
-what `revision` is for.
+A builder reads the settings file, overridden by the environment, on the node where Ray Serve runs it. That may be any
+node of the cluster, so the file and the secrets must be on every node. Serve replaces running replicas only when `args`
+change, which is the purpose of `revision`.
 """
 
 from __future__ import annotations
@@ -39,38 +39,38 @@ _SETTINGS_FILE = Path("/etc/serving/settings.yaml")
 
 
 class EntranceArgs(Frozen):
-    """`args` of an application in Ray Serve's config file."""
+    """The `args` of an application in Ray Serve's config file."""
 
     settings: Path = Field(default_factory=lambda: Path(os.environ.get(SETTINGS_VARIABLE, _SETTINGS_FILE)))
-    """The settings file, on every node; else what `SERVING_SETTINGS_FILE` says there."""
+    """Path of the settings file on every node; if empty, the node's variable `SERVING_SETTINGS_FILE` names it."""
     revision: str = ""
-    """Anything. A change of it has the settings read again, and what runs replaced."""
+    """Any text. Changing it makes Serve read the settings again and replace running replicas."""
 
 
 class EngineArgs(EntranceArgs):
     model: Name
-    """A key of the settings' `models`."""
+    """The model, a key of `models` in the settings."""
     checkpoints: Path = Field(default_factory=lambda: Path(os.environ.get(CHECKPOINTS_VARIABLE, CHECKPOINTS_DIR)))
-    """Folder on the replicas' nodes that the nano checkpoint is written to, when it is the model's."""
+    """Folder on the replicas' nodes that the nano checkpoint is written to, if the model uses it."""
 
 
 _Args = TypeVar("_Args", bound=EntranceArgs)
 
 
 def entrance(args: dict[str, Any]) -> Application:
-    """Builder: what clients talk to. See `EntranceArgs`.
+    """Build the routers. See `EntranceArgs`.
 
     Raises:
-        SettingsError: arguments or settings that cannot be used.
+        SettingsError: the arguments or the settings are invalid.
     """
     return build_entrance(load_settings(_parse(EntranceArgs, args).settings))
 
 
 def engine(args: dict[str, Any]) -> Application:
-    """Builder: the replicas of one model. See `EngineArgs`.
+    """Build the engine replicas of one model. See `EngineArgs`.
 
     Raises:
-        SettingsError: arguments or settings that cannot be used.
+        SettingsError: the arguments or the settings are invalid.
     """
     given = _parse(EngineArgs, args)
     settings = load_settings(given.settings)
@@ -81,10 +81,10 @@ def engine(args: dict[str, Any]) -> Application:
 
 
 def documents(args: dict[str, Any]) -> Application:
-    """Builder: the OCR service. See `EntranceArgs`.
+    """Build the OCR service. See `EntranceArgs`.
 
     Raises:
-        SettingsError: arguments or settings that cannot be used.
+        SettingsError: the arguments or the settings are invalid.
     """
     return build_documents(load_settings(_parse(EntranceArgs, args).settings))
 
@@ -98,10 +98,10 @@ def _parse(kind: type[_Args], args: dict[str, Any]) -> _Args:
 
 
 def build_all(settings: Settings, checkpoints: Path = CHECKPOINTS_DIR) -> dict[str, Application]:
-    """Every application by its name.
+    """Build all applications, by name.
 
     Raises:
-        SettingsError: a checkpoint's folder is not there.
+        SettingsError: the folder of a checkpoint does not exist.
     """
     engines = {engine_app(name): build_engine(name, settings, checkpoints) for name in settings.models}
     ocr = {OCR_APP: build_documents(settings)} if settings.ocr.enabled else {}
@@ -109,22 +109,22 @@ def build_all(settings: Settings, checkpoints: Path = CHECKPOINTS_DIR) -> dict[s
 
 
 def build_entrance(settings: Settings) -> Application:
-    """Routers. Ray must be running."""
+    """Build the routers. Ray must be running."""
     directory = reach_directory(settings.ray.namespace, settings.engine.lease_s)
     return build_router_app(settings, directory)
 
 
 def build_documents(settings: Settings) -> Application:
-    """OCR services, with the page for people where the settings want it. Ray must be running."""
+    """Build the OCR services, with the playground if it is enabled. Ray must be running."""
     directory = reach_directory(settings.ray.namespace, settings.engine.lease_s)
     return build_ocr_app(settings, directory, build_routes if settings.ocr.playground else None)
 
 
 def build_engine(name: str, settings: Settings, checkpoints: Path = CHECKPOINTS_DIR) -> Application:
-    """The replicas of one model.
+    """Build the replicas of one model.
 
     Raises:
-        SettingsError: its checkpoint's folder is not there, or its engines would be open to the network.
+        SettingsError: the checkpoint's folder does not exist, or the engines would be open to the network.
     """
     if settings.engine.needs_key:
         raise SettingsError(

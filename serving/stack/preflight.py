@@ -1,4 +1,4 @@
-"""What can be seen to be wrong before anything is started, and is told at once instead of after minutes."""
+"""Checks before anything is started, so that mistakes are reported immediately and not after minutes."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ from serving.settings.stack import NANO, Settings
 
 _DATABASE_S = 5.0
 _ROOM_BYTES = 64 * 1024
-"""Written to see whether a folder takes it: less would fit where nothing else does."""
+"""Size of the test file: a smaller one could still fit into a disk that is practically full."""
 
 
 def check_before_start(settings: Settings) -> list[str]:
-    """Look at what the stack needs on this machine: folders, checkpoints, the ledger.
+    """Check what the stack needs on this machine: folders, checkpoints, the ledger.
 
-    On a cluster that is joined, replicas may run elsewhere: their folders and checkpoints are not looked at.
+    If the stack joins an existing cluster, replicas may run on other machines, so their folders and checkpoints are not
+    checked.
 
     Returns:
-        Warnings, a line each: the stack can run, and somebody has to act.
+        Warnings, one line each: the stack can run, but someone should act.
 
     Raises:
-        SettingsError: it cannot run; the message names the setting.
+        SettingsError: the stack cannot run; the message names the setting.
     """
     if settings.ray.address is None:
         for name, folder in _folders(settings):
@@ -70,7 +71,7 @@ def _check_folder(name: str, folder: Path) -> None:
 
 
 def _look_at_ledger(settings: Settings) -> list[str]:
-    """Says if the ledger cannot be read; one that is not there yet can."""
+    """Yield a warning if the ledger cannot be read. A ledger that does not exist yet is fine."""
     url = build_url(settings.billing)
     is_sqlite = url.get_backend_name() == "sqlite"
     if is_sqlite and not Path(str(url.database)).exists():
@@ -86,7 +87,7 @@ def _look_at_ledger(settings: Settings) -> list[str]:
 
 
 async def _read_ledger(settings: Settings) -> str:
-    """Why it cannot be read, empty when it can."""
+    """Return why the ledger cannot be read, or an empty string."""
     database = Database(settings.billing)
     try:
         async with asyncio.timeout(_DATABASE_S), database.reading() as connection:
@@ -94,7 +95,7 @@ async def _read_ledger(settings: Settings) -> str:
         return ""
     except (SQLAlchemyError, OSError, TimeoutError) as error:
         reason = str(getattr(error, "orig", None) or error).partition("\n")[0] or type(error).__name__
-        if "no such table" in reason or "does not exist" in reason:  # a database that is new, or an older version's
+        if "no such table" in reason or "does not exist" in reason:  # the database is new, or has an older schema
             return ""
         return reason
     finally:

@@ -1,4 +1,4 @@
-"""Who may use the Ray cluster. Ray runs whatever code it is sent: without a token, that of anyone on its network.
+"""Access to the Ray cluster. Ray executes any code it is sent; without a token, anyone on the network can send it.
 
 https://docs.ray.io/en/latest/ray-security/token-auth.html
 """
@@ -20,11 +20,11 @@ _MODE = "RAY_AUTH_MODE"
 _TOKEN = "RAY_AUTH_TOKEN"
 _TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"
 _PROBE_S = 10.0
-# Of Ray 2.60: answered by GCS to anyone who may call it at all. Ray has no public call that tells the same.
+# Private to Ray 2.60: GCS answers this call to everyone who is permitted to call it. Ray has no public equivalent.
 _CHECK_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 _OPEN_SETTING = "ray.let_anyone_on_the_network_run_code"
 
-# Ports on which Ray's own metrics would be served to every address, without a key. What the user has set stays.
+# Ports on which Ray would serve its own metrics on every address, without a key. Values set by the user are kept.
 CLOSED_METRICS = {
     "RAY_enable_metrics_collection": "0",
     "DASHBOARD_METRIC_PORT": "-1",
@@ -33,23 +33,23 @@ CLOSED_METRICS = {
 
 
 class UnreachableError(Exception):
-    """No Ray cluster answers at the address; the message says so in a line."""
+    """No Ray cluster answers at the address; the message is one line."""
 
 
 def token_file() -> Path:
-    """Where Ray looks for a token that no variable holds."""
+    """Return the file in which Ray looks for a token that no environment variable contains."""
     named = os.environ.get(_TOKEN_PATH)
     return Path(named) if named else Path.home() / ".ray" / "auth_token"
 
 
 def prepare_token(settings: RaySettings) -> None:
-    """Have Ray ask callers for a token, and have one to bring. Call it before Ray is imported.
+    """Enable Ray's token authentication and make sure that there is a token. Call it before Ray is imported.
 
-    A cluster of our own gets a token that is made here if there is none; a cluster that is joined has its own.
+    For a cluster of our own a missing token is created; an existing cluster has a token already.
 
     Raises:
-        SettingsError: Ray would let in anyone, or the token of the cluster that is to be joined is missing.
-        OSError: the token's file cannot be written.
+        SettingsError: Ray would accept anyone, or the token of the cluster to join is missing.
+        OSError: the token file cannot be written.
     """
     is_open = settings.let_anyone_on_the_network_run_code
     mode = os.environ.get(_MODE)
@@ -72,7 +72,7 @@ def prepare_token(settings: RaySettings) -> None:
         )
     if not has_token:
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with contextlib.suppress(FileExistsError):  # another stack of this user's starts as well
+        with contextlib.suppress(FileExistsError):  # another stack of this user is starting as well
             handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(handle, "w") as out:
                 out.write(secrets.token_hex(32))
@@ -81,7 +81,7 @@ def prepare_token(settings: RaySettings) -> None:
 
 
 def _close_to_others(file: Path) -> None:
-    """Ray makes the file readable for everybody on the machine."""
+    """Restrict the file to its owner: Ray creates it readable by every user of the machine."""
     with contextlib.suppress(OSError):
         found = file.stat()
         if found.st_uid == os.getuid() and stat.S_IMODE(found.st_mode) & 0o077:
@@ -89,15 +89,15 @@ def _close_to_others(file: Path) -> None:
 
 
 def check_closed(address: str, settings: RaySettings) -> None:
-    """Ask a cluster that is to be joined whether it takes calls without a token.
+    """Check that the cluster to join does not accept calls without a token.
 
     Args:
         address: `host:port` of its GCS.
-        settings: whether that is accepted.
+        settings: whether an open cluster is permitted.
 
     Raises:
-        UnreachableError: nothing answers there within ten seconds.
-        SettingsError: it does, and it must not.
+        UnreachableError: nothing answers at the address within ten seconds.
+        SettingsError: the cluster is open and must not be.
     """
     if _takes_anyone(address) and not settings.let_anyone_on_the_network_run_code:
         raise SettingsError(
@@ -107,7 +107,7 @@ def check_closed(address: str, settings: RaySettings) -> None:
 
 
 def _takes_anyone(address: str) -> bool:
-    # A proxy of the environment would answer in the cluster's place.
+    # A proxy configured in the environment would answer instead of the cluster.
     with grpc.insecure_channel(address, options=(("grpc.enable_http_proxy", 0),)) as channel:
         check_alive = channel.unary_unary(_CHECK_ALIVE, request_serializer=bytes, response_deserializer=bytes)
         try:

@@ -1,4 +1,4 @@
-"""Ray: joined, or started for us and ended with us, every process of it."""
+"""The Ray cluster: an existing one that is joined, or our own, all of whose processes are started and ended here."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ _SHUTDOWN_S = 10.0
 _POLL_S = 0.25
 _PROBE_S = 1.0
 _MAX_PROBES = 3
-# The processes without which a cluster of our own is none.
+# The processes that a cluster of our own cannot do without.
 _HEAD = ("gcs_server", "raylet")
 SLOW_START = "timed out during startup"
-"""In the words of Ray 2.60.0 (`ray._private.node`), which has no class for it and no setting for its half minute."""
-# Read by Ray when it is imported or started. What the user has set stays.
+"""Part of the message of Ray 2.60.0 (`ray._private.node`) when a node does not start within 30 seconds. Ray has neither
+an exception class for it nor a setting for the timeout."""
+# Environment variables that Ray reads when it is imported or started. Values set by the user are kept.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -41,11 +42,11 @@ _ENVIRONMENT = {
 
 
 class StartError(Exception):
-    """The stack did not come up; the message says why."""
+    """The stack could not start; the message gives the reason."""
 
 
 class LostError(Exception):
-    """Ray has died under a running stack; the message says which part."""
+    """Ray died while the stack was running; the message names the process."""
 
 
 class Cluster:
@@ -55,19 +56,19 @@ class Cluster:
         self._is_own = settings.ray.address is None
         self._head: list[psutil.Process] = []
         self._children: list[psutil.Process] = []
-        """All processes that `ray.init` started; Ray itself waits for their ends."""
+        """All processes that `ray.init` started. Ray itself collects their exit statuses."""
         self._address = ""
         self._num_failed = 0
         self.num_cpus = 0
-        """What a cluster of our own counts; 0 for one that was joined."""
+        """CPUs that our own cluster declares; 0 for a cluster that was joined."""
         self.is_lost = False
 
     def start(self, settings: Settings, is_verbose: bool) -> None:
-        """Join it, or start it.
+        """Join the cluster, or start one.
 
         Raises:
-            StartError: it cannot be joined.
-            SettingsError: it can, by anyone.
+            StartError: the cluster cannot be joined.
+            SettingsError: anyone could join the cluster.
         """
         options: dict[str, Any] = {"address": settings.ray.address or "local"}
         if self._is_own:
@@ -95,10 +96,10 @@ class Cluster:
             self._children = psutil.Process().children()
 
     def check(self) -> None:
-        """To be called now and then: Ray's own calls wait for minutes for a cluster that has gone.
+        """Check that the cluster is alive. Call it regularly: Ray's own calls wait for minutes for a dead cluster.
 
         Raises:
-            LostError: it is no longer there.
+            LostError: the cluster has died.
         """
         if self._is_own:
             reap_adopted([child.pid for child in self._children])
@@ -119,12 +120,12 @@ class Cluster:
                 raise LostError(f"the Ray cluster at {self._address} cannot be reached ({error})") from error
 
     def check_whole(self) -> None:
-        """The same while the stack stops, when the end of a minor process means that all were signalled at once.
+        """Check the cluster while the stack stops; here the end of a minor process means that all were signalled.
 
-        A service manager does that; raylet then takes seconds to end, and its replicas go on meanwhile.
+        Service managers signal all processes at once. Raylet then takes seconds to end while its replicas continue.
 
         Raises:
-            LostError: the cluster is no longer there, or not for long.
+            LostError: the cluster has died or is about to.
         """
         self.check()
         if not all(map(_is_alive, self._children)):
@@ -133,9 +134,9 @@ class Cluster:
 
 
 def _init_ray(options: dict[str, Any]) -> None:
-    """`ray.init`, which gives a node half a minute to come up: on a machine that is too busy, a second try.
+    """Call `ray.init`, and once more if the node did not start within Ray's 30 seconds because the machine is busy.
 
-    What the first one started is ended before: Ray leaves it.
+    Processes of the first attempt, which Ray leaves running, are ended before the second.
     """
     import ray
 
@@ -156,11 +157,11 @@ def _init_ray(options: dict[str, Any]) -> None:
 
 
 def _join_ray(options: dict[str, Any], settings: RaySettings) -> None:
-    """`ray.init` on a cluster that is there, which may take most of a minute to find that it is not.
+    """Call `ray.init` to join an existing cluster; it may take most of a minute to fail if there is none.
 
     Raises:
-        StartError: it is not, or does not take our token; in one line.
-        SettingsError: it takes anyone.
+        StartError: there is no cluster, or it rejects our token; the message is one line.
+        SettingsError: the cluster accepts anyone.
     """
     import ray
 
@@ -195,19 +196,19 @@ def _is_alive(process: psutil.Process) -> bool:
 def run_cluster(
     settings: Settings, is_verbose: bool, requests: SignalRequests, stop_apps: Callable[[bool], None]
 ) -> Iterator[Cluster]:
-    """Ray while the context lasts.
+    """Run or join Ray while the context lasts.
 
     Args:
-        settings: the whole of them.
-        is_verbose: whether the logs of Ray's processes are shown.
-        requests: what signals ask for; taken again here, since `ray.init` installs handlers of its own.
-        stop_apps: called at the end unless the cluster was lost. Given True it must not wait for running requests;
-            otherwise it may take as long as they do, and is abandoned when the cluster dies or the stop becomes urgent.
+        settings: all settings.
+        is_verbose: whether to show the logs of Ray's processes.
+        requests: receives signals; its handlers are installed again here, since `ray.init` replaces them.
+        stop_apps: called at the end unless the cluster was lost. With True it must not wait for running requests;
+            otherwise it may wait for them, and is abandoned if the cluster dies or the stop becomes urgent.
     """
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     prepare_token(settings.ray)
-    import ray.serve  # noqa: F401  # sets up its logger when imported, so before that is quietened
+    import ray.serve  # noqa: F401  # import it first: it configures its logger when imported, and the logger is silenced below
 
     if not is_verbose:
         for name in ("ray", "ray.serve"):
@@ -226,7 +227,7 @@ def run_cluster(
 
 
 def _stop(cluster: Cluster, requests: SignalRequests, stop_apps: Callable[[bool], None]) -> None:
-    """Stop the applications, then Ray. Neither may hold up the end of a cluster that has died."""
+    """Stop the applications, then Ray, without waiting for a cluster that has died."""
     import ray
 
     is_stopped = False
@@ -238,9 +239,9 @@ def _stop(cluster: Cluster, requests: SignalRequests, stop_apps: Callable[[bool]
 
 
 def _watch(cluster: Cluster, requests: SignalRequests, action: Callable[[], None]) -> bool:
-    """Do it while the cluster lives and nobody is in a hurry. Returns whether it was finished.
+    """Run it while the cluster is alive and the stop is not urgent. Return whether it finished.
 
-    Ray's own calls wait a minute for a cluster that has gone, and then abort the process.
+    Ray's own calls wait a minute for a dead cluster, and then abort the process.
     """
     is_finished = threading.Event()
 
@@ -262,17 +263,17 @@ def _watch(cluster: Cluster, requests: SignalRequests, action: Callable[[], None
 
 
 def _within(seconds: float, action: Callable[[], object]) -> None:
-    """Do it, or give it up: what talks to a dead cluster may never come back."""
+    """Run it with a time limit: a call to a dead cluster may never return."""
     thread = threading.Thread(target=action, daemon=True)
     thread.start()
     thread.join(seconds)
 
 
 def refuse_taken_port(host: str, port: int) -> None:
-    """Routers share their port with each other, so the kernel would not mind a stranger's there. We do.
+    """Check that the router's address is free. Routers share their port, so the kernel would not report a conflict.
 
     Raises:
-        StartError: the address cannot be listened on.
+        StartError: the address cannot be bound.
     """
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -285,9 +286,9 @@ def refuse_taken_port(host: str, port: int) -> None:
 
 
 def needed_cpus(settings: Settings) -> int:
-    """A cluster of our own has room for all replicas, whatever the machine counts: they share what there is.
+    """Return the CPUs that our own cluster declares, whatever the machine has: enough for all replicas, which share it.
 
-    And for one more of each kind, which starts before the one that it replaces has ended.
+    There is also room for one extra replica of each kind, which starts before the one that it replaces has ended.
     """
     models = settings.models.values()
     engines = sum((max_replicas(model) + 1) * model.cpus_per_replica for model in models)
@@ -298,12 +299,13 @@ def needed_cpus(settings: Settings) -> int:
 
 
 def _with_documents(settings: Settings) -> Settings:
-    """With room for the OCR service: a reload may bring it, and Ray's CPUs cannot be changed then."""
+    """Return the CPUs of all replicas. The OCR service is always included: a reload may enable it, but cannot add
+    CPUs."""
     return settings.model_copy(update={"ocr": settings.ocr.model_copy(update={"enabled": True})})
 
 
 def check_room(settings: Settings, cluster: Cluster) -> None:
-    """Raises ServingError when a cluster of our own has no room for these settings."""
+    """Raise ServingError if our own cluster has too few CPUs for these settings."""
     wanted = needed_cpus(settings)
     if 0 < cluster.num_cpus < wanted:
         raise ServingError(f"these settings need {wanted} CPUs of Ray's, which was started with {cluster.num_cpus}")

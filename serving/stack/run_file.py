@@ -1,7 +1,8 @@
-"""`serving down` and `serving reload`: finding the `serving up` that runs, telling it, and waiting for what it does.
+"""How `serving down` and `serving reload` find a running `serving up`, signal it and wait for it.
 
-`serving up` leaves a run file while it runs, in a folder of this user's own (0700) under the system's temporary one:
-its process, its settings file, and how its last reload went. A file whose process is gone says nothing.
+While it runs, `serving up` keeps a run file in a private folder of its user (0700) under the system's temporary folder.
+The file names its process and its settings file, and tells how the last reload went. A file whose process has ended is
+ignored.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ _POLL_S = 0.1
 _TELL_S = 5.0
 _RELOAD_GRACE_S = 120.0
 _STOP_GRACE_S = 90.0
-"""Beside the time that requests may take to end, at the routers and then at the engines."""
+"""Time to stop, in addition to the time that requests may take to finish at the routers and then at the engines."""
 
 
 @dataclass(frozen=True, slots=True)
 class StackRun:
-    """A `serving up`, as its run file tells of it."""
+    """A running `serving up`, as described by its run file."""
 
     pid: int
     created_s: float
-    """When the process was made: a pid alone may be another's by now."""
+    """Start time of the process: its pid alone may have been reused."""
     config: str
     address: str
     drain_s: float
@@ -49,11 +50,11 @@ class StackRun:
     is_ready: bool = False
     num_reloads: int = 0
     reload_error: str = ""
-    """Why the last reload was refused, empty when it was not."""
+    """Why the last reload was refused; empty if it succeeded."""
 
     @property
     def process(self) -> psutil.Process | None:
-        """The process, None when it has ended."""
+        """Return the process, or None if it has ended."""
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(self.pid)
             if abs(process.create_time() - self.created_s) < 1 and process.status() != psutil.STATUS_ZOMBIE:
@@ -62,10 +63,10 @@ class StackRun:
 
 
 def run_folder() -> Path:
-    """Where run files are, made when it is not there.
+    """Return the folder of run files and create it if necessary.
 
     Raises:
-        ServingError: somebody else could write there.
+        ServingError: another user could write to the folder.
     """
     folder = Path(tempfile.gettempdir()) / f"serving-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -76,18 +77,18 @@ def run_folder() -> Path:
 
 
 def run_file(settings: Settings) -> Path:
-    """One for each address that routers listen on."""
+    """Return the path of the run file, one for each address that routers listen on."""
     address = f"{settings.router.host}-{settings.router.port}"
     return run_folder() / (re.sub(r"[^A-Za-z0-9.-]", "_", address) + ".json")
 
 
 def key_file(run: Path, name: str) -> Path:
-    """Where a run's key is for other programs of its user: `engine`, or `metrics` (a `credentials_file`)."""
+    """Return the file with a run's key for other programs of its user: `engine` or `metrics` (a `credentials_file`)."""
     return run.with_suffix(f".{name}-key")
 
 
 def read_engine_key(settings: Settings) -> str | None:
-    """The key of the engines that run with these settings: their own, or the one that `serving up` has made."""
+    """Return the engines' key: from the settings, or the one that `serving up` generated."""
     if settings.engine.api_key is not None:
         return settings.engine.api_key.get_secret_value()
     with contextlib.suppress(OSError):
@@ -96,10 +97,10 @@ def read_engine_key(settings: Settings) -> str | None:
 
 
 class RunFile:
-    """The run file of this very process."""
+    """The run file of this process."""
 
     def __init__(self, settings: Settings, config: Path, keys: Mapping[str, str] | None = None) -> None:
-        """`keys` were made for this run: other programs of its user find them at `key_file`."""
+        """Set it up. `keys` were generated for this run; other programs of its user find them at `key_file`."""
         self._path = run_file(settings)
         self._keys = dict(keys or {})
         self._port = settings.router.port
@@ -114,12 +115,12 @@ class RunFile:
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[RunFile]:
-        """There while the context lasts, with the port locked for as long as a process of this run lives.
+        """Keep the run file while the context lasts, and the port locked as long as a process of this run lives.
 
-        Routers share their port, so the kernel would let a second stack listen there and split the clients.
+        Routers share their port, so the kernel would let a second stack listen on it and take part of the clients.
 
         Raises:
-            ServingError: another `serving up` of this user has the port, be it one that still stops.
+            ServingError: another `serving up` of this user has the port, or is still stopping.
         """
         with self._lock():
             self._write()
@@ -137,8 +138,10 @@ class RunFile:
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
-        """A forked child shares the lock; it is gone with the last of them, however they end."""
-        file = run_folder() / f"port-{self._port}.lock"  # stays: who removed it could not know who waits for it
+        """Take the lock. Forked children share it; it is released when the last of them ends, in whatever way."""
+        file = (
+            run_folder() / f"port-{self._port}.lock"
+        )  # the lock file is never removed: another process may be waiting for the lock
         handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -160,7 +163,7 @@ class RunFile:
         self._write()
 
     def note_reload(self, error: str) -> None:
-        """A reload is over; `error` says why it was refused, empty when it was not."""
+        """Record the end of a reload; `error` says why it was refused and is empty if it succeeded."""
         self._run = dataclasses.replace(self._run, num_reloads=self._run.num_reloads + 1, reload_error=error)
         self._write()
 
@@ -169,7 +172,7 @@ class RunFile:
 
 
 def _write_private(file: Path, text: str) -> None:
-    """Replace a file at once, so that a reader sees the old or the new text, never half of one."""
+    """Replace a file atomically: a reader sees the old or the new text, never a part of it."""
     new = file.with_suffix(f".{os.getpid()}")
     with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w") as out:
         out.write(text)
@@ -177,14 +180,14 @@ def _write_private(file: Path, text: str) -> None:
 
 
 def find_runs(config: Path | None = None) -> list[StackRun]:
-    """What this user runs: all of it, or what was started with this settings file, whatever stands there now."""
+    """Return this user's runs: all of them, or those that were started with this settings file."""
     found = [run for file in sorted(run_folder().glob("*.json")) if (run := _read(file)) is not None]
     wanted = [run for run in found if config is None or run.config == str(config.absolute())]
     return [run for run in wanted if run.process is not None]
 
 
 def find_run_at(settings: Settings) -> list[StackRun]:
-    """What listens where these settings say, at most one."""
+    """Return the run that listens on the address in these settings; at most one."""
     run = _read(run_file(settings))
     return [run] if run is not None and run.process is not None else []
 
@@ -197,7 +200,7 @@ def _read(file: Path) -> StackRun | None:
 
 
 def stop_run(run: StackRun, say: Say) -> bool:
-    """Tell it to stop and wait until it has; False when it takes longer than its requests may."""
+    """Ask a run to stop and wait for it. Return False if it takes longer than its requests may take."""
     process = run.process
     if process is None:
         return True
@@ -208,10 +211,10 @@ def stop_run(run: StackRun, say: Say) -> bool:
 
 
 def reload_run(run: StackRun, say: Say) -> str:
-    """Tell it to read its settings again, and wait until they are in force.
+    """Ask a run to reload its settings and wait until they are in effect.
 
     Returns:
-        Why they are not; empty when they are.
+        Why the reload failed; empty if it succeeded.
     """
     process = run.process
     if process is None:
@@ -246,7 +249,7 @@ def _wait(is_over: Callable[[], bool], timeout_s: float, say: Say) -> bool:
 
 
 def remove_apps(settings: Settings) -> bool:
-    """Take the stack's applications out of a Ray cluster that outlived its `serving up`. False when there were none."""
+    """Delete the stack's applications from a Ray cluster that outlived `serving up`. Return whether there were any."""
     prepare_token(settings.ray)
     import ray
     from ray import serve
@@ -271,6 +274,6 @@ def engine_app(model: str) -> str:
 
 
 def app_names(settings: Settings) -> list[str]:
-    """The stack's applications in the order in which they end: each finishes while what it asks lasts."""
+    """Return the stack's applications in the order to stop them: each one before those that it sends requests to."""
     ocr = [OCR_APP] if settings.ocr.enabled else []
     return [*ocr, ROUTER_APP, *map(engine_app, settings.models)]

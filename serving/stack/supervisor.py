@@ -1,14 +1,14 @@
-"""The two processes behind `serving up`, and the promise that nothing which they started outlives them.
+"""The two processes behind `serving up`, which guarantee that nothing they started outlives them.
 
-The supervisor is the process that a user or a service manager knows. It waits, passes signals on, and cleans up. Its
-child runs the stack: it talks to Ray, and so it can hang or be aborted by Ray's C++ code. Either cleans up after the
+The supervisor is the process that the user or the service manager started. It waits, forwards signals and cleans up.
+Its child runs the stack. The child uses Ray, so it may hang or be aborted by Ray's C++ code. Each cleans up after the
 other:
 
 - Both adopt orphans (`PR_SET_CHILD_SUBREAPER`, Linux): an engine whose replica was killed becomes a child of the stack
   process, or of the supervisor when that has ended too, instead of escaping to init.
-- The stack process and everything below it live in a session of their own. A signal to the process group of the
-  terminal or the service manager reaches the supervisor alone, so Ray is still there when the stack stops in order.
-- The stack process is told by the kernel when its supervisor has died (`PR_SET_PDEATHSIG`).
+- The stack process and all its descendants are in a session of their own. A signal to the process group of the terminal
+  or the service manager reaches only the supervisor, so Ray is still running while the stack stops in order.
+- The kernel notifies the stack process when its supervisor has died (`PR_SET_PDEATHSIG`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import psutil
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _STOP = (signal.SIGINT, signal.SIGTERM)
-# From the supervisor to the stack process, which a service manager may send the others at the same time.
+# Sent by the supervisor to the stack process, which a service manager may send the other signals at the same time.
 _ASK_STOP, _ASK_URGENT_STOP, _ASK_RELOAD = signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP
 _WATCHED = frozenset({*_STOP, signal.SIGHUP, signal.SIGCHLD})
 _MASKED = _WATCHED | {_ASK_STOP, _ASK_URGENT_STOP}
@@ -38,7 +38,8 @@ _SWEEP_S = 5.0
 
 
 class Flag:
-    """Set by signal handlers. `threading.Event` takes a lock, which the code that a signal interrupts may hold."""
+    """A flag for signal handlers to set. `threading.Event` takes a lock, which the interrupted code may already
+    hold."""
 
     def __init__(self) -> None:
         self._is_set = False
@@ -53,7 +54,7 @@ class Flag:
         return self._is_set
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether it is set within `timeout_s`; looks every 50 ms."""
+        """Wait until the flag is set, for at most `timeout_s`, and return whether it is. Polls every 50 ms."""
         deadline_s = time.monotonic() + timeout_s
         while not self._is_set and (left_s := deadline_s - time.monotonic()) > 0:
             time.sleep(min(_FLAG_POLL_S, left_s))
@@ -62,16 +63,16 @@ class Flag:
 
 @dataclass(slots=True)
 class SignalRequests:
-    """What signals have asked the stack process for."""
+    """What signals have asked the stack process to do."""
 
     stop: Flag = field(default_factory=Flag)
     urgent: Flag = field(default_factory=Flag)
-    """Do not wait for running requests: a second signal came, or the supervisor has died."""
+    """Stop without waiting for running requests: a second signal arrived, or the supervisor has died."""
     reload: Flag = field(default_factory=Flag)
     supervisor_pid: int = field(default_factory=os.getppid)
 
     def listen(self) -> None:
-        """Handle signals from now on. Call it again after `ray.init`, which installs a SIGTERM handler of its own."""
+        """Install the signal handlers. Call it again after `ray.init`, which installs its own SIGTERM handler."""
         for number in (*_STOP, _ASK_STOP):
             signal.signal(number, lambda *_: self.stop.set())
         signal.signal(_ASK_URGENT_STOP, lambda *_: self._stop_at_once())
@@ -95,13 +96,13 @@ def supervise(
     Call it before any thread is started: the process forks.
 
     Args:
-        run: the stack, until a signal asks it to stop; returns the exit status.
-        tell_death: called when the stack process was killed, after the clean-up: the name of the signal that ended it,
-            and how many processes it had left behind.
-        urgent_s: after a second request to stop, how long the stack process may take before it is killed.
+        run: runs the stack until a signal asks it to stop, and returns the exit status.
+        tell_death: called after the clean-up if the stack process was killed, with the name of the signal and the
+            number of processes that it left behind.
+        urgent_s: how long the stack process may take after a second request to stop, before it is killed.
 
     Returns:
-        The exit status: that of `run`, or 1 when its process was killed.
+        The exit status: that of `run`, or 1 if its process was killed.
     """
     adopt_orphans()
     has_terminal = sys.stdout.isatty()
@@ -123,7 +124,7 @@ def supervise(
 
 
 def _run_child(run: Callable[[SignalRequests], int], supervisor_pid: int, mask: Collection[int]) -> None:
-    """The child's whole life; does not return."""
+    """Run the child process; does not return."""
     status = 1
     try:
         os.setsid()
@@ -132,7 +133,7 @@ def _run_child(run: Callable[[SignalRequests], int], supervisor_pid: int, mask: 
         requests = SignalRequests(supervisor_pid=supervisor_pid)
         requests.listen()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        if requests.is_orphaned:  # it died before the kernel was asked to tell
+        if requests.is_orphaned:  # the supervisor died before the kernel was asked to notify
             return
         status = run(requests)
     except SystemExit as error:
@@ -142,11 +143,11 @@ def _run_child(run: Callable[[SignalRequests], int], supervisor_pid: int, mask: 
     finally:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
-        os._exit(status)  # not through exit handlers: Ray's would wait for a cluster that may be gone
+        os._exit(status)  # exit handlers are skipped: Ray's would wait for a cluster that may have died
 
 
 def _wait(pid: int, has_terminal: bool, urgent_s: float) -> int:
-    """Pass signals on until the stack process has ended; its exit status, or minus the signal that ended it."""
+    """Forward signals until the stack process ends. Return its exit status, or minus the signal that ended it."""
     num_stops, kill_at_s = 0, float("inf")
     while True:
         info = signal.sigtimedwait(_WATCHED, _POLL_S)
@@ -166,7 +167,7 @@ def _wait(pid: int, has_terminal: bool, urgent_s: float) -> int:
 
 
 def _reap(pid: int) -> int | None:
-    """Collect whatever has ended; the status of `pid` if it is among them."""
+    """Collect all children that have ended. Return the status of `pid` if it is among them."""
     while True:
         try:
             ended, status = os.waitpid(-1, os.WNOHANG)
@@ -189,7 +190,7 @@ def adopt_orphans() -> None:
     """Become the parent of descendants whose own parent has died.
 
     Raises:
-        OSError: the kernel refuses; Linux has known this since 3.4.
+        OSError: the kernel does not support it; Linux does since 3.4.
     """
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
@@ -201,10 +202,10 @@ def _prctl(option: int, value: int) -> None:
 
 
 def reap_adopted(own: Collection[int]) -> None:
-    """Collect the exit statuses of adopted orphans, which would stay as zombies.
+    """Collect the exit statuses of adopted orphans, which would otherwise remain as zombies.
 
     Args:
-        own: children that this process has started itself; whoever started them waits for them.
+        own: children that this process started itself; the code that started them waits for them.
     """
     with contextlib.suppress(ChildProcessError):
         while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
@@ -214,9 +215,9 @@ def reap_adopted(own: Collection[int]) -> None:
 
 
 def end_descendants(grace_s: float) -> int:
-    """Wait up to `grace_s` for all descendants to end, then kill them. Returns how many had to be killed.
+    """Wait up to `grace_s` for all descendants to end, then kill them. Return how many had to be killed.
 
-    The caller adopts orphans: what a killed process leaves behind is looked for again, until nothing is left.
+    The caller must adopt orphans: children of a killed process are looked for again until none is left.
     """
     _, alive = psutil.wait_procs(_descendants(), timeout=grace_s)
     killed: set[int] = set()
@@ -231,7 +232,7 @@ def end_descendants(grace_s: float) -> int:
 
 
 def _descendants() -> list[psutil.Process]:
-    """Those that still run; the zombies among them that nobody else waits for are collected."""
+    """Return the processes that are still running, and collect the zombies that no other code waits for."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):

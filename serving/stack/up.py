@@ -1,4 +1,4 @@
-"""`serving up`: bring the parts up in order, tell the user what is happening, and leave nothing behind."""
+"""`serving up`: starts the parts in order, reports progress to the user, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from serving.stack.supervisor import SignalRequests, supervise
 
 _POLL_S = 0.25
 _NOTICE_S = 2.0
-_ERROR_LINE = re.compile(r"^[\w.]+(?:Error|Exception|Exit): ", re.MULTILINE)  # how a traceback ends
+_ERROR_LINE = re.compile(r"^[\w.]+(?:Error|Exception|Exit): ", re.MULTILINE)  # the last line of a traceback
 _FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
-# What a running stack cannot change: who holds it together would have to be another.
+# Settings that a running stack cannot change, because the process that runs the stack depends on them.
 _FIXED = ("ray", "router.host", "router.port", "router.behind_serve", "engine.api_key", "engine.lease_s")
 
 
 class _Console(Console):
-    """Goes on when nobody can be told any more: a closed terminal must not cut the clean-up short."""
+    """A console that ignores write errors: a closed terminal must not interrupt the clean-up."""
 
     def print(self, *objects: Any, **options: Any) -> None:
         with contextlib.suppress(OSError):
@@ -40,11 +40,11 @@ class _Console(Console):
 
 
 def run_stack(settings: Settings, *, config: Path, is_verbose: bool) -> int:
-    """Serve until SIGINT or SIGTERM; SIGHUP reads `config` again.
+    """Serve until SIGINT or SIGTERM; SIGHUP reloads `config`.
 
     Returns:
-        The exit status: 0 when it was asked to stop and has stopped, 130 when it was asked before it was ready, 1 when
-        it could not start or was lost.
+        The exit status: 0 after a requested stop, 130 if the stop was requested before the stack was ready, 1 if it
+        could not start or was lost.
     """
     console = _Console(stderr=False, highlight=False, soft_wrap=True)
 
@@ -71,7 +71,7 @@ def run_stack(settings: Settings, *, config: Path, is_verbose: bool) -> int:
 
 @dataclass(slots=True)
 class _Stack:
-    """The stack as `serving up` holds it together."""
+    """A running stack, as managed by `serving up`."""
 
     settings: Settings
     config: Path
@@ -81,7 +81,7 @@ class _Stack:
     is_verbose: bool
 
     def run(self) -> int:
-        """From the start of Ray to its end, in a process of its own. Returns the exit status of `run_stack`."""
+        """Start Ray, run the stack, and stop Ray, in a process of its own. Return the exit status of `run_stack`."""
         status, last_words = 0, "stopped"
         try:
             for warning in self._check():
@@ -91,11 +91,11 @@ class _Stack:
                 last_words = self._announce_stop(status)
             if cluster.is_lost:
                 last_words = "stopped, not in order: Ray's processes were ended too, so requests that ran were cut off"
-        except LostError:  # told when it was noticed
+        except LostError:  # the reason was printed when the loss was noticed
             status, last_words = 1, "stopped, because Ray was lost; start it again"
         except (StartError, ServingError, OSError) as error:
             status, last_words = 1, f"not started: {error}"
-        except SystemExit:  # Ray's own answer to SIGTERM, while `ray.init` runs
+        except SystemExit:  # Ray's own handler for SIGTERM raises this while `ray.init` runs
             status, last_words = 130, "stopped before it was ready"
         if self.requests.is_orphaned:
             status, last_words = 1, "stopped, since the process that supervised it has died"
@@ -104,12 +104,12 @@ class _Stack:
         return status
 
     def _check(self) -> list[str]:
-        from serving.stack.preflight import check_before_start  # with SQLAlchemy, which other commands do without
+        from serving.stack.preflight import check_before_start  # imports SQLAlchemy, which other commands do not need
 
         return check_before_start(self.settings)
 
     def _run_on(self, cluster: Cluster) -> int:
-        """Until the stack is asked to stop."""
+        """Run until the stack is asked to stop."""
         try:
             with self._status("starting Ray") as say:
                 is_ready = False
@@ -123,7 +123,7 @@ class _Stack:
             self.requests.urgent.set()
             raise
         if not is_ready:
-            self.requests.urgent.set()  # nobody was served yet: there is nothing to wait for
+            self.requests.urgent.set()  # no requests have been served yet, so there is nothing to wait for
             return 130
         try:
             self._serve(cluster)
@@ -136,7 +136,7 @@ class _Stack:
         self.console.print(f"Ray is lost: {error}. Stopping what is left ...", markup=False)
 
     def _announce_stop(self, status: int) -> str:
-        """Tell the user that the stop has begun; gives what is to be said at its end."""
+        """Report that the stop has begun, and return the message for its end."""
         if status:
             return "stopped before it was ready"
         if self.requests.urgent.is_set():
@@ -146,7 +146,7 @@ class _Stack:
         return "stopped"
 
     def _serve(self, cluster: Cluster) -> None:
-        """Until somebody wants it to end."""
+        """Wait until the stack is asked to stop."""
         self.console.print(_greeting(self.settings, _read_directory(self.settings)), markup=False)
         self.run_file.note_ready()
         while not self.requests.stop.wait(_POLL_S):
@@ -167,19 +167,19 @@ class _Stack:
         from serving.cluster.directory_actor import reach_directory
 
         directory = reach_directory(self.settings.ray.namespace, self.settings.engine.lease_s)
-        with contextlib.suppress(ray.exceptions.RayError):  # routers take nothing new; what runs is finished
+        with contextlib.suppress(ray.exceptions.RayError):  # routers refuse new requests and finish running ones
             ray.get(directory.begin_stop.remote(), timeout=_NOTICE_S)
         for name in app_names(self.settings):
             serve.delete(name, _blocking=not is_urgent)
 
     def _reload(self, cluster: Cluster) -> None:
-        """Read the settings again and put them in force; what is wrong with them leaves the old ones in force."""
+        """Reload the settings and apply them. If they are invalid, the old ones stay in effect."""
         before = self.settings
         with self._status("reading the settings again") as say:
             try:
                 after = _read_again(before, self.config)
                 check_room(after, cluster)
-                self.settings = after  # what must be ended, should it come to that
+                self.settings = after  # its process, which may have to be killed
                 deploy(after, say)
                 self._wait_until_ready(after, cluster, say)
                 _remove_apps(before, after)
@@ -201,10 +201,10 @@ class _Stack:
         self.run_file.note_reload(error)
 
     def _wait_until_ready(self, settings: Settings, cluster: Cluster, say: Callable[[str], None]) -> bool:
-        """Wait for every application, telling what replicas tell. False when the user has had enough.
+        """Wait for every application and report the progress of replicas. Return False if a stop was requested.
 
         Raises:
-            StartError: an application has failed or takes longer than it may.
+            StartError: an application failed or exceeded its time limit.
             LostError: Ray has died.
         """
         from ray import serve
@@ -221,7 +221,7 @@ class _Stack:
             for record in snapshot.records:
                 if record.stage:
                     say(f"{record.model}: {record.stage}")
-            for model, reason in snapshot.failures:  # Serve would try twice more
+            for model, reason in snapshot.failures:  # otherwise Serve would try twice more
                 raise StartError(f"{model} failed: {reason}")
             is_whole = len(applications) == len(app_names(settings))
             if is_whole and all(application.status == "RUNNING" for application in applications.values()):
@@ -232,10 +232,10 @@ class _Stack:
 
 
 def _read_again(before: Settings, config: Path) -> Settings:
-    """The settings as they are now.
+    """Read the current settings.
 
     Raises:
-        SettingsError: they cannot be used, or change what cannot be changed while the stack runs.
+        SettingsError: they are invalid, or change something that cannot change while the stack runs.
     """
     from serving.engine.checkpoint import resolve_checkpoint
 
@@ -256,7 +256,7 @@ def _read_again(before: Settings, config: Path) -> Settings:
 
 
 def _check_engine_args(config: Path) -> None:
-    """Have vLLM look at them before anything is replaced, in a process of its own: it is large, and we stay."""
+    """Let vLLM check the settings before anything is replaced, in a separate process that frees its memory again."""
     command = [sys.executable, "-m", "serving.cli.main", "check-config", str(config)]
     checked = subprocess.run(command, capture_output=True, text=True, check=False)
     if checked.returncode:
@@ -264,7 +264,7 @@ def _check_engine_args(config: Path) -> None:
 
 
 def _remove_apps(before: Settings, after: Settings) -> None:
-    """Those that the settings no longer have."""
+    """Return the running applications that are no longer in the settings."""
     from ray import serve
 
     for name in app_names(before):
@@ -273,7 +273,7 @@ def _remove_apps(before: Settings, after: Settings) -> None:
 
 
 def _teller(console: Console, update: Callable[[str], None]) -> Callable[[str], None]:
-    """Prints what is going on with the seconds since the start, each thing once."""
+    """Prints progress with the seconds since the start, each message once."""
     started = time.monotonic()
     last = ""
 
@@ -288,7 +288,7 @@ def _teller(console: Console, update: Callable[[str], None]) -> Callable[[str], 
 
 
 def deploy(settings: Settings, say: Callable[[str], None]) -> None:
-    """Hand every application to Serve, which changes what has changed. Returns before that is done."""
+    """Deploy every application. Serve applies the changes; the function returns before that is complete."""
     import ray
     from ray import serve
 
@@ -310,7 +310,7 @@ def deploy(settings: Settings, say: Callable[[str], None]) -> None:
 
 
 def _reason(application: Any, is_verbose: bool) -> str:
-    """Why an application failed: the error that ended its replica's start, or all that Ray tells."""
+    """Return why an application failed: the error that ended its replica's start, or Ray's whole message."""
     messages = [deployment.message for deployment in application.deployments.values() if deployment.message]
     text = "\n".join(messages or [application.message])
     errors = list(_ERROR_LINE.finditer(text))
@@ -332,7 +332,7 @@ def _read_directory(settings: Settings) -> Snapshot:
 
 
 def _address(settings: Settings) -> str:
-    """Where this machine's people find the stack."""
+    """Return the stack's address for users of this machine."""
     host = "127.0.0.1" if settings.router.host in ANY_ADDRESS else settings.router.host
     return http_url(host, settings.router.port)
 
