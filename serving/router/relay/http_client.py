@@ -24,7 +24,7 @@ from serving.errors import InternalError, ReplicaConnectError, ReplicaTimeoutErr
 
 _KEEP_S = 15.0
 """An idle connection is kept so long: well below what the servers of the stack keep theirs (75 s)."""
-_HIGH_BYTES = 256 * 1024
+HIGH_WATER_BYTES = 256 * 1024
 """With so much unread the socket is left alone, and the engine waits, until half of it has been taken."""
 _JOINED_BYTES = 64 * 1024
 """A body up to this size goes out in one write with its head."""
@@ -286,7 +286,7 @@ class _Connection(asyncio.Protocol):
             self.abort()
             return
         self._wake()
-        if self._num_unread > _HIGH_BYTES and not self._is_paused and self._transport is not None:
+        if self._num_unread > HIGH_WATER_BYTES and not self._is_paused and self._transport is not None:
             self._is_paused = True
             self._transport.pause_reading()
 

@@ -1,6 +1,6 @@
 """Every route of a router is under access control: keys, the tenant's limits, and the memory that bodies may take.
 
-The routes are read from the tables that serve them, so one that is added later is tried too.
+The routes are read from the tables that serve and describe them, so one that is added later is tried too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 import httpx
 import orjson
 import pytest
-from starlette.routing import Route
 from support.ocr_service import BODY_BYTES, build_service_settings, reads, run_host
 from support.papers import write_pdf
 from support.router_stack import Engine, RunningRouter, answers, build_settings, chat_body, run_router
@@ -24,12 +23,10 @@ from support.router_stack import Engine, RunningRouter, answers, build_settings,
 from serving.billing.credits import CREDIT_HEADER, CreditSigner
 from serving.cluster.directory import ServiceRecord
 from serving.errors import RateLimitError
-from serving.ocr.api.app import OcrApp, _Endpoint
-from serving.ocr.api.service import OcrService
-from serving.ocr.reading.router_client import Routers
 from serving.router.access.keys_file import KeysFile, make_key, write_keys
 from serving.router.access.limits import DOCUMENT, GENERATION, LOOKUP, Charge, RequestKind
 from serving.router.app import GENERATE, METHODS
+from serving.router.lookups.openapi import build_document
 from serving.router.lookups.routes import MODEL, QUOTE
 from serving.settings.ocr import OcrSettings
 from serving.settings.stack import Settings
@@ -45,16 +42,14 @@ def router_routes() -> list[Target]:
     return [(method, path) for path, method in METHODS.items()] + [("GET", f"{MODEL}nano")]
 
 
-def document_routes(folder: Path) -> list[Target]:
-    """As the OCR service itself has them."""
-    app = OcrApp(OcrService(build_service_settings(folder), Routers("http://127.0.0.1:9")))
-    found: list[Target] = []
-    for route in app._app.routes:
-        assert isinstance(route, Route)
-        if route.path.startswith("/v1/ocr"):
-            assert isinstance(route.app, _Endpoint)
-            found += [(method, route.path.format(job_id="job-1")) for method in route.app._answers]
-    return found
+def document_routes(settings: Settings) -> list[Target]:
+    """Those that the router relays, as its OpenAPI document has them."""
+    return [
+        (operation.upper(), path.format(job_id="job-1"))
+        for path, described in build_document(settings)["paths"].items()
+        if path.startswith("/v1/ocr")
+        for operation in described.keys() - {"parameters"}
+    ]
 
 
 class Office:
@@ -116,7 +111,7 @@ def spend_the_minute(office: Office) -> None:
 @pytest.mark.parametrize("tenant", [Tenant(max_concurrent=1), Tenant(requests_per_minute=1)])
 async def test_no_route_that_works_for_a_tenant_is_free(tmp_path: Path, tenant: Tenant) -> None:
     async with run_office(tmp_path, tenant) as office:
-        for method, path in [*router_routes(), *document_routes(tmp_path)]:
+        for method, path in [*router_routes(), *document_routes(office.router.app.settings)]:
             if tenant.requests_per_minute is not None:
                 spend_the_minute(office)
             with counted(office) if tenant.max_concurrent else contextlib.nullcontext():

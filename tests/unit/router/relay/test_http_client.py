@@ -24,7 +24,7 @@ from serving.errors import (
     ReplicaUnreachableError,
     ServingError,
 )
-from serving.router.relay.http_client import _HIGH_BYTES, Upstream
+from serving.router.relay.http_client import HIGH_WATER_BYTES, Upstream
 
 PATH = "/v1/completions"
 
@@ -371,7 +371,7 @@ async def test_an_answer_that_nobody_takes_holds_the_engine_back() -> None:
         await asyncio.sleep(0.3)  # longer than the timeout: it is not the engine that is silent
         assert num_sent < 400
         first = await answer.read_some()
-        assert len(first) < 4 * _HIGH_BYTES
+        assert len(first) < 4 * HIGH_WATER_BYTES
         rest = await answer.read()
     assert len(first) + len(rest) == 400 * 100_000
 
