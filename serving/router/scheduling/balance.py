@@ -1,4 +1,4 @@
-"""Which replica gets a request: the one with the least outstanding work for its size. Pure."""
+"""Chooses the replica for a request: the one with the least outstanding work for its size. Pure."""
 
 from __future__ import annotations
 
@@ -9,51 +9,51 @@ from random import Random
 from serving.cluster.directory import ReplicaRecord, ReplicaState, RouterReport, Snapshot
 
 MANY = 8
-"""Among more replicas than this, routers that are several compare only two, drawn at random (power of two choices:
-Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", IEEE TPDS 2001). If all of them took the emptiest
-by the same reports, they would herd on it until they hear of each other again; two draws come close to the true least
-without that."""
+"""With more replicas than this, and several routers, each router compares only two replicas drawn at random (power of
+two choices: Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", IEEE TPDS 2001). If all routers
+chose the emptiest by the same reports, they would herd on it until the next reports; two draws come close to the true
+minimum without that."""
 MANY_ALONE = 64
-"""The same for a router that is alone. It cannot herd, and its books are exact, so it compares all while that costs
-little."""
-_ASSUMED_TOKENS_PER_SEQ = 1024  # of a replica that does not tell what its KV cache holds
+"""The same for a single router. It cannot herd and knows the load exactly, so it compares all replicas while that is
+cheap."""
+_ASSUMED_TOKENS_PER_SEQ = 1024  # for a replica that does not report the size of its KV cache
 _WITHOUT_LIMITS = 1 << 62
 
 
 @dataclass(slots=True)
 class ReplicaLoad:
-    """One replica and what it has to do, as one router knows it. Work is in tokens."""
+    """One replica and its load, as one router knows it. Work is in tokens."""
 
     record: ReplicaRecord
     capacity: int = 1
-    """Work that it may have under way."""
+    """Work that it may have in flight."""
     common_capacity: int = 1
-    """The part of it that every priority class may fill."""
+    """The part of it that all priority classes may use."""
     num_places: int = _WITHOUT_LIMITS
-    """Sequences that its engine runs at once."""
+    """Sequences that its engine runs concurrently."""
     max_seqs: int = _WITHOUT_LIMITS
-    """Sequences that it may have under way."""
+    """Sequences that it may have in flight."""
     common_seqs: int = _WITHOUT_LIMITS
     work: int = 0
-    """Under way through this router."""
+    """In flight through this router."""
     num_seqs: int = 0
-    """Sequences under way through this router."""
+    """Sequences in flight through this router."""
     others_work: int = 0
-    """Under way through other routers, when they last told."""
+    """In flight through other routers, as last reported."""
     is_gone: bool = False
-    """Whether it has left the list: it is remembered only for what still runs on it."""
+    """Whether it is no longer listed: it is remembered only for its requests in flight."""
     replica_id: str = field(init=False)
 
     def __post_init__(self) -> None:
         self.replica_id = self.record.replica_id
 
     def resize(self, record: ReplicaRecord, work_per_replica: int | None, high_reserve: float) -> None:
-        """Take over what a replica says of itself, under the settings of the same names.
+        """Adopt what a replica reports about itself, under the settings of the same names.
 
-        More sequences than the engine runs at once are let in, an eighth but one at least: pages are cut and scaled
-        before they reach the engine, and an answer's end takes a way back before the next request sets out; a place
-        in the engine would be empty for so long. The KV cache needs no such margin, since work counts whole answers
-        from their start and so is counted high.
+        An eighth more sequences than the engine runs concurrently are admitted, at least one more: pages are tiled and
+        scaled before they reach the engine, and the end of an answer has to travel back before the next request sets
+        out; without the margin a slot in the engine would be idle for that time. The KV cache needs no such margin,
+        since work counts whole answers from their start and so errs on the high side.
         """
         self.record = record
         reported = record.capacity_tokens or max(1, record.max_num_seqs) * _ASSUMED_TOKENS_PER_SEQ
@@ -66,22 +66,21 @@ class ReplicaLoad:
 
     @property
     def burden(self) -> float:
-        """Outstanding work relative to capacity: 0 is idle, from 1 on a request waits inside the engine.
+        """Outstanding work relative to capacity: 0 is idle; from 1 on a request queues inside the engine.
 
-        Of the two things that an engine can run out of, room in its KV cache and places for sequences, the one that is
-        nearer: many small requests fill the places while the cache looks empty. What others have under way is known as
-        work only.
+        An engine can run out of KV cache or of sequences; the scarcer of the two counts, since many small requests use
+        up the sequences while the cache looks empty. Other routers report work only.
         """
         by_work = (self.work + self.others_work) / self.capacity
         by_seqs = self.num_seqs / self.num_places
         return by_work if by_work > by_seqs else by_seqs
 
     def has_room(self, need: Need) -> bool:
-        """Whether a request may start here now.
+        """Whether a request may start on this replica now.
 
-        One through which nothing of this router runs always has room: only so can a request run that is larger than
-        the whole capacity. And with several routers each may fill its equal share, whatever the others report, for
-        one that was first would else keep the replica for itself by refilling before they hear of a free place.
+        A replica without requests of this router always has room: otherwise a request larger than the whole capacity
+        could never run. With several routers each may use its equal share, whatever the others report; otherwise the
+        router that came first could keep the replica to itself by refilling it before the others learn of a free slot.
         """
         if not self.num_seqs:
             return True
@@ -92,32 +91,32 @@ class ReplicaLoad:
         return work + self.others_work <= limit or work * need.num_routers <= limit
 
     def add(self, work: int, num_seqs: int) -> None:
-        """A request starts here (or, with negative numbers, has left)."""
+        """A request starts on this replica or, with negative numbers, has ended."""
         self.work += work
         self.num_seqs += num_seqs
 
 
 @dataclass(slots=True)
 class Need:
-    """What a request needs of a replica."""
+    """What a request needs from a replica."""
 
     work: int
     """Tokens."""
     num_seqs: int = 1
     is_high: bool = False
-    """Whether it may fill what is kept for the high priority class."""
+    """Whether it may use what is reserved for the high priority class."""
     num_routers: int = 1
-    """Routers that share the replicas, this one included."""
+    """Routers that share the replicas, including this one."""
 
 
 @dataclass(slots=True)
 class Fleet:
-    """All replicas that are listed or still run something, under the settings of the same names."""
+    """All replicas that are listed or still have requests in flight, under the settings of the same names."""
 
     work_per_replica: int | None
     high_reserve: float
     num_routers: int = 1
-    """That share the replicas, this one included."""
+    """Routers that share the replicas, including this one."""
     _loads: dict[str, ReplicaLoad] = field(default_factory=dict)
     _others_work: dict[str, int] = field(default_factory=dict)
 
@@ -125,8 +124,8 @@ class Fleet:
         return len(self._loads)
 
     def follow(self, snapshot: Snapshot) -> dict[str, list[ReplicaLoad]]:
-        """Take over a replica list; gives the replicas that are ready, by model. One that has left is remembered until
-        nothing runs on it any more, so that it is not taken for idle should it come back."""
+        """Adopt a replica list; returns the ready replicas by model. A replica that has left is remembered until its
+        last request has ended, so that it is not mistaken for idle if it comes back."""
         listed = {record.replica_id for record in snapshot.records}
         for replica_id, load in list(self._loads.items()):
             load.is_gone = replica_id not in listed
@@ -141,7 +140,7 @@ class Fleet:
         return ready
 
     def absorb(self, others: Sequence[RouterReport]) -> None:
-        """Take in what the other routers have under way: all of their last reports, every time."""
+        """Replace what is known of the other routers' work by their latest reports, all of them every time."""
         self.num_routers = 1 + len(others)
         self._others_work = {}
         for report in others:
@@ -151,29 +150,29 @@ class Fleet:
             load.others_work = self._others_work.get(replica_id, 0)
 
     def forget(self, load: ReplicaLoad) -> None:
-        """Drop a replica if it has left and nothing runs on it."""
+        """Drop a replica that has left and has no requests in flight."""
         if load.is_gone and not load.num_seqs:
             self._loads.pop(load.replica_id, None)
 
     def work(self) -> dict[str, int]:
-        """Under way through this router, in tokens by replica id; replicas without any are left out."""
+        """Work in flight through this router, in tokens by replica id; replicas without any are left out."""
         return {replica_id: load.work for replica_id, load in self._loads.items() if load.num_seqs}
 
 
 def choose(
     loads: Sequence[ReplicaLoad], need: Need | None, excluded: Collection[str], rng: Random
 ) -> ReplicaLoad | None:
-    """The replica with the smallest burden; between equals each is as likely.
+    """The replica with the smallest burden; ties are broken at random.
 
     Args:
-        loads: the replicas that are ready for the model: none that starts or drains.
-        need: only replicas with room for it are taken; None takes any.
-        excluded: ids of replicas that failed this request already, or that a circuit breaker holds back.
-        rng: where chance comes from.
+        loads: the ready replicas of the model, none that is starting or draining.
+        need: only replicas with room for it are considered; None considers all.
+        excluded: ids of replicas that have failed this request, or that have an open circuit breaker.
+        rng: source of randomness.
 
     Returns:
-        None when no replica is left. Two draws that hit only busy or excluded replicas are not the last word: then all
-        are looked at, so that nothing waits in a queue or inside an engine while there is room.
+        None if no replica is left. If both draws hit busy or excluded replicas, all are compared, so that nothing
+        queues while there is room.
     """
     is_alone = need is not None and need.num_routers == 1
     if len(loads) > (MANY_ALONE if is_alone else MANY):
@@ -199,6 +198,6 @@ def _least(
             best, least, num_equal = load, burden, 1
         elif burden == least:
             num_equal += 1
-            if rng.random() * num_equal < 1:  # reservoir sampling: the k-th equal is taken with probability 1/k
+            if rng.random() * num_equal < 1:  # reservoir sampling: the k-th of equals is chosen with probability 1/k
                 best = load
     return best

@@ -1,8 +1,8 @@
-"""From an admitted request to a replica: the one place where queue, balance and breakers meet the event loop.
+"""Places requests on replicas: the one module where queue, load balancing and circuit breakers meet the event loop.
 
-What decides is in `admission`, `balance`, `breaker` and `work`; here are only the futures that requests wait on, one
-timer per model for whatever comes next without an event (a deadline, the end of a breaker's pause), and the books of
-what is under way. A request that finds room costs neither a task nor a timer.
+The decisions are made in `queue`, `balance`, `circuit_breaker` and `work_estimate`. This module adds the futures that
+queued requests wait on, one timer per model for what happens without an event (a deadline, the end of a breaker's
+pause), and the record of what is in flight. A request that finds room costs neither a task nor a timer.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from serving.router.scheduling.work_estimate import (
 from serving.settings.stack import Settings
 from serving.settings.tenants import Identity, Priority
 
-_MIN_DELAY_S = 0.001  # a timer that rings a hair early must not ring again in the same moment
+_MIN_DELAY_S = 0.001  # a timer that fires slightly early must not fire again immediately
 
 
 class Dispatcher:
-    """Lets requests wait for a replica, gives them one, and keeps the books. One per router process."""
+    """Queues requests for replicas, places them, and keeps track of what is in flight. One per router process."""
 
     def __init__(
         self,
@@ -47,13 +47,13 @@ class Dispatcher:
         clock: Callable[[], float] = time.monotonic,
         rng: Random | None = None,
     ) -> None:
-        """`read_snapshot` gives the replica list as it is now, the same object as long as it has not changed."""
+        """`read_snapshot` returns the current replica list, the same object for as long as it has not changed."""
         self._router = settings.router
         self._read_snapshot = read_snapshot
         self._lease_s = settings.engine.lease_s
         self._router_id = router_id
         self._clock = clock
-        self._rng = rng or Random()  # chance between equals, no secret
+        self._rng = rng or Random()  # breaks ties, needs no secrecy
         self._snapshot: Snapshot = EMPTY
         admission = settings.router.admission
         self._pools = {model: Pool(AdmissionQueue(admission.max_queue)) for model in settings.models}
@@ -63,28 +63,28 @@ class Dispatcher:
         self._breakers = Breakers(settings.router.breaker)
 
     def sample(self, model: str) -> ReplicaRecord | None:
-        """A replica that stands for all of a model's, the last one known while there is none."""
-        self._look()
+        """A replica that represents all of a model's; the last one known while there is none."""
+        self._adopt_snapshot()
         return self._pools[model].sample
 
     def estimate(self, request: RoutedRequest, reading: ImageReading, max_model_len: int) -> WorkEstimate:
-        """What a request is admitted as, `reading` and `max_model_len` being those of the model's `sample`."""
+        """The work that a request is admitted with; `reading` and `max_model_len` are those of the model's `sample`."""
         return estimate_work(request, reading, self._forecast, max_model_len)
 
     async def enter(self, request: RoutedRequest, work: WorkEstimate, identity: Identity, *, deadline_s: float) -> Slot:
-        """Place a request on a replica, at once if one has room. Cancelling it leaves the queue at once.
+        """Place a request on a replica, immediately if one has room. Cancelling takes it out of the queue immediately.
 
         Args:
-            request: its model must be one of the settings'.
-            work: the request's, see `estimate`.
-            identity: whose request it is: the tenant decides the priority class, and shares with the others inside it.
-            deadline_s: on the dispatcher's clock, when the client's patience is over.
+            request: its model must be in the settings.
+            work: what `estimate` returned for it.
+            identity: its tenant determines the priority class, and shares that class fairly with other tenants.
+            deadline_s: when the client stops waiting, on the dispatcher's clock.
 
         Raises:
-            OverloadedError: too many wait, or the deadline cannot be met, or it passed.
-            NoReplicaError: no replica of the model came within `replica_wait_s`.
+            OverloadedError: the queue is full, or the deadline cannot be met or has passed.
+            NoReplicaError: no replica of the model appeared within `replica_wait_s`.
         """
-        self._look()
+        self._adopt_snapshot()
         now_s = self._clock()
         pool = self._pools[request.model]
         priority = identity.tenant.priority
@@ -110,7 +110,7 @@ class Dispatcher:
             ahead = pool.queue.work_ahead(tenant_id, priority, work.total)
             wait_s = pool.wait_s(ahead + work.total)
         elif self._router.admission.replica_wait_s <= 0:
-            self._settle(pool, now_s)
+            self._set_timer(pool, now_s)
             raise no_replica()
         check_deadline(wait_s, pool.service_s(request, work), deadline_s - now_s)
         placed: asyncio.Future[Slot] = asyncio.get_running_loop().create_future()
@@ -121,15 +121,20 @@ class Dispatcher:
             error.retry_after_s = retry_after_s(wait_s)
             raise
         if pushed_out is not None:
-            refuse(pushed_out, OverloadedError("Others wait with more right to a place.", retry_after_s(wait_s)))
-        self._pump(pool, now_s)  # sets the timer; and if who left was next, another one may fit now
+            refuse(
+                pushed_out,
+                OverloadedError(
+                    "Requests with a better claim to a place are waiting; try again later.", retry_after_s(wait_s)
+                ),
+            )
+        self._place_queued(pool, now_s)  # sets the timer; and if the displaced request was next, another may fit now
         try:
             return await placed
         except asyncio.CancelledError:
             if pool.queue.remove(waiter):
-                self._pump(pool, self._clock())
+                self._place_queued(pool, self._clock())
             elif not placed.cancelled() and placed.exception() is None:
-                placed.result().close(None)  # the place came in the moment in which the client left
+                placed.result().close(None)  # the place was granted at the moment the client left
             raise
 
     def move(self, slot: Slot, error: ServingError) -> bool:
@@ -137,45 +142,45 @@ class Dispatcher:
         now_s = self._clock()
         load = slot.load
         if isinstance(error, EngineError):
-            slot.succeed()  # it refused the request, and is well
+            slot.succeed()  # it refused this request, and is healthy
         elif isinstance(error, UpstreamError) and not slot.has_verdict and not load.is_gone:
             slot.has_verdict = True
             self._breakers.fail(load.replica_id, slot.probe, now_s)
         if not error.is_retryable or slot.num_tries >= self._router.max_tries:
             return False
-        self._look()
+        self._adopt_snapshot()
         pool = self._pools[slot.request.model]
         has_moved = self._transfer(slot, pool, now_s)
         if has_moved:
-            self._pump(pool, now_s)
+            self._place_queued(pool, now_s)
         return has_moved
 
     async def wait_for_replacement(self, slot: Slot, error: ServingError) -> bool:
         """See `Slot.wait_for_replacement`."""
-        patience_s = self._router.admission.replica_wait_s
+        longest_wait_s = self._router.admission.replica_wait_s
         if not isinstance(error, ReplicaUnreachableError) or slot.num_tries >= self._router.max_tries:
             return False
         pool = self._pools[slot.request.model]
         moved: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         pool.stranded[slot] = moved
         try:
-            self._pump(pool, self._clock())  # sets the timer
-            await asyncio.wait([moved], timeout=min(patience_s, self._lease_s))
+            self._place_queued(pool, self._clock())  # sets the timer
+            await asyncio.wait([moved], timeout=min(longest_wait_s, self._lease_s))
             failed = (*slot.failed_ids, slot.load.replica_id)
-            # Whoever is listed after a whole lease was not lost, and no successor comes. Nor may it get the request
-            # again: an engine's counts are known by the request's id.
+            # A replica that is still listed after a whole lease was not lost, so no replacement will appear. Nor may it
+            # get the request again: engines count by request id.
             if not moved.done() and not any(load.replica_id in failed for load in pool.loads):
-                await asyncio.wait([moved], timeout=max(0.0, patience_s - self._lease_s))
+                await asyncio.wait([moved], timeout=max(0.0, longest_wait_s - self._lease_s))
             return moved.done() and moved.result()
         finally:
             if pool.stranded.pop(slot, None) is not None:
-                self._settle(pool, self._clock())
+                self._set_timer(pool, self._clock())
 
     def _transfer(self, slot: Slot, pool: Pool, now_s: float) -> bool:
-        """Let a request that its replica has failed go on on another one, if there is any."""
+        """Move a request whose replica failed to another one, if there is one."""
         failed = (*slot.failed_ids, slot.load.replica_id)
         excluded = self._breakers.blocked(now_s).union(failed)
-        need = self._need(slot.work, slot.request, Priority.HIGH)  # it is let in already
+        need = self._need(slot.work, slot.request, Priority.HIGH)  # it has been admitted already
         target = choose(pool.loads, need, excluded, self._rng) or choose(pool.loads, None, excluded, self._rng)
         if target is None:
             return False
@@ -203,62 +208,62 @@ class Dispatcher:
             self._forecast.observe(request.model, slot.reading.label, len(request.image_sizes), per_choice)
             pool.rate.finish(pool.share(slot.work.total), now_s - slot.started_s, round(per_choice))
         if pool.queue:
-            self._pump(pool, now_s)
+            self._place_queued(pool, now_s)
 
     def refresh(self) -> None:
-        """The replica list may have changed: give what it offers to those that wait, forget who left."""
-        self._look()
-        self._pump_all()
+        """The replica list may have changed: place waiting requests on new replicas, forget replicas that have left."""
+        self._adopt_snapshot()
+        self._place_queued_in_all()
 
     def absorb(self, reports: tuple[RouterReport, ...]) -> None:
-        """Take in what the other routers have under way: all of their reports, every time."""
+        """Replace what is known of the other routers' work by their latest reports, all of them every time."""
         self._fleet.absorb([report for report in reports if report.router_id != self._router_id])
-        self._pump_all()
+        self._place_queued_in_all()
 
     def tick(self) -> None:
-        """To be called about every second: follows what no event told of."""
+        """Called about every second, to act on changes that no event announced."""
         self.refresh()
 
     def close(self) -> None:
-        """Refuse whoever still waits and stop all timers."""
+        """Refuse all waiting requests and stop all timers."""
         for pool in self._pools.values():
             for waiter in pool.queue.take_older(math.inf):
                 refuse(waiter, OverloadedError("The router is going down; try again."))
             for moved in pool.stranded.values():
                 moved.set_result(False)
             pool.stranded.clear()
-            self._settle(pool, self._clock())
+            self._set_timer(pool, self._clock())
 
     def queued_work(self) -> dict[str, int]:
-        """Work that waits, in tokens by model; models without any are left out."""
+        """Queued work in tokens by model; models without any are left out."""
         return {model: pool.queue.work for model, pool in self._pools.items() if pool.queue}
 
     def replica_work(self) -> dict[str, int]:
-        """Work under way through this router, in tokens by replica id; replicas without any are left out."""
+        """Work in flight through this router, in tokens by replica id; replicas without any are left out."""
         return self._fleet.work()
 
     def queue_lengths(self) -> dict[tuple[str, Priority], int]:
-        """Requests that wait, by model and class, zeros included."""
+        """Queued requests by model and priority class, zeros included."""
         return {(model, p): pool.queue.num_waiting(p) for model, pool in self._pools.items() for p in Priority}
 
     def breaker_states(self) -> dict[str, BreakerState]:
-        """By id of every replica that is listed."""
+        """By the id of every listed replica."""
         now_s = self._clock()
         return {record.replica_id: self._breakers.state(record.replica_id, now_s) for record in self._snapshot.records}
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing waits and no slot is open."""
+        """Whether no request is queued and no slot is open."""
         return not self._num_slots and not any(pool.queue for pool in self._pools.values())
 
     @property
     def num_replicas(self) -> int:
-        """Replicas that are listed or still run something."""
+        """Replicas that are listed or still have requests in flight."""
         return len(self._fleet)
 
     @property
     def num_timers(self) -> int:
-        """Timers that are set: none while nothing waits."""
+        """Timers that are set: none while no request is queued."""
         return sum(pool.timer is not None for pool in self._pools.values())
 
     def _need(self, work: WorkEstimate, request: RoutedRequest, priority: Priority) -> Need:
@@ -279,15 +284,15 @@ class Dispatcher:
         return Slot(self, request, work, now_s - entered_s, load, reading, probe, now_s)
 
     def _leave(self, slot: Slot) -> None:
-        """Take a slot's work off its replica. One that has left the list is forgotten with its last request."""
+        """Take a slot's work off its replica. An unlisted replica is forgotten with its last request."""
         load = slot.load
         load.add(-slot.work.total, -max(1, slot.request.num_choices))
         if slot.probe != NO_PROBE and not slot.has_verdict:
             self._breakers.release(load.replica_id, slot.probe)
         self._fleet.forget(load)
 
-    def _look(self) -> None:
-        """Take over the replica list if it has changed."""
+    def _adopt_snapshot(self) -> None:
+        """Adopt the replica list if it has changed."""
         snapshot = self._read_snapshot()
         if snapshot is self._snapshot:
             return
@@ -298,26 +303,26 @@ class Dispatcher:
             self._pools[model] = Pool(AdmissionQueue(self._router.admission.max_queue))
         for model, pool in self._pools.items():
             pool.offer(ready.get(model, []))
-        self._pump_all()
+        self._place_queued_in_all()
 
-    def _pump_all(self) -> None:
+    def _place_queued_in_all(self) -> None:
         now_s = self._clock()
         for pool in self._pools.values():
-            self._pump(pool, now_s)
+            self._place_queued(pool, now_s)
 
-    def _pump(self, pool: Pool, now_s: float) -> None:
-        """Give places to those that wait, in their order, as long as the next one fits; refuse those that are late."""
-        # Those that were let in once go before any that waits.
+    def _place_queued(self, pool: Pool, now_s: float) -> None:
+        """Place queued requests in order for as long as the next one fits, and refuse those that are too late."""
+        # Requests that lost their replica were admitted before, so they go first.
         for slot in [slot for slot in pool.stranded if self._transfer(slot, pool, now_s)]:
             pool.stranded.pop(slot).set_result(True)
         for late in pool.queue.take_expired(now_s):
             refuse(late, pool.too_late())
         while (waiter := pool.queue.head()) is not None:
-            if waiter.placed.done():  # cancelled, its coroutine has not run yet
+            if waiter.placed.done():  # cancelled, but its coroutine has not run yet
                 pool.queue.remove(waiter)
                 continue
             if now_s + pool.service_s(waiter.request, waiter.estimate) > waiter.deadline_s:
-                pool.queue.remove(waiter)  # a replica would work on it for nothing
+                pool.queue.remove(waiter)  # a replica would work on it in vain
                 refuse(waiter, pool.too_late())
                 continue
             load = self._find(pool, waiter.estimate, waiter.request, waiter.priority, now_s)
@@ -326,25 +331,25 @@ class Dispatcher:
             pool.queue.pop(waiter)
             waiter.placed.set_result(self._place(waiter.request, waiter.estimate, load, waiter.entered_s, now_s))
         pool.check_availability(self._breakers.blocked(now_s), now_s)
-        patience_s = self._router.admission.replica_wait_s
-        if pool.unavailable_since_s is not None and pool.unavailable_since_s + patience_s <= now_s:
-            for late in pool.queue.take_older(now_s - patience_s):
+        longest_wait_s = self._router.admission.replica_wait_s
+        if pool.unavailable_since_s is not None and pool.unavailable_since_s + longest_wait_s <= now_s:
+            for late in pool.queue.take_older(now_s - longest_wait_s):
                 refuse(late, no_replica())
-        self._settle(pool, now_s)
+        self._set_timer(pool, now_s)
 
-    def _settle(self, pool: Pool, now_s: float) -> None:
-        """Note whether requests wait, and set the timer for what comes next without an event."""
+    def _set_timer(self, pool: Pool, now_s: float) -> None:
+        """Note whether requests are queued, and set the timer for what happens next without an event."""
         next_s = pool.note(now_s, self._breakers.next_change_s(now_s), self._router.admission.replica_wait_s)
         if pool.timer_s <= next_s < math.inf:
-            return  # it rings early, finds nothing and is set anew: cheaper than to set it for everybody who comes
+            return  # it fires early, finds nothing to do and is set again: cheaper than resetting it for every request
         if pool.timer is not None:
             pool.timer.cancel()
             pool.timer = None
         pool.timer_s = next_s
         if next_s < math.inf:
             delay_s = max(_MIN_DELAY_S, next_s - now_s)
-            pool.timer = asyncio.get_running_loop().call_later(delay_s, self._ring, pool)
+            pool.timer = asyncio.get_running_loop().call_later(delay_s, self._on_timer, pool)
 
-    def _ring(self, pool: Pool) -> None:
+    def _on_timer(self, pool: Pool) -> None:
         pool.timer, pool.timer_s = None, math.inf
-        self._pump(pool, self._clock())
+        self._place_queued(pool, self._clock())

@@ -1,16 +1,16 @@
-"""Who waits for a replica, who is next, and how long it will take. Pure.
+"""The queue for a model's replicas: who is next, and how long the wait will be. Pure.
 
-The rule of the queue of one model:
+The rules:
 
-- A waiting request of a higher priority class goes before all of the lower ones.
-- Inside a class tenants share by deficit round robin (Shreedhar and Varghese, "Efficient Fair Queueing using Deficit
-  Round Robin", SIGCOMM 1995) on work, so it does not help a tenant to send more or larger requests. The requests of one
-  tenant keep their order.
-- Who is next stays next. When it does not fit on any replica yet, nobody of its class or a lower one passes it, however
-  small; running work ends, and sooner or later it fits. Room that is left free meanwhile is smaller than its work.
-- The queue holds so many requests at most. When it is full, whoever is entitled to a place pushes another out: a higher
-  class the lowest one, and inside a class a tenant with few waiting the one with most; the last to come leaves. (After
-  McKenney, "Stochastic Fairness Queueing", INFOCOM 1990: else a flood fills the queue and nobody else gets in.)
+- Requests of a higher priority class go before all requests of lower ones.
+- Within a class tenants share by deficit round robin (Shreedhar and Varghese, "Efficient Fair Queueing using Deficit
+  Round Robin", SIGCOMM 1995) on work, so a tenant gains nothing by sending more or larger requests. Requests of one
+  tenant stay in order.
+- The request that is next stays next. While it fits on no replica, no request of its class or a lower one may pass it,
+  however small; running work ends, so sooner or later it fits. The room left free meanwhile is smaller than its work.
+- The queue has a maximum length. When it is full, a newcomer may displace another request: a higher class displaces the
+  lowest one, and within a class a tenant with few requests displaces the latest of the tenant with most. (After
+  McKenney, "Stochastic Fairness Queueing", INFOCOM 1990: otherwise a flood fills the queue and keeps others out.)
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from serving.errors import OverloadedError
 from serving.settings.tenants import Priority
 
 _RANK = {priority: rank for rank, priority in enumerate(Priority)}
-_MIN_MEMORY_S = 10.0  # seconds under load after which what was measured counts for a third
-_MEMORY_RESIDENCES = 4  # the same in times that a request stays: fewer would see ends in bursts
+_MIN_MEMORY_S = 10.0  # seconds under load after which a measurement's weight has dropped to a third
+_MEMORY_RESIDENCES = 4  # the same in multiples of a request's time on its replica, lest completions come in bursts
 _SMOOTHING = 0.05
 _MIN_RETRY_S, _MAX_RETRY_S = 1.0, 60.0
 _MIN_COMPACTED = 64
@@ -35,7 +35,7 @@ _MIN_COMPACTED = 64
 
 @dataclass(slots=True, eq=False)
 class Waiter:
-    """One waiting request; the queue tells them apart by identity. Times are seconds on the caller's clock."""
+    """One queued request; compared by identity. Times are seconds on the caller's clock."""
 
     tenant_id: str
     priority: Priority
@@ -51,24 +51,24 @@ W = TypeVar("W", bound=Waiter)
 
 @dataclass(slots=True, eq=False)
 class _Flow(Generic[W]):
-    """What one tenant has waiting in one class."""
+    """One tenant's queued requests in one priority class."""
 
     tenant_id: str
     waiters: OrderedDict[W, None] = field(default_factory=OrderedDict)
     work: int = 0
     deficit: int = 0
-    """Work that it may still start in this round."""
+    """Work that it may still start in this round of turns."""
     is_in_turn: bool = False
     """Whether the quantum of this round has been added."""
 
 
 @dataclass(slots=True)
 class _Lane(Generic[W]):
-    """One priority class: the flows in the order of their turns."""
+    """One priority class: the flows in order of turns."""
 
     flows: OrderedDict[str, _Flow[W]] = field(default_factory=OrderedDict)
     quantum: int = 1
-    """Never less than the work of any waiting request, so that every turn serves one: that is what makes DRR O(1)."""
+    """Never less than the work of any queued request, so that every turn serves one: that makes DRR O(1)."""
     work: int = 0
     num: int = 0
 
@@ -103,7 +103,7 @@ class _Lane(Generic[W]):
         self.num -= 1
         if is_served:
             flow.deficit -= waiter.work
-        if not flow.waiters:  # an idle tenant saves nothing up
+        if not flow.waiters:  # an idle tenant accumulates no deficit
             del self.flows[waiter.tenant_id]
         if not self.flows:
             self.quantum = 1
@@ -113,13 +113,13 @@ class _Lane(Generic[W]):
 
 
 class AdmissionQueue(Generic[W]):
-    """The requests that wait for one model. Every operation is O(1) but for what is said of it."""
+    """The requests queued for one model. Operations are O(1) unless they say otherwise."""
 
     def __init__(self, max_queue: int) -> None:
         self._max_queue = max_queue
         self._lanes: tuple[_Lane[W], ...] = tuple(_Lane() for _ in Priority)
         self._num = 0
-        self._deadlines: list[tuple[float, int, W]] = []  # those that left are dropped when they come up
+        self._deadlines: list[tuple[float, int, W]] = []  # requests that have left are dropped when they come up
         self._by_age: OrderedDict[W, None] = OrderedDict()
         self._num_pushed = 0
 
@@ -128,33 +128,33 @@ class AdmissionQueue(Generic[W]):
 
     @property
     def num_deadlines(self) -> int:
-        """Deadlines in memory, those of requests that have left included."""
+        """Deadlines in memory, including those of requests that have left."""
         return len(self._deadlines)
 
     def __iter__(self) -> Iterator[W]:
-        """The oldest first."""
+        """Oldest first."""
         return iter(self._by_age)
 
     @property
     def work(self) -> int:
-        """Of all that wait, in tokens."""
+        """Of all queued requests, in tokens."""
         return sum(lane.work for lane in self._lanes)
 
     def num_waiting(self, priority: Priority) -> int:
         return self._lanes[_RANK[priority]].num
 
     def has_ahead(self, priority: Priority) -> bool:
-        """Whether somebody waits whom a newcomer of this class may not pass."""
+        """Whether any request is queued that a newcomer of this class may not pass."""
         return self._num > 0 and any(lane.num for lane in self._lanes[: _RANK[priority] + 1])
 
     def push(self, waiter: W) -> W | None:
-        """Let a request wait. O(tenants) when the queue is full.
+        """Queue a request. O(tenants) if the queue is full.
 
         Returns:
-            Who had to leave for it, already taken out.
+            The request that was displaced by it, already removed.
 
         Raises:
-            OverloadedError: the queue is full, and nobody in it has to give way.
+            OverloadedError: the queue is full, and no request has to give way to this one.
         """
         pushed_out = None
         if self._num >= self._max_queue:
@@ -183,19 +183,19 @@ class AdmissionQueue(Generic[W]):
         return next(reversed(longest.waiters))
 
     def head(self) -> W | None:
-        """Who is next. Stays the same until it is popped, leaves, or a higher class comes. O(tenants) at worst, when
-        the turn passes over many whose deficit is spent."""
+        """The next request. It stays next until it is popped, leaves, or one of a higher class arrives. O(tenants) at
+        worst, when many tenants in turn have used up their deficit."""
         if not self._num:
             return None
         lane = next(lane for lane in self._lanes if lane.num)
         return lane.head()
 
     def pop(self, head: W) -> None:
-        """The head gets its replica."""
+        """The next request has been placed on a replica."""
         self._take_out(head, is_served=True)
 
     def remove(self, waiter: W) -> bool:
-        """A request leaves unserved; returns whether it was waiting."""
+        """A request leaves unserved; returns whether it was queued."""
         if not waiter.is_waiting:
             return False
         self._take_out(waiter, is_served=False)
@@ -211,13 +211,13 @@ class AdmissionQueue(Generic[W]):
             heapify(self._deadlines)
 
     def next_deadline_s(self) -> float:
-        """The nearest deadline of all that wait; infinity when nobody does."""
+        """The nearest deadline of all queued requests; infinity if there are none."""
         while self._deadlines and not self._deadlines[0][2].is_waiting:
             heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else math.inf
 
     def take_expired(self, now_s: float) -> list[W]:
-        """Take out those whose deadline has come."""
+        """Remove and return requests whose deadline has come."""
         expired = []
         while self.next_deadline_s() <= now_s:
             waiter = self._deadlines[0][2]
@@ -226,7 +226,7 @@ class AdmissionQueue(Generic[W]):
         return expired
 
     def take_older(self, entered_s: float) -> list[W]:
-        """Take out those that entered by then."""
+        """Remove and return requests that were queued by then."""
         older = []
         while self._by_age and (waiter := next(iter(self._by_age))).entered_s <= entered_s:
             self.remove(waiter)
@@ -234,10 +234,10 @@ class AdmissionQueue(Generic[W]):
         return older
 
     def work_ahead(self, tenant_id: str, priority: Priority, work: int) -> int:
-        """Work that will start before a newcomer's. O(tenants).
+        """Work that will start before that of a newcomer. O(tenants).
 
-        All of the higher classes; in its own class what its tenant has waiting, and of each other tenant as much
-        again, since they take turns.
+        All work of higher classes; within its own class the work that its tenant has queued, and up to as much of every
+        other tenant, since tenants take turns.
         """
         rank = _RANK[priority]
         lane = self._lanes[rank]
@@ -249,8 +249,8 @@ class AdmissionQueue(Generic[W]):
 
 @dataclass(slots=True)
 class ServiceRate:
-    """How fast the replicas of a model work, measured while requests wait for them: at other times they could do more
-    than they are asked to. Work is a share of the capacity of all replicas, so that it holds when their number changes.
+    """How fast the replicas of a model work, measured while requests are queued: at other times they could do more than
+    they are given. Work is a share of the capacity of all replicas, so that the rate holds when their number changes.
     """
 
     _work: float = 0.0
@@ -261,7 +261,7 @@ class ServiceRate:
     _num_output: float | None = None
 
     def mark(self, is_busy: bool, now_s: float) -> None:
-        """Say whether requests wait from now on."""
+        """Note whether requests are queued from now on."""
         if self._is_busy and now_s > self._marked_s:
             memory_s = max(_MIN_MEMORY_S, _MEMORY_RESIDENCES * (self._residence_s or 0.0))
             fade = math.exp(-(now_s - self._marked_s) / memory_s)
@@ -271,12 +271,12 @@ class ServiceRate:
         self._marked_s = now_s
 
     def finish(self, share: float, residence_s: float, num_output: int) -> None:
-        """A request was answered.
+        """A request has been answered.
 
         Args:
             share: its work, relative to the capacity of all replicas.
             residence_s: how long it was on its replica.
-            num_output: tokens of one choice's answer.
+            num_output: tokens in the answer of one choice.
         """
         if self._is_busy:
             self._work += share
@@ -284,13 +284,12 @@ class ServiceRate:
         self._num_output = _smooth(self._num_output, num_output)
 
     def wait_s(self, share: float, share_under_way: float) -> float | None:
-        """How long until so much work has ended, None while nothing is known.
+        """Seconds until so much work has ended; None while nothing is known.
 
         Args:
-            share: the work to end, relative to the capacity of all replicas.
-            share_under_way: what is on the replicas now, likewise. Little's law makes a rate of it for as long as none
-                was measured: all of it ends in about the time that one request stays. It has the weight of one such
-                time.
+            share: the work, relative to the capacity of all replicas.
+            share_under_way: the work on the replicas now, likewise. By Little's law it gives a rate while none has been
+                measured: all of it ends in about the time that one request stays. It weighs as much as one such time.
         """
         work = self._work + share_under_way
         if self._residence_s is None or work <= 0:
@@ -298,8 +297,8 @@ class ServiceRate:
         return share * (self._time_s + self._residence_s) / work
 
     def service_s(self, num_output: int) -> float:
-        """How long an answer of so many tokens takes on its replica: in proportion to the mean answer, and no more than
-        that one, since a guess must not refuse what may well be answered. 0 while nothing is known."""
+        """Seconds that an answer of so many tokens takes on its replica: proportional to the mean answer, and never
+        more than it, since a guess must not refuse what may well be answered. 0 while nothing is known."""
         if self._residence_s is None or not self._num_output:
             return 0.0
         return self._residence_s * min(1.0, num_output / self._num_output)
@@ -310,18 +309,19 @@ def _smooth(mean: float | None, value: float) -> float:
 
 
 def retry_after_s(wait_s: float | None) -> float:
-    """What a refused client is told to wait: the estimate within bounds, for an estimate of hours is worth nothing."""
+    """The `Retry-After` of a refusal, in seconds: the estimate within bounds, since an estimate of hours is
+    worthless."""
     return min(max(wait_s or 0.0, _MIN_RETRY_S), _MAX_RETRY_S)
 
 
 def check_deadline(wait_s: float | None, service_s: float, remaining_s: float) -> None:
-    """Refuse who comes to wait for what will likely be given up before it is answered: a replica's time for it would be
-    lost to all. Under overload the queue would else fill until everybody who is served is served too late.
+    """Refuse a request that would probably be given up before it is answered, since the replica's time would be wasted.
+    Under overload the queue would otherwise grow until every request is served too late.
 
     Args:
-        wait_s: until it begins, None if that is not known.
-        service_s: how long the answer takes. Twice that is allowed for, since answers differ and some are that long.
-        remaining_s: until its deadline.
+        wait_s: seconds until it is placed; None if unknown.
+        service_s: how long the answer takes. Twice that is allowed for, since answers vary and some are that long.
+        remaining_s: seconds until its deadline.
 
     Raises:
         OverloadedError: the wait and the answer together take longer than there is time.

@@ -1,4 +1,4 @@
-"""How much work a request is, in tokens, before it has run: what admission and balance count in. Pure."""
+"""Estimates a request's work in tokens before it runs, for admission and load balancing. Pure."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from serving.plugin.modes.selection import OPTIONS, ModeRules, ModeSelectionErro
 from serving.router.request.parsing import RoutedRequest
 
 UNKNOWN_IMAGE_TOKENS = 903
-"""Taken for an image whose size or mode only the engine will know: an A4 page in gundam mode (its global view and a
+"""Assumed for an image whose size or mode only the engine will know: an A4 page in gundam mode (a global view and a
 grid of 2 x 3 tiles)."""
 CHARS_PER_TOKEN = 3
-"""Characters of prompt text taken for one token. English prose has about four, code and other scripts fewer; a guess
-that is too low would put more on a replica than its KV cache holds."""
+"""Characters of prompt text counted as one token. English prose has about four, code and other scripts fewer; too low
+an estimate would put more on a replica than its KV cache holds."""
 TEXT, MIXED, UNKNOWN = "text", "mixed", "unknown"
-"""Labels of requests without images, with images in several modes, with images in modes that are not known."""
+"""Labels of requests without images, with images in several modes, and with images in unknown modes."""
 
-_MAX_CACHED_CHARS = 32  # a client writes the options: what is kept of them must be small
-_SMOOTHING = 0.05  # an answer's weight: the last twenty or so make the forecast
+_MAX_CACHED_CHARS = 32  # clients write the options: what is cached of them must be small
+_SMOOTHING = 0.05  # weight of one answer: about the last twenty make the forecast
 
 _Frozen = tuple[tuple[str, str | int | tuple[str, ...]], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class WorkEstimate:
-    """What a request is expected to take of a replica, in tokens."""
+    """What a request is expected to take on a replica, in tokens."""
 
     prompt_tokens: int
     """Image tokens included."""
     output_tokens: int
-    """Of all of its choices."""
+    """Of all choices together."""
 
     @property
     def total(self) -> int:
@@ -45,11 +45,11 @@ class ImageReading:
     """How a replica reads the images of a request."""
 
     modes: tuple[str, ...] = ()
-    """Resolution mode of every image; empty where only the engine will know."""
+    """Resolution mode of every image; empty if only the engine will know."""
     num_tokens: int | None = None
-    """Image tokens of all of them; None where only the engine will know."""
+    """Image tokens of all of them; None if only the engine will know."""
     label: str = UNKNOWN
-    """What answers to requests of this kind are counted under."""
+    """The key under which answers to such requests are averaged."""
 
 
 _NO_IMAGES = ImageReading((), 0, TEXT)
@@ -57,9 +57,9 @@ _UNKNOWN_IMAGES = ImageReading()
 
 
 def read_images(request: RoutedRequest, replica: ReplicaRecord | None) -> ImageReading:
-    """How a replica would read the images of a request; None is a replica of which nothing is known yet.
+    """How a replica would read the images of a request; None is a replica about which nothing is known yet.
 
-    Remembers pages of the same size under the same options, since that is what a scanner sends.
+    Cached by page sizes and options, since a scanner sends many equal pages.
     """
     sizes = request.image_sizes
     if not sizes:
@@ -92,7 +92,7 @@ def _read(
     try:
         chosen = _rules(image_config).choose(asked, server, known)
     except ModeSelectionError:
-        return _UNKNOWN_IMAGES  # the engine refuses it with its own words
+        return _UNKNOWN_IMAGES  # the engine refuses it with its own message
     modes = tuple(choice.name for choice in chosen)
     num_tokens = sum(choice.mode.num_tokens(*size) for choice, size in zip(chosen, known, strict=True))
     return ImageReading(modes, num_tokens, modes[0] if len(set(modes)) == 1 else MIXED)
@@ -108,8 +108,8 @@ def _freeze(options: Mapping[str, Any]) -> _Frozen | None:
 
 
 def _freeze_pairs(options: tuple[tuple[str, Any], ...]) -> _Frozen | None:
-    """The options as a key; None when they are odd. True, 1 and 1.0 are equal keys but not equally right, and so only
-    whole numbers and short strings make one."""
+    """The options as a cache key; None if they are unusual. True, 1 and 1.0 are equal keys but not equally valid
+    options, so only whole numbers and short strings are accepted."""
     frozen: list[tuple[str, str | int | tuple[str, ...]]] = []
     for name, value in options:
         kept = tuple(value) if isinstance(value, list | tuple) else value
@@ -125,21 +125,22 @@ def _freeze_pairs(options: tuple[tuple[str, Any], ...]) -> _Frozen | None:
 
 @dataclass(slots=True)
 class OutputForecast:
-    """How long answers become: a moving average by model and label, per image where there are images.
+    """Expected answer lengths: a moving average by model and label, per image if there are images.
 
-    A page's answer is its text, so the answer to several pages is about as many times as long.
+    The answer to a page is its text, so answers grow with the number of pages.
     """
 
     prior: float
-    """Tokens of a page or of a text answer, until some have been seen."""
+    """Tokens of a page or a text answer, until some have been observed."""
     _means: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def expect(self, model: str, label: str, num_images: int) -> float:
-        """Tokens of one choice's answer."""
+        """Expected tokens in the answer of one choice."""
         return self._means.get((model, label), self.prior) * (num_images or 1)
 
     def observe(self, model: str, label: str, num_images: int, num_tokens: float) -> None:
-        """Take in the length of one choice's answer. Both keys come from small sets: memory is bounded."""
+        """Add the length of one choice's answer to the average. Both keys come from small sets, so memory is
+        bounded."""
         key = (model, label)
         mean = self._means.get(key, self.prior)
         self._means[key] = mean + _SMOOTHING * (num_tokens / (num_images or 1) - mean)
@@ -148,14 +149,14 @@ class OutputForecast:
 def estimate_work(
     request: RoutedRequest, reading: ImageReading, forecast: OutputForecast, max_model_len: int = 0
 ) -> WorkEstimate:
-    """The work of a request.
+    """The expected work of a request.
 
     Args:
-        request: what is asked.
+        request: its sizes and bounds are read.
         reading: how its images would be read.
-        forecast: lengths of answers.
+        forecast: expected answer lengths.
         max_model_len: the replica's bound on prompt and answer together, in tokens; 0 is none. An engine refuses a
-            longer prompt without running it, so none counts for more.
+            longer prompt without running it, so no prompt counts for more.
     """
     num_images = len(request.image_sizes)
     image_tokens = UNKNOWN_IMAGE_TOKENS * num_images if reading.num_tokens is None else reading.num_tokens
