@@ -1,11 +1,11 @@
-"""HTTP/1.1 to the replicas: connections that are kept, and answers whose bytes come with as little ado as can be.
+"""A minimal keep-alive HTTP/1.1 client for replicas, optimised for small streamed chunks.
 
-A general client spends most of a streamed chunk on what a router between two processes of the same stack has no use
-for: a stream reader with its own limits, a timer set anew at every read, cookies, redirects, content codings. Here a
-read of the socket goes through llhttp (`httptools`, the parser that uvicorn uses on the other side) and wakes whoever
-waits for it; silence is watched by one timer per request, which looks at the time of the last read.
+A general-purpose client spends most of its time per chunk on features that a router inside a stack does not need: a
+stream reader with its own limits, a timer reset at every read, cookies, redirects, content codings. Here what is read
+from the socket goes through llhttp (`httptools`, the parser that uvicorn uses on the other side) and wakes the
+coroutine that waits for it. One timer per request detects silence by looking at the time of the last read.
 
-Every failure is a ServingError: a caller needs to know nothing of sockets.
+Every failure is a ServingError: callers need not know about sockets.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ import httptools
 from serving.errors import InternalError, ReplicaConnectError, ReplicaTimeoutError, ReplicaUnreachableError
 
 _KEEP_S = 15.0
-"""An idle connection is kept so long: well below what the servers of the stack keep theirs (75 s)."""
+"""How long an idle connection is kept: well below the keep-alive timeout of the stack's servers (75 s)."""
 HIGH_WATER_BYTES = 256 * 1024
-"""With so much unread the socket is left alone, and the engine waits, until half of it has been taken."""
+"""With more than this unread, reading from the socket pauses, and so the engine, until the data has been taken."""
 _JOINED_BYTES = 64 * 1024
-"""A body up to this size goes out in one write with its head."""
+"""A body up to this size is written together with its head."""
 
 Address = tuple[str, int]
 
 
 class Answer:
-    """A replica's answer, from its headers on."""
+    """A replica's answer whose headers have arrived."""
 
     def __init__(self, connection: _Connection) -> None:
         self._connection = connection
@@ -43,16 +43,16 @@ class Answer:
         return self._connection.status
 
     async def read_some(self) -> bytes:
-        """What has come of the body since the last call, at least one byte; empty at its end.
+        """What has arrived of the body since the last call, at least one byte; empty at its end.
 
         Raises:
-            ReplicaUnreachableError: the connection was lost before the body was whole.
-            ReplicaTimeoutError: nothing has come for the read timeout.
+            ReplicaUnreachableError: the connection was lost before the body was complete.
+            ReplicaTimeoutError: nothing arrived within the read timeout.
         """
         return await self._connection.read_some()
 
     async def read(self, max_bytes: int | None = None) -> bytes:
-        """The whole body, or the beginning of one that is longer than `max_bytes`. Raises as `read_some` does."""
+        """The whole body, or the beginning of one that is longer than `max_bytes`. Raises what `read_some` raises."""
         parts: list[bytes] = []
         size = 0
         while part := await self._connection.read_some():
@@ -64,10 +64,10 @@ class Answer:
 
 
 class Upstream:
-    """The connections of one router process to all replicas."""
+    """One router process's connections to all replicas."""
 
     def __init__(self, *, connect_timeout_s: float, read_timeout_s: float) -> None:
-        """read_timeout_s: longest silence of a replica, before its answer and between two pieces of it."""
+        """`read_timeout_s` is the longest silence of a replica, before its answer and between two pieces of it."""
         self._connect_timeout_s = connect_timeout_s
         self._read_timeout_s = read_timeout_s
         self._idle: dict[Address, deque[_Connection]] = {}
@@ -83,22 +83,22 @@ class Upstream:
         *,
         read_timeout_s: float | None = None,
     ) -> AsyncIterator[Answer]:
-        """Send a request and wait for the headers of its answer.
+        """Send a request and wait for the headers of the answer.
 
-        Leaving the context before the body was read to its end closes the connection, cancelled or not: that is how an
-        engine learns that nobody waits for the answer any more.
+        Leaving the context before the body has been read to its end closes the connection, cancelled or not: that is
+        how an engine learns that the answer is no longer wanted.
 
         Args:
             method: GET or POST.
             url: `http://host:port/path`.
             headers: without Host and Content-Length.
-            body: sent whole.
-            read_timeout_s: instead of the one for all.
+            body: sent as a whole.
+            read_timeout_s: overrides the client's.
 
         Raises:
-            ReplicaConnectError: the replica takes no connection.
-            ReplicaUnreachableError: it closed the connection, or what it says is not HTTP.
-            ReplicaTimeoutError: it is silent.
+            ReplicaConnectError: the replica does not accept a connection.
+            ReplicaUnreachableError: it closed the connection, or does not speak HTTP.
+            ReplicaTimeoutError: it did not answer in time.
             InternalError: a header that would break the request's framing.
         """
         address, host, path = _split(url)
@@ -115,14 +115,14 @@ class Upstream:
                 self._keep(address, connection)
 
     async def close(self) -> None:
-        """Close every connection; requests under way fail."""
+        """Close every connection; requests in flight fail."""
         for connection in [*self._busy, *(one for kept in self._idle.values() for one in kept)]:
             connection.abort()
         self._idle.clear()
-        await asyncio.sleep(0)  # transports tell of their end in the loop's next round
+        await asyncio.sleep(0)  # transports report their end in the loop's next iteration
 
     def _take(self, address: Address) -> _Connection | None:
-        """The connection that was used last, if it is still good."""
+        """The most recently used connection, if it is still usable."""
         kept = self._idle.get(address)
         now_s = asyncio.get_running_loop().time()
         while kept:
@@ -153,7 +153,7 @@ class Upstream:
 
 
 class _Connection(asyncio.Protocol):
-    """One connection, one request at a time. The methods named `on_...` are called by the parser."""
+    """One connection, used by one request at a time. The parser calls the methods named `on_...`."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -161,7 +161,7 @@ class _Connection(asyncio.Protocol):
         self.status = 0
         self.idle_since_s = 0.0
         self._parser: httptools.HttpResponseParser | None = None
-        """None while no answer is due."""
+        """None while no answer is expected."""
         self._pieces: list[bytes] = []
         self._num_unread = 0
         self._waiter: asyncio.Future[None] | None = None
@@ -179,7 +179,7 @@ class _Connection(asyncio.Protocol):
     def is_open(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
-    # What the pool does with it
+    # Called by `Upstream`
 
     def send(self, head: bytes, body: bytes, read_timeout_s: float) -> None:
         """Begin a request."""
@@ -197,7 +197,7 @@ class _Connection(asyncio.Protocol):
             self._transport.write(body)
 
     def finish(self) -> bool:
-        """End the request; whether the connection may be used again. If not, it is closed."""
+        """End the request. Returns whether the connection may be reused; otherwise it is closed."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -214,7 +214,7 @@ class _Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
-    # What the request waits for
+    # Awaited by the request
 
     async def wait_for_headers(self) -> None:
         while not self._has_headers:
@@ -257,7 +257,7 @@ class _Connection(asyncio.Protocol):
     def _look_for_silence(self) -> None:
         assert self._parser is not None
         due_s = self._last_read_s + self._read_timeout_s
-        if self._is_paused:  # it is the client who is slow
+        if self._is_paused:  # the client is slow, not the replica
             due_s = self._loop.time() + self._read_timeout_s
         elif self._loop.time() >= due_s:
             self._timer = None
@@ -265,14 +265,14 @@ class _Connection(asyncio.Protocol):
             return
         self._timer = self._loop.call_at(due_s, self._look_for_silence)
 
-    # What the transport calls
+    # Called by the transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's classes are no subclasses of asyncio's
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's classes do not inherit from asyncio's
 
     def data_received(self, data: bytes) -> None:
         if self._parser is None or self._is_whole:
-            self.abort()  # nobody has asked
+            self.abort()  # an answer without a request
             return
         self._last_read_s = self._loop.time()
         try:
@@ -296,11 +296,13 @@ class _Connection(asyncio.Protocol):
         self._transport = None
         self._fail(ReplicaUnreachableError("The replica that ran this request was lost."))
 
-    # What the parser calls
+    # Called by the parser
 
     def on_message_begin(self) -> None:
         if self._is_whole:
-            raise ReplicaUnreachableError("The replica answers what nobody has asked.")  # told by the parser as its own
+            raise ReplicaUnreachableError(
+                "The replica sent an answer without a request."
+            )  # the parser wraps it in its own error
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if name.lower() in (b"content-length", b"transfer-encoding"):
@@ -317,14 +319,14 @@ class _Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         assert self._parser is not None
-        if self._has_headers:  # else it was an interim answer (1xx), and the real one follows
+        if self._has_headers:  # otherwise it was an interim answer (1xx), and the real one follows
             self._is_whole = True
             self._keeps_alive = self._parser.should_keep_alive()
 
 
 @lru_cache(maxsize=1024)
 def _split(url: str) -> tuple[Address, str, str]:
-    """Address, the Host header and the path of a URL."""
+    """The address, Host header and path of a URL."""
     parts = urlsplit(url)
     if parts.scheme != "http" or parts.hostname is None:
         raise InternalError("Replicas are reached over plain http only.")

@@ -1,7 +1,7 @@
-"""Documents and the playground, relayed to an OCR service: bytes both ways as they come, nothing looked into.
+"""Relays documents and the playground to an OCR service: bytes in both directions, without looking into them.
 
-The services are known from the directory. One that cannot be connected to has got nothing of the request, so another
-is tried as long as nothing of the body has been read.
+The services come from the directory. A service that cannot be connected to has received nothing, so another one is
+tried as long as none of the body has been read.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ PLAYGROUND = "/playground/"
 _TAKE_DOCUMENTS = (OCR, QUOTE, OCR + "/jobs")
 _CONNECT_S = 5.0
 _FORM_BYTES = 128 * 1024
-"""What a form or JSON may add to a document."""
+"""What the encoding as a form or JSON may add to a document."""
 _DROPPED = frozenset(
     {"connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade", "host", "expect", "x-request-id"}
 ) | {"proxy-authorization", "proxy-authenticate", "proxy-connection", CREDIT_HEADER, "origin"}
-"""Between two machines only (RFC 9110, section 7.6.1), set anew, or about the router's own address."""
+"""Hop-by-hop headers (RFC 9110, section 7.6.1), those that are set anew, and those about the router's own address."""
 _FETCH = "sec-fetch-"
 _ANSWER_DROPPED = frozenset({"connection", "keep-alive", "transfer-encoding", "x-request-id", "date", "server"})
 _METHODS_WITH_BODY = ("POST", "PUT", "PATCH")
 
 
 def find_charge(method: str, path: str) -> Charge | None:
-    """What a request for the OCR service counts as; None for its pages for people, which are free."""
+    """What a request for the OCR service counts as; None for its web pages, which are free."""
     if path == "" or path.startswith(PLAYGROUND):
         return None
     if method in ("GET", "HEAD"):
@@ -58,12 +58,12 @@ def find_charge(method: str, path: str) -> Charge | None:
 
 
 def is_for_ocr(path: str) -> bool:
-    """Whether a path, without a slash at its end, is the OCR service's to answer."""
+    """Whether the OCR service answers a path, given without a trailing slash."""
     return path == OCR or path.startswith((OCR + "/", PLAYGROUND)) or path == ""
 
 
 class DocumentRelay:
-    """Keeps the connections to the OCR services. One per router process."""
+    """Owns the connections to the OCR services. One per router process."""
 
     def __init__(self, router: RouterSettings, ocr: OcrSettings) -> None:
         self._router = router
@@ -72,7 +72,7 @@ class DocumentRelay:
         self._turns = itertools.count()
         self._session: aiohttp.ClientSession | None = None
         self.num_open = 0
-        """Requests that are being relayed."""
+        """Requests being relayed."""
 
     @property
     def services(self) -> Sequence[ServiceRecord]:
@@ -94,29 +94,30 @@ class DocumentRelay:
             await self._session.close()
 
     def update(self, services: Sequence[ServiceRecord]) -> None:
-        """Those that there are now."""
+        """These are the services from now on."""
         self._services = services
 
     def check_enabled(self) -> None:
-        """Raises RouteNotFoundError where the settings know of no OCR service."""
+        """Raise RouteNotFoundError if the settings have no OCR service."""
         if not self._ocr.enabled:
-            raise RouteNotFoundError("There is no OCR service here; ocr.enabled in the settings starts one.")
+            raise RouteNotFoundError("This stack has no OCR service; set ocr.enabled to start one.")
 
     async def relay_quote(self, request_id: str, scope: Scope, receive: Receive, reply: Reply) -> None:
-        """Ask a service what a document would cost.
+        """Relay the question what a document would cost.
 
         Raises:
-            ServingError: as `relay`, or the settings know of no service.
+            ServingError: as `relay`, or the settings have no OCR service.
             ClientGoneError: the client has left.
         """
         self.check_enabled()
         await self.relay(request_id, {**scope, "path": QUOTE}, receive, reply)
 
     async def relay(self, request_id: str, scope: Scope, receive: Receive, reply: Reply) -> None:
-        """Ask a service and send its answer on. Leaving ends the request there.
+        """Relay a request to a service and its answer to the client. If the client leaves, the service's request ends
+        too.
 
         Raises:
-            ServingError: no service, or none that can be reached, or the body is too large or too slow.
+            ServingError: no service can be reached, or the body is too large or too slow.
             ClientGoneError: the client has left.
         """
         self.num_open += 1
@@ -161,7 +162,7 @@ class DocumentRelay:
             if name.lower() not in _ANSWER_DROPPED
         ]
         start = {"type": "http.response.start", "status": answer.status, "headers": headers}
-        if not body.is_whole:  # answered before it was read: a refusal, short
+        if not body.is_whole:  # answered before the body was read: a short refusal
             content = await answer.read()
             await reply.pass_on(start)
             await reply.pass_on({"type": "http.response.body", "body": content, "more_body": False})
@@ -173,7 +174,7 @@ class DocumentRelay:
             await reply.pass_on({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _in_turn(self) -> list[ServiceRecord]:
-        """All of them, another one first each time."""
+        """All services, starting with a different one each time."""
         if not self._services:
             return []
         first = next(self._turns) % len(self._services)
@@ -184,8 +185,8 @@ class DocumentRelay:
 
 
 async def _break_off(reply: Reply, failure: ServingError, cause: Exception) -> NoReturn:
-    """Tell of a service that was lost, as far as that can still be told: a stream gets an event, and a body that was
-    half sent ends with its connection."""
+    """Report a lost service as far as possible: in a stream by an event, in a body that was partly sent by closing its
+    connection."""
     if not reply.has_begun:
         raise failure from cause
     if reply.is_stream:
@@ -194,7 +195,7 @@ async def _break_off(reply: Reply, failure: ServingError, cause: Exception) -> N
 
 
 class RelayedBody:
-    """A request's body on its way. What is wrong with it is kept, since aiohttp wraps what its body raises."""
+    """A request's body while it is relayed. What is wrong with it is kept, since aiohttp wraps what its body raises."""
 
     def __init__(self, receive: Receive, limits: LimitSettings, max_bytes: int) -> None:
         self._receive = receive

@@ -1,4 +1,4 @@
-"""One request to one replica, and its answer back to the client as it comes."""
+"""Sends a request to a replica, and the answer to the client as it arrives."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
 class Relay:
-    """Keeps the connections to the replicas. One per router process."""
+    """Owns the connections to the replicas. One per router process."""
 
     def __init__(self, router: RouterSettings, api_key: str | None) -> None:
         self._router = router
-        # Answers are passed on and looked into as they come, so they must not be compressed.
+        # Answers are inspected and passed on as they arrive, so they must not be compressed.
         self._headers = {"content-type": "application/json", "accept-encoding": "identity"}
         if api_key is not None:
             self._headers["authorization"] = f"Bearer {api_key}"
@@ -34,7 +34,7 @@ class Relay:
 
     async def start(self) -> None:
         """Must run inside the event loop that relays."""
-        # Admission bounds what is under way; a limit on connections here would only add a second, invisible queue.
+        # Admission bounds the requests in flight; a limit on connections would only add a second, invisible queue.
         router = self._router
         self._upstream = Upstream(connect_timeout_s=router.connect_timeout_s, read_timeout_s=router.read_timeout_s)
 
@@ -60,8 +60,8 @@ class Relay:
             the replica has answered completely.
 
         Raises:
-            ServingError: the reply has not begun (a retryable error may be tried on another replica), or it is a
-                stream that broke, which is left without its end.
+            ServingError: the replica failed or refused. If the reply has begun, its stream is left without an end; if
+                not, a retryable error may be retried on another replica.
         """
         if self._upstream is None:
             raise InternalError("The router has not started.")
@@ -77,7 +77,7 @@ class Relay:
             return annotate_answer(await answer.read(), notes)
 
     async def fetch_usage(self, replica: ReplicaRecord, request_id: str) -> dict[str, Any] | None:
-        """What the replica's engine counted for a request whose answer did not say; None when it cannot tell."""
+        """What the replica's engine counted for a request whose answer did not say; None if it cannot be had."""
         assert self._upstream is not None
         url = f"{replica.base_url}/usage/{request_id}"
         try:
@@ -89,8 +89,8 @@ class Relay:
 
 
 async def _relay_stream(answer: Answer, annotator: StreamAnnotator, reply: Reply) -> bytes:
-    """Send frames as they come. Nothing is sent before the first, so that until then another replica may be tried.
-    Returns those at the end that the client may have only when its request is accounted for."""
+    """Send frames as they arrive. Nothing is sent before the first one, so that another replica may be tried until
+    then. Returns the final frames, which may be sent only when the request is accounted for."""
     out = annotator.feed(await answer.read_some())
     if annotator.error is not None:
         raise annotator.error
@@ -108,7 +108,7 @@ async def _relay_stream(answer: Answer, annotator: StreamAnnotator, reply: Reply
 
 
 async def _read_error(answer: Answer) -> Any:
-    """The engine's error answer as decoded JSON, None when it is something else."""
+    """The engine's error answer as decoded JSON; None if it is something else."""
     try:
         return orjson.loads(await answer.read(_MAX_ERROR_BYTES))
     except orjson.JSONDecodeError:
