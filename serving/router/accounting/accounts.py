@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 _USED_HEADER = b"x-budget-used-percent"
 _NANO_DIGITS = 9
 _FIRST_READ_S = 2.0
-"""How long a router waits at its start for a database to be ready."""
+"""How long a starting router waits for a database to be ready."""
 
 
 class Journal(Protocol):
@@ -81,7 +81,7 @@ class Accounts:
         self._refresh_s = settings.billing.budget.refresh_s
         self._budgets = Budgets(settings.billing.budget.warn_percent)
         self._known: dict[str, int] = {}
-        """Monthly budgets of the tenants that were here, in nanodollars."""
+        """Monthly budgets of the tenants seen so far, in nanodollars."""
         self._is_spending_known = ledger is None
         self._refreshing: asyncio.Task[None] | None = None
         self._settling: set[asyncio.Task[None]] = set()
@@ -92,12 +92,14 @@ class Accounts:
         return len(self._settling)
 
     async def start(self) -> None:
-        """Raises:
-        OSError: the ledger's directory cannot be used.
+        """Start the ledger, and read what tenants have spent if its database is ready.
+
+        Raises:
+            OSError: the ledger's directory cannot be used.
         """
         if self.ledger is not None:
             await self.ledger.start()
-            # Before the first request, if the database is there: a budget may be spent already.
+            # Before the first request, if the database is available: a budget may be spent already.
             if await self.ledger.flush(_FIRST_READ_S):
                 await self._refresh(self.ledger)
             self._refreshing = asyncio.create_task(self._refresh_forever())
@@ -115,10 +117,10 @@ class Accounts:
         return self._prices.find(model, tenant_id, arrived_ns)
 
     def check_room(self, identity: Identity) -> None:
-        """Whether the ledger will have room for a request's record.
+        """Check that the ledger will have room for a request's row.
 
         Raises:
-            RateLimitError: what the ledger's database lacks is the tenant's share.
+            RateLimitError: the rows that wait for the database include the tenant's whole share.
             OverloadedError: the ledger is full.
         """
         if self.ledger is not None:
@@ -140,7 +142,7 @@ class Accounts:
                 )
             payable = self._count_payable(tenant_id, arrived_ns, price, limit, bounds)
             if request.max_tokens_field is None and payable is not None and (answer is None or payable < answer):
-                answer = max(1, payable)  # what does not pay for a single token is refused below
+                answer = max(1, payable)  # a budget that does not pay for a single token is refused below
                 request = request.with_max_tokens(answer)
         most = price.most_nanodollars(
             num_prompt_tokens=bounds.prompt.most,
@@ -156,7 +158,7 @@ class Accounts:
         )
 
     def has_budget(self, identity: Identity) -> bool:
-        """Whether what a tenant spends is limited."""
+        """Whether a tenant has a budget."""
         return _limit(identity) is not None
 
     def _count_payable(
@@ -195,7 +197,7 @@ class Accounts:
         log_request(record)
 
     def headers(self, identity: Identity) -> list[tuple[bytes, bytes]]:
-        """Tells a tenant that little of its budget is left; nothing before."""
+        """Headers that warn a tenant whose budget is nearly spent; none before that."""
         limit = _limit(identity)
         if limit is None:
             return []
@@ -203,7 +205,7 @@ class Accounts:
         return [] if status.state is BudgetState.OK else [(_USED_HEADER, b"%d" % status.used_percent)]
 
     def see_replicas(self, snapshot: Snapshot) -> None:
-        """Replicas cost money while they are there, whether they work or not."""
+        """Note the replicas that exist now: they cost money whether they work or not."""
         self._snapshot = snapshot
         if self.ledger is not None:
             if snapshot.version != EMPTY.version:
@@ -214,7 +216,7 @@ class Accounts:
             )
 
     def read_gauges(self) -> Iterator[Reading]:
-        """The catalogue's gauges of money and books."""
+        """The catalogue's gauges of budgets and the ledger."""
         if self.ledger is not None:
             yield from read_ledger(self.ledger)
         yield from read_budgets(self._budgets, self._known, time.time_ns())
@@ -226,7 +228,7 @@ class Accounts:
         return None
 
     async def _refresh_forever(self) -> None:
-        """Learn what tenants have spent by way of other routers, and in earlier lives of this one."""
+        """Keep reading what tenants have spent through other routers and in earlier lives of this one."""
         assert self.ledger is not None
         while True:
             await asyncio.sleep(self._refresh_s)
@@ -238,7 +240,7 @@ class Accounts:
             self._budgets.refresh(month, await ledger.read_month(month))
             self._budgets.forget_before(month)
             self._is_spending_known = True
-        except Exception as error:  # noqa: BLE001  # whatever a database driver raises: the last figures stand
+        except Exception as error:  # noqa: BLE001  # whatever a database driver raises: the last figures remain in force
             logger.warning("what tenants have spent elsewhere cannot be read: %s", error)
 
 
@@ -248,7 +250,7 @@ def build_price_book(settings: Settings) -> PriceBook:
 
 
 def build_ledger(settings: Settings, router_id: str) -> Ledger:
-    """The ledger of one life of a router."""
+    """The ledger of one router process."""
     return Ledger(settings.billing, router_id, build_price_book(settings))
 
 

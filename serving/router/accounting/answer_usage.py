@@ -1,7 +1,7 @@
-"""What the router reads from an answer, and what it adds: cost, image tokens and modes in `usage`. Pure.
+"""Reads `usage` from answers and adds cost, image tokens and modes to it. Pure.
 
-Engines end every stream with a frame that holds its usage (`--enable-force-include-usage`). A client that did not ask
-for it does not get it; everything else passes as it came.
+Engines end every stream with a frame with its usage (`--enable-force-include-usage`). Clients that did not ask for it
+do not get it; everything else is passed on unchanged.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ _ERROR = b'data: {"error":'
 
 @dataclass(slots=True)
 class UsageNotes:
-    """What is added to the `usage` of one answer, and what was read there."""
+    """What is added to one answer's `usage`, and what was read from it."""
 
     price: Price
     image_modes: tuple[str, ...] = ()
-    """The resolution mode of every image, where it is known."""
+    """The resolution mode of every image, if known."""
     credit_nanodollars: int = 0
-    """Taken off the price, as far as that goes."""
+    """Deducted from the price, down to 0."""
     tokens: TokenCounts | None = None
-    """As the engine counted them; None until it has said so."""
+    """As the engine counted them; None until its usage has arrived."""
     finish_reason: str = ""
     """OpenAI's, of the first choice that has one."""
     num_frames: int = 0
-    """Frames of a stream that were passed: about one per token."""
+    """Frames of a stream that were passed on: about one per token."""
 
     def bill(self, tokens: TokenCounts, outcome: Outcome) -> tuple[int, int]:
-        """What is charged, and what of the price was charged before: nanodollars."""
+        """The charge, and the part of the price that was charged before, in nanodollars."""
         price = self.price.bill_nanodollars(tokens, outcome)
         credited = min(price, self.credit_nanodollars)
         return price - credited, credited
 
     def take(self, usage: dict[str, Any]) -> None:
-        """Read an engine's `usage` and put the cost in, in dollars, and what the images took."""
+        """Read an engine's `usage`, and add the cost in dollars and what the images took."""
         self.tokens = read_tokens(usage)
         cost, credited = self.bill(self.tokens, Outcome.COMPLETED)
         usage["estimated_cost"] = to_dollars(cost)
@@ -60,7 +60,7 @@ class UsageNotes:
 
 
 def read_tokens(usage: dict[str, Any]) -> TokenCounts:
-    """The counts of an OpenAI `usage` object, with vLLM's details where they are."""
+    """The counts in an OpenAI `usage` object, with vLLM's details if present."""
     details = usage.get("prompt_tokens_details")
     details = details if isinstance(details, dict) else {}
     multimodal = details.get("multimodal_tokens")
@@ -73,7 +73,7 @@ def read_tokens(usage: dict[str, Any]) -> TokenCounts:
 
 
 def annotate_answer(body: bytes, notes: UsageNotes) -> bytes:
-    """A whole JSON answer with its notes. One without usage is returned as it is."""
+    """A whole JSON answer with its notes added. One without usage is returned unchanged."""
     answer = _decode(body) if _USAGE in body else {}
     if not isinstance(answer.get("usage"), dict):
         return body
@@ -85,40 +85,42 @@ def annotate_answer(body: bytes, notes: UsageNotes) -> bytes:
 
 
 class StreamAnnotator:
-    """Cuts a stream of server-sent events into whole frames, finds the one with usage and adds the notes.
+    """Cuts a stream of server-sent events into whole frames, finds the one with usage and adds the notes to it.
 
-    Only that frame is looked into: others pass byte for byte, and are held back no longer than until they are whole.
-    Where the usage is to stand in the last chunk of the answer, that one waits for it, which follows at once.
-    It is the engine's last but `[DONE]`: from there on everything waits for `flush`, so that a client reads what its
-    answer costs only when the answer is whole and in the books.
+    Only that frame is parsed: the others are passed on byte for byte, as soon as they are whole. If the usage belongs
+    in the last chunk of the answer, that chunk is held until the usage, which follows it immediately. The usage frame
+    is the engine's last before `[DONE]`: from there on everything is held until `flush`, so that a client reads its
+    answer's cost only when the answer is complete and its row is written.
     """
 
     def __init__(self, notes: UsageNotes, *, shows_usage: bool, usage_in_last: bool = False) -> None:
-        """Args:
-        notes: what is added and read.
-        shows_usage: whether the client asked for the usage frame; otherwise it is read and dropped.
-        usage_in_last: whether the usage goes into the last chunk that has a `finish_reason`.
+        """Begin with the stream's first byte.
+
+        Args:
+            notes: what is added and read.
+            shows_usage: whether the client asked for the usage frame; otherwise it is read and dropped.
+            usage_in_last: whether the usage goes into the last chunk that has a `finish_reason`.
         """
         self._notes = notes
         self._usage_in_last = usage_in_last
         self._held = b""
-        """Whole frames from one with a `finish_reason` on, which may turn out to be the last such."""
+        """Whole frames from one with a `finish_reason` on, which may be the last one."""
         self._shows_usage = shows_usage
         self._partial = b""
         self._last = b""
         self._tail = b""
         self._has_tail = False
         self.error: ServingError | None = None
-        """What the engine has told of instead of going on. vLLM ends such a stream like any other, with `[DONE]`;
-        nothing that comes from then on is passed."""
+        """The error that the engine reported in the stream. vLLM ends such a stream like any other, with `[DONE]`;
+        nothing is passed on from the error on."""
 
     @property
     def is_done(self) -> bool:
-        """Whether the engine has said that it said everything: `[DONE]` came last, and no error before it."""
+        """Whether the stream is complete: `[DONE]` came last, without an error before it."""
         return self.error is None and self._last.rstrip().endswith(_DONE)
 
     def feed(self, chunk: bytes) -> bytes:
-        """Bytes from the engine in, whole frames for the client out."""
+        """Take bytes from the engine; returns whole frames for the client."""
         if self._partial:
             chunk = self._partial + chunk
             self._partial = b""
@@ -148,8 +150,8 @@ class StreamAnnotator:
         return chunk
 
     def flush(self) -> bytes:
-        """What is left when the engine has closed the stream: the usage and what came behind it, or an unfinished
-        frame, passed as it is; nothing of a stream that failed."""
+        """What is left when the engine has closed the stream: the usage and what followed it, or an unfinished frame as
+        it is; nothing of a stream that failed."""
         left, self._partial = self._partial if self.error is None else b"", b""
         self._last = left or self._last
         tail, self._tail = self._held + self._tail if self.error is None else b"", b""
@@ -157,7 +159,7 @@ class StreamAnnotator:
         return tail + left
 
     def _take_usage(self, chunk: bytes) -> bytes:
-        """Gives what may go to the client at once, and keeps the rest."""
+        """Returns what may go to the client now, and keeps the rest."""
         out = b""
         *frames, rest = chunk.split(_FRAME_END)
         for frame in frames:
@@ -172,8 +174,8 @@ class StreamAnnotator:
         return out + rest
 
     def _hold_last(self, frames: bytes) -> bytes:
-        """Keep what begins with the last chunk that has a `finish_reason`; gives what is before it. When another
-        choice goes on after it, it was not the last."""
+        """Keep everything from the last chunk with a `finish_reason` on; returns what precedes it. If another choice
+        continues after it, it was not the last."""
         held, self._held = self._held, b""
         found = frames.rfind(_FINISH)
         if found < 0:
@@ -184,7 +186,7 @@ class StreamAnnotator:
         return held + frames[:start]
 
     def _close_last(self, usage: dict[str, Any]) -> bytes:
-        """What was kept, with the usage in its first chunk; empty when there is none to put it in."""
+        """What was kept, with the usage in its first chunk; empty if there is no such chunk."""
         held, self._held = self._held, b""
         frame, _, after = held.partition(_FRAME_END)
         event = _decode(frame[len(_DATA) :])
@@ -193,7 +195,7 @@ class StreamAnnotator:
         return _DATA + orjson.dumps({**event, "usage": usage}) + _FRAME_END + after
 
     def _take_error(self, chunk: bytes) -> bytes:
-        """Note the error; gives what came before it."""
+        """Note the error; returns what came before it."""
         before, _, rest = chunk.partition(_ERROR)
         event = _decode(_ERROR[len(_DATA) :] + rest.partition(_FRAME_END)[0])
         status = event["error"].get("code") if isinstance(event.get("error"), dict) else None
@@ -201,11 +203,11 @@ class StreamAnnotator:
         return before
 
     def _annotate(self, frame: bytes) -> bytes:
-        """The frame as the client gets it: with the cost, if it is the one with usage, and that begins the tail."""
+        """The frame as the client gets it. The one with usage gets the cost, and begins the tail."""
         if _USAGE not in frame or not frame.startswith(_DATA):
             return frame
         event = _decode(frame[len(_DATA) :])
-        # With continuous usage every chunk counts; the cost stands in the last one, which has no choices.
+        # With continuous usage every chunk has counts; the cost goes into the last one, which has no choices.
         if not isinstance(event.get("usage"), dict) or event.get("choices"):
             return frame
         self._has_tail = True
@@ -217,7 +219,7 @@ class StreamAnnotator:
 
 
 def _decode(text: bytes) -> dict[str, Any]:
-    """A JSON object; empty for anything else, which is then passed on as it came."""
+    """A JSON object; empty for anything else, which is then passed on unchanged."""
     try:
         value = orjson.loads(text)
     except orjson.JSONDecodeError:

@@ -1,7 +1,7 @@
-"""The most tokens that a request can use, known before it runs: what quotes show and budgets reserve. Pure.
+"""Bounds on a request's tokens before it runs, for quotes and budget reservations. Pure.
 
-Unlike `work`, which expects, this never falls short. Image tokens are exact where the model's replicas have said how
-they read images; the router has no tokenizer, so text is bracketed: a token per byte at most.
+Unlike `work_estimate`, which gives expectations, these are never too low. Image tokens are exact if the model's
+replicas have reported how they read images. The router has no tokenizer, so text is bounded by a token per byte.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from serving.router.scheduling.work_estimate import UNKNOWN_IMAGE_TOKENS, ImageR
 _BYTES_PER_CHAR = 4
 """Of UTF-8, at most."""
 _TEMPLATE_TOKENS = 16
-"""What a chat template adds to a message at most, as far as is known of DeepSeek-OCR's."""
+"""The most that a chat template adds to a message, as far as is known of DeepSeek-OCR's."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenBounds:
-    """Of one request."""
+    """Bounds of one request."""
 
     prompt: TokenRange
     """Image tokens included."""
     num_image_tokens: int | None
-    """None where any part of the prompt may be images."""
+    """None if any part of the prompt may be images."""
     longest_answer: int | None
-    """Of one choice; None where neither the request nor the model's context bounds it."""
+    """Of one choice; None if neither the request nor the model's context bounds it."""
     num_choices: int
 
 
@@ -35,10 +35,10 @@ def bound_tokens(request: RoutedRequest, reading: ImageReading, max_model_len: i
     """The bounds of a request.
 
     Args:
-        request: what is asked.
+        request: its sizes and bounds are read.
         reading: how its images would be read.
-        max_model_len: the replica's bound on prompt and answer together, in tokens; 0 where it is not known. Then the
-            tokens of images of unknown size are an estimate.
+        max_model_len: the replica's bound on prompt and answer together, in tokens; 0 if unknown. Then the tokens of
+            images of unknown size are an estimate.
     """
     num_images, num_prompts = len(request.image_sizes), request.num_prompts
     text = request.num_text_chars * _BYTES_PER_CHAR + request.num_tool_bytes
