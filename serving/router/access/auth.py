@@ -1,4 +1,4 @@
-"""Who asks: from the `Authorization` header to an identity."""
+"""Authenticates requests: from the `Authorization` header to an identity."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ _Stamp = tuple[int, int, int]
 
 
 class Authenticator:
-    """Keeps the keys file's content. Verified keys are not remembered: the whole check takes a few microseconds, most
-    of them one SHA-256 over 59 bytes, which a cache would have to spend on its own key."""
+    """Holds the keys file's content. Verified keys are not cached: the whole check takes a few microseconds, mostly one
+    SHA-256 over 59 bytes, which a cache would need for its own key."""
 
     def __init__(
         self, keys_file: Path | None, clock: Callable[[], float] = time.time, *, is_local: bool = False
     ) -> None:
-        """Read the file; None lets everybody in, and when only this machine `is_local` enough to ask, as an admin.
+        """Read the file. Without one every request is accepted, as an admin's if the router `is_local`: only this
+        machine can reach it.
 
         Raises:
             SettingsError: the file cannot be used.
@@ -42,17 +43,17 @@ class Authenticator:
 
     @property
     def is_open(self) -> bool:
-        """Whether nobody is asked for a key."""
+        """Whether requests need no key."""
         return self._file is None
 
     def identify(self, headers: Mapping[bytes, bytes]) -> Identity:
-        """Whose request this is.
+        """Identify the tenant of a request.
 
         Args:
             headers: names in small letters.
 
         Raises:
-            AuthenticationError: no key, or none that is valid; it never tells which part was wrong.
+            AuthenticationError: the key is missing or invalid; the message never says which part was wrong.
         """
         if self._file is None:
             return self._anonymous
@@ -73,13 +74,13 @@ class Authenticator:
         return identity
 
     def reload_if_changed(self) -> bool:
-        """Read the file again if it is another one than before; costs one `stat` otherwise.
+        """Read the file again if it has changed; otherwise this costs one `stat`.
 
-        A file that cannot be used leaves the keys of the last good one in force. May run in a thread of its own: large
-        files take a while to parse.
+        If the file cannot be used, the keys of the last valid one stay in force. May run in a thread: large files take
+        a while to parse.
 
         Returns:
-            Whether new keys are in force.
+            Whether the keys have changed.
         """
         if self._file is None:
             return False
@@ -87,7 +88,8 @@ class Authenticator:
             stamp = _read_stamp(self._file)
             if stamp == self._stamp:
                 return False
-            # Taken before reading, so that a file that changes meanwhile is read again; and said once per change.
+            # Set before reading, so that a file that changes meanwhile is read again, and an error is logged once per
+            # change.
             self._stamp = stamp
             self._known = _load(self._file)
         except SettingsError as error:
@@ -98,18 +100,18 @@ class Authenticator:
 
 
 def check_model_allowed(identity: Identity, model: str, *aliases: str) -> None:
-    """Refuse a tenant a model that is not among its own.
+    """Refuse a model that the tenant may not use.
 
-    403 and not 404: which models there are is no secret (`GET /v1/models`), and who is told that a model does not
-    exist looks for a spelling mistake instead of asking for access.
+    Answered with 403, not 404: which models exist is no secret, and a client told that a model does not exist would look
+    for a spelling mistake instead of asking for access.
 
     Args:
-        identity: who asks.
+        identity: whose request it is.
         model: canonical name.
-        aliases: its other names; a tenant may be given the model by any of them.
+        aliases: its other names; a tenant may be granted the model by any of them.
 
     Raises:
-        PermissionDeniedError: it may not be used.
+        PermissionDeniedError: the tenant may not use it.
     """
     allowed = identity.tenant.models
     if allowed is not None and not any(name in allowed for name in (model, *aliases)):
@@ -119,7 +121,7 @@ def check_model_allowed(identity: Identity, model: str, *aliases: str) -> None:
 
 
 def _read_stamp(file: Path) -> _Stamp:
-    """What changes with the content. Follows links: Kubernetes changes a mounted secret by turning one around."""
+    """A value that changes with the content. Follows links: Kubernetes updates a mounted secret by replacing one."""
     try:
         found = file.stat()
     except OSError as error:

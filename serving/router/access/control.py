@@ -25,11 +25,11 @@ _STOPPING_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Incoming:
-    """One HTTP request that has come in."""
+    """One HTTP request that has arrived."""
 
     request_id: str
     path: str
-    """In its usual form: no slash at its end, and DeepInfra's prefix replaced."""
+    """Canonical: without a trailing slash, and with DeepInfra's prefix replaced."""
     is_deepinfra: bool
     """Whether it came under DeepInfra's prefix."""
     headers: Mapping[bytes, bytes]
@@ -46,9 +46,9 @@ class AccessControl:
     keys: Authenticator
     limits: TenantLimits
     is_stopping: bool = False
-    """Whether the whole stack is going down."""
+    """Whether the whole stack is shutting down."""
     bodies: BodyBudget = field(init=False)
-    """Of all requests that this router holds, whatever they are for."""
+    """For all requests that this router holds, of every kind."""
     _credits: CreditReader = field(init=False)
     _hosts: HostRules = field(init=False)
 
@@ -59,11 +59,11 @@ class AccessControl:
         self._credits = CreditReader(ocr.secret, ocr.secret_file)
 
     async def check_source(self, incoming: Incoming, *, is_page: bool = False, takes_forms: bool = False) -> None:
-        """Where nobody is asked for a key, refuse what a foreign web page may have sent.
+        """If requests need no key, refuse what another site's web page may have sent.
 
         Raises:
-            PermissionDeniedError: another site's, or addressed to a name that is none of this router's.
-            InvalidRequestError: a body of a type that browsers send for anybody.
+            PermissionDeniedError: it comes from another site, or is addressed to a name that is not this router's.
+            InvalidRequestError: its body has a type that browsers send for any site.
         """
         if not self.keys.is_open:
             return
@@ -75,10 +75,10 @@ class AccessControl:
             raise
 
     async def check_open(self, incoming: Incoming) -> None:
-        """Refuse new work when the whole stack is going down, but for the pages of documents that are being read.
+        """Refuse new work while the whole stack shuts down, except pages of documents that are being read.
 
         Raises:
-            OverloadedError: it is, and this would begin something.
+            OverloadedError: the stack is shutting down, and this would begin something.
         """
         if not self.is_stopping or incoming.scope["method"] != "POST" or self.read_credit(incoming) is not None:
             return
@@ -86,10 +86,11 @@ class AccessControl:
         raise OverloadedError("This service is shutting down; try again shortly.", _STOPPING_S, code="shutting_down")
 
     async def identify(self, incoming: Incoming) -> Identity:
-        """Whose request this is; the body of a stranger's is read no further than politeness wants.
+        """Identify the tenant. Of an unauthenticated request only as much of the body is read as an orderly refusal
+        needs.
 
         Raises:
-            AuthenticationError: nobody's that is known.
+            AuthenticationError: the key is missing or unknown.
         """
         try:
             return self.keys.identify(incoming.headers)
@@ -99,10 +100,10 @@ class AccessControl:
 
     @contextlib.asynccontextmanager
     async def admitted(self, incoming: Incoming, identity: Identity, charge: Charge) -> AsyncIterator[None]:
-        """Count a request while it is served.
+        """Count a request for as long as it is served.
 
         Raises:
-            RateLimitError: the tenant has too many at once or in this minute.
+            RateLimitError: the tenant has too many requests at once or in this minute.
         """
         now_s = time.monotonic()
         try:
@@ -117,7 +118,7 @@ class AccessControl:
             self.limits.leave(identity, charge)
 
     def read_credit(self, incoming: Incoming) -> int | None:
-        """What an OCR service of this stack says that the request was charged before, in nanodollars; None when the
-        request is no such service's."""
+        """What the request was charged before, in nanodollars, as an OCR service of this stack has signed; None if the
+        request is not from such a service."""
         value = incoming.headers.get(_CREDIT_HEADER)
         return self._credits.read(incoming.request_id, value.decode("latin-1")) if value is not None else None

@@ -1,15 +1,14 @@
-"""The keys file: tenants, and the hashes of the keys that stand for them.
+"""The keys file: tenants, and the hashes of their keys.
 
     tenants:
       acme: {requests_per_minute: 600, priority: high}
     keys:
       - {id: 5f0c9a3b7d21e846, tenant: acme, salt: ..., hash: ..., created: 2026-01-31T12:00:00Z}
 
-A key reads `sk-<id>-<secret>`. The id finds the entry and is no secret; the secret is 256 random bits, of which only
-SHA-256 over a salt of the entry's own and the secret is kept. Slow hashes (scrypt, Argon2) make guessing dear where
-secrets are short enough to be guessed; 2**256 cannot be walked through at any speed, and a slow hash on every request
-would be a gift to whoever wants the router busy. The salt keeps equal secrets, should a file be written by hand, from
-showing.
+A key has the form `sk-<id>-<secret>`. The id selects the entry and is not secret. The secret is 256 random bits; only
+its SHA-256 with the entry's own salt is stored. Slow hashes (scrypt, Argon2) make guessing expensive for secrets short
+enough to be guessed; 2**256 cannot be searched at any speed, and a slow hash per request would help an attacker to
+overload the router. The salt hides equal secrets, should a file be written by hand.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ _HEADING = "# Made by `serving keys`. Keys are kept as salted hashes and cannot 
 
 
 class KeyRecord(Frozen):
-    """What is kept of a key. None of it lets anybody in."""
+    """What is stored of a key. None of it grants access."""
 
     id: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")]
     tenant: Name
@@ -66,26 +65,26 @@ class KeysFile(Frozen):
     def _check_references(self) -> KeysFile:
         for key_id, count in Counter(key.id for key in self.keys).items():
             if count > 1:
-                raise ValueError(f"the key {key_id} stands {count} times")
+                raise ValueError(f"the key {key_id} occurs {count} times")
         for key in self.keys:
             if key.tenant not in self.tenants:
                 raise ValueError(f"the key {key.id} is of tenant {key.tenant!r}, which is not under tenants")
         return self
 
 
-# Of the right lengths, for the comparison with a key that does not exist: it takes as long as with one that does.
+# Of the right lengths, so that comparing with a key that does not exist takes as long as with one that does.
 _NO_SALT, _NO_HASH = bytes(16).hex(), bytes(32).hex()
 
 
 def split_key(text: str) -> tuple[str, str] | None:
-    """Id and secret of a key, None when it is not one."""
+    """Id and secret of a key; None if the text is not a key."""
     found = _KEY.fullmatch(text)
     return (found[1], found[2]) if found else None
 
 
 def verify_secret(record: KeyRecord | None, secret: str) -> bool:
-    """Whether this is the record's secret, in a time that tells neither how far it was right nor whether there is a
-    record."""
+    """Whether this is the record's secret, in a time that reveals neither how much of it was right nor whether the
+    record exists."""
     salt, expected = (record.salt, record.hash) if record is not None else (_NO_SALT, _NO_HASH)
     is_same = hmac.compare_digest(_hash(salt, secret), expected)
     return is_same and record is not None
@@ -98,7 +97,7 @@ def _hash(salt: str, secret: str) -> str:
 def make_key(
     tenant: str, *, created: datetime, name: str = "", is_admin: bool = False, expires: datetime | None = None
 ) -> tuple[str, KeyRecord]:
-    """A new key: its text, which exists nowhere else, and what is kept of it."""
+    """A new key: its text, which is stored nowhere, and the record to be stored."""
     key_id, salt, secret = secrets.token_hex(8), secrets.token_hex(16), secrets.token_urlsafe(32)
     record = KeyRecord(
         id=key_id,
@@ -114,10 +113,10 @@ def make_key(
 
 
 def read_keys(file: Path) -> KeysFile:
-    """The file's content.
+    """Read the file's content.
 
     Raises:
-        SettingsError: with one line for every thing that is wrong; no line holds a salt or a hash.
+        SettingsError: with one line per error; no line contains a salt or a hash.
     """
     given = read_yaml(file, _SECTIONS)
     try:
@@ -131,9 +130,9 @@ def read_keys(file: Path) -> KeysFile:
 
 
 def write_keys(file: Path, content: KeysFile) -> None:
-    """Replace the file at once and for its owner's eyes only: a reader sees the old one or the new one.
+    """Replace the file atomically, readable by its owner only: a reader sees the old content or the new.
 
-    A symbolic link stays, and what it points to is replaced.
+    A symbolic link is kept, and its target replaced.
 
     Raises:
         SettingsError: it cannot be written.

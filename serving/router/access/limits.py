@@ -1,13 +1,13 @@
-"""What one tenant may ask for: requests and tokens per minute, and requests at once. Pure; the clock is passed in.
+"""Tenants' limits: requests and tokens per minute, and concurrent requests. Pure; the clock is passed in.
 
-`requests_per_minute` is one allowance for everything: a request that generates is one, and so is a document (each of
-its pages comes back from the OCR service as one more), a quote or a report; looking after jobs is a tenth.
+`requests_per_minute` is one allowance for all kinds: a request that generates counts as one, and so does a document
+(each of its pages comes back from the OCR service as another), a quote or a report; polling a job counts as a tenth.
 
-`max_concurrent` holds for each kind by itself: requests that generate, documents, and lookups. A document would
-otherwise wait for its own pages, and who polls a job would be refused as long as its pages are read.
+`max_concurrent` applies to each kind separately: requests that generate, documents, and lookups. Otherwise a document
+would wait for its own pages, and polling a job would be refused while its pages are read.
 
-Every router keeps its own buckets and debits what the others report to have let through, so that a limit holds for all
-of them together, to within what a tenant sends in one interval of reports.
+Every router keeps its own buckets and debits what the other routers report to have admitted, so that a limit holds for
+all of them together, to within what a tenant sends in one report interval.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _MINUTE_S = 60.0
 _FORGET_S = 600.0
 _SWEEP_S = 60.0
 _POLL_WEIGHT = 0.1
-_CONCURRENT_RETRY_S = 1.0  # nobody knows when a request of the tenant's will end
+_CONCURRENT_RETRY_S = 1.0  # it is unknown when one of the tenant's requests will end
 
 
 class RequestKind(StrEnum):
-    """What is counted at once; each has `max_concurrent` for itself. The value completes a refusal."""
+    """Kinds of concurrent requests; `max_concurrent` applies to each. The value is part of a refusal's message."""
 
     GENERATION = "requests"
     DOCUMENT = "documents"
@@ -43,7 +43,7 @@ class Charge:
 
     kind: RequestKind
     weight: float = 1.0
-    """Of a request, against the requests per minute."""
+    """Requests that it counts as, against the requests per minute."""
 
 
 GENERATION = Charge(RequestKind.GENERATION)
@@ -54,22 +54,24 @@ POLL = Charge(RequestKind.LOOKUP, _POLL_WEIGHT)
 
 @dataclass(slots=True)
 class Bucket:
-    """A token bucket that holds one minute's allowance. It counts what is missing: a changed limit keeps its debt."""
+    """A token bucket that holds one minute's allowance. It counts what is missing, so that a changed limit keeps the
+    debt."""
 
     limit: int
-    """Per minute, and at once."""
+    """Per minute, and the size of the bucket."""
     as_of_s: float
     used: float = 0.0
-    """Missing from a full bucket; above `limit` it is in debt, with what was let through and turned out larger."""
+    """Missing from a full bucket; above `limit` the bucket is in debt, from requests that turned out larger than
+    expected."""
 
     def take(self, n: float, now_s: float) -> float:
-        """Take n out, if they are there.
+        """Take n out if they are available.
 
-        More than the whole limit is let through when the bucket is full: else it never would be, and the debt keeps
+        More than the whole limit is allowed if the bucket is full, since it would never be otherwise; the debt keeps
         the tenant to its rate.
 
         Returns:
-            0 when they were taken; else the seconds until they are there, and nothing was taken.
+            0 if they were taken; otherwise nothing is taken, and the seconds until they are available are returned.
         """
         self._refill(now_s)
         missing = min(self.used, self.used + n - self.limit)
@@ -79,7 +81,7 @@ class Bucket:
         return 0.0
 
     def debit(self, n: float, now_s: float) -> None:
-        """Take n out, there or not; a negative n puts them back, as far as they fit."""
+        """Take n out, available or not; a negative n puts them back, as far as they fit."""
         self._refill(now_s)
         self.used = max(0.0, self.used + n)
 
@@ -88,7 +90,7 @@ class Bucket:
         return max(0, int(self.limit - self.used))
 
     def reset_s(self, now_s: float) -> float:
-        """Seconds until it is full again, if nothing is taken."""
+        """Seconds until it is full again if nothing more is taken."""
         self._refill(now_s)
         return self.used * _MINUTE_S / self.limit
 
@@ -108,12 +110,13 @@ class _State:
     running: Counter[RequestKind] = field(default_factory=Counter)
     num_requests: float = 0
     num_charged: int = 0
-    """Tokens that were reserved or, once known, used."""
+    """Tokens that were reserved or, once known, actually used."""
     num_reported: int = 0
-    """The most that `num_charged` ever was. What was reserved too high goes down there, but never in a report."""
+    """The maximum of `num_charged` so far: it decreases when a reservation was too high, but totals in reports never
+    do."""
 
     def fit(self, tenant: Tenant, now_s: float) -> None:
-        """Take over the tenant's limits as they are now."""
+        """Adopt the tenant's current limits."""
         self.last_seen_s = now_s
         self.requests = _fit(self.requests, tenant.requests_per_minute, now_s)
         self.tokens = _fit(self.tokens, tenant.tokens_per_minute, now_s)
@@ -133,27 +136,27 @@ def _fit(bucket: Bucket | None, limit: int | None, now_s: float) -> Bucket | Non
     if bucket is None:
         return Bucket(limit, now_s)
     if bucket.limit != limit:
-        bucket.debit(0, now_s)  # until now it filled at the old rate
+        bucket.debit(0, now_s)  # it filled at the old rate until now
         bucket.limit = limit
     return bucket
 
 
 @dataclass(slots=True)
 class TenantLimits:
-    """The limits of all tenants in one router. `clock` gives seconds, the same as every `now_s`."""
+    """The limits of all tenants in one router. `clock` is the one that every `now_s` comes from."""
 
     clock: Callable[[], float]
     _states: dict[str, _State] = field(default_factory=dict)
     _seen: dict[str, dict[str, TenantUse]] = field(default_factory=dict)
-    """By router, then tenant: what the last reports said."""
+    """By router and tenant: the last reports."""
     _running_elsewhere: Counter[tuple[str, RequestKind]] = field(default_factory=Counter)
     _swept_s: float = 0.0
 
     def admit(self, identity: Identity, now_s: float, charge: Charge = GENERATION) -> None:
-        """Count a request that comes in; `leave` with the same charge must follow.
+        """Count an arriving request; `leave` with the same charge must follow.
 
         Raises:
-            RateLimitError: the tenant has too many at once or in this minute; nothing was counted.
+            RateLimitError: the tenant has too many requests at once or in this minute; nothing was counted.
         """
         state = self._state(identity, now_s)
         most, kind = identity.tenant.max_concurrent, charge.kind
@@ -167,10 +170,10 @@ class TenantLimits:
         state.num_requests += charge.weight
 
     def reserve_tokens(self, identity: Identity, n: int, now_s: float) -> None:
-        """Take the tokens that a request is expected to use; `settle` must follow.
+        """Take the tokens that a request is expected to use. `settle` must follow.
 
         Raises:
-            RateLimitError: the tenant has used up this minute's; nothing was taken.
+            RateLimitError: the tenant has used up this minute's tokens; nothing was taken.
         """
         state = self._state(identity, now_s)
         if state.tokens is not None:
@@ -181,20 +184,20 @@ class TenantLimits:
         state.charge(n)
 
     def settle(self, identity: Identity, reserved: int, used: int, now_s: float) -> None:
-        """Put what a request really used in the place of what was reserved for it."""
+        """Replace what was reserved for a request by what it actually used."""
         state = self._state(identity, now_s)
         if state.tokens is not None:
             state.tokens.debit(used - reserved, now_s)
         state.charge(used - reserved)
 
     def leave(self, identity: Identity, charge: Charge = GENERATION) -> None:
-        """A request that was admitted has ended, however it did."""
+        """An admitted request has ended, in whatever way."""
         state = self._states.get(identity.tenant_id)
         if state is not None and state.running[charge.kind] > 0:
             state.running[charge.kind] -= 1
 
     def headers(self, identity: Identity, now_s: float) -> list[tuple[bytes, bytes]]:
-        """What OpenAI's clients know of their limits; a limit that does not exist has no headers.
+        """The rate limit headers that OpenAI's clients know; a limit that is not set has none.
 
         https://platform.openai.com/docs/guides/rate-limits#rate-limits-in-headers
         """
@@ -213,7 +216,7 @@ class TenantLimits:
         return found
 
     def uses(self) -> tuple[tuple[str, TenantUse], ...]:
-        """Totals of every tenant for this router's report."""
+        """Every tenant's totals, for this router's report."""
         self._sweep(self.clock())
         return tuple(
             (
@@ -224,10 +227,10 @@ class TenantLimits:
         )
 
     def absorb(self, reports: tuple[RouterReport, ...]) -> None:
-        """Debit what the other routers have let through since their last reports.
+        """Debit what the other routers have admitted since their last reports.
 
-        The first report of a router is a baseline. A total that went down belongs to a tenant that the other router
-        forgot and met again. A tenant that never came here has no bucket yet, and starts with a full one.
+        A router's first report is a baseline. A total that has decreased belongs to a tenant that the other router
+        forgot and saw again. A tenant that this router has never seen has no bucket yet and starts with a full one.
         """
         now_s = self.clock()
         seen: dict[str, dict[str, TenantUse]] = {}
@@ -271,9 +274,9 @@ class TenantLimits:
 
 
 def format_duration(seconds: float) -> str:
-    """A time as OpenAI writes it, which is Go's way: `0s`, `120ms`, `1s`, `1.5s`, `6m0s`, `1h0m0s`; to the
-    millisecond, rounded up, so that who waits so long has waited enough."""
-    millis = math.ceil(round(seconds * 1000, 3))  # not 1101 ms for 1.1 s, which is a hair more in binary
+    """A duration as OpenAI writes it, in Go's format: `0s`, `120ms`, `1s`, `1.5s`, `6m0s`, `1h0m0s`; rounded up to the
+    millisecond, so that a client that waits for it has waited long enough."""
+    millis = math.ceil(round(seconds * 1000, 3))  # not 1101 ms for 1.1 s, which is slightly more in binary
     if millis <= 0:
         return "0s"
     if millis < 1000:

@@ -158,7 +158,7 @@ def test_a_broken_file_leaves_the_old_keys_in_force(
     ("change", "complaint"),
     [
         ({"tenants": {}}, "not under tenants"),
-        ({"keys": [RECORD.model_dump(mode="json")] * 2}, "stands 2 times"),
+        ({"keys": [RECORD.model_dump(mode="json")] * 2}, "occurs 2 times"),
         ({"keys": [{**RECORD.model_dump(mode="json"), "hash": "00"}]}, "keys.0.hash"),
         ({"keys": [{**RECORD.model_dump(mode="json"), "secret": "x"}]}, "keys.0.secret"),
         ({"tenants": {"acme": {"requests_per_minute": 0}}}, "tenants.acme.requests_per_minute"),
