@@ -1,13 +1,13 @@
-"""Which fields a public request may have, and what each may hold. Pure.
+"""The fields that a public request may have, and their values. Pure.
 
-The engine's own checks come later and say more; here stands what it must not be asked at all:
-- fields that reach into the engine (`priority`, `request_id`, `kv_transfer_params`, `cache_salt`, ...), that make it
-  run code of the client's (`chat_template`) or fetch things (`media_io_kwargs`), or that let a small request take all
-  memory (`prompt_logprobs`: a row of the whole vocabulary per prompt token; `use_beam_search`);
-- types and sizes on which vLLM 0.32 fails with a 5xx, or that grow beyond what they cost to send (schemas).
+The engine's own checks come later and are more detailed. These keep from it:
+- fields that control the engine (`priority`, `request_id`, `kv_transfer_params`, `cache_salt`, ...), make it run the
+  client's code (`chat_template`) or fetch things (`media_io_kwargs`), or let a small request use up all memory
+  (`prompt_logprobs`: a row of the whole vocabulary per prompt token; `use_beam_search`);
+- types and sizes that make vLLM 0.32 fail with a 5xx, or expand far beyond their size in the request (schemas).
 
-So this is a list of what is let through, and a field that a later vLLM invents is unknown until it stands here; OpenAI
-too refuses parameters that it does not know.
+This is an allowlist: a field that a later vLLM adds is refused until it is listed here. OpenAI refuses unknown
+parameters, too.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from serving.errors import InvalidRequestError
 from serving.router.request.json_schemas import is_circular
 
 Check = Callable[[str, Any], None]
-"""Raises InvalidRequestError for a value that the field may not have; null never comes here."""
+"""Raises InvalidRequestError for a value that the field may not have; never called with null."""
 
 _MAX_INT = 2**31 - 1
 _MAX_SPEC_BYTES = 64 * 1024
 """JSON of tools, schemas and grammars."""
 _MAX_REPEAT = 1000
 _MAX_REPEATS = 100_000
-"""Repetition counts of one pattern, multiplied: `(a{1000}){1000}` is 15 characters and a million states."""
+"""The product of one pattern's repetition counts: `(a{1000}){1000}` is 15 characters and a million states."""
 _REPEAT = re.compile(r"\{\s*(\d*)\s*(?:,\s*(\d*)\s*)?\}")
 _SIZED = re.compile(r"(?:min|max)(?:Items|Length|Properties|Contains)")
 _XARGS = frozenset({"ngram_size", "window_size", "whitelist_token_ids", "repeated_tokens"})
-"""The plugin's; any other name may be one of vLLM's own connectors."""
+"""The plugin's arguments; any other name may belong to one of vLLM's connectors."""
 _KINDS = ("json", "regex", "choice", "json_object")
-"""Not `grammar`: vLLM answers 500 to one that is none or that nothing fits, and only its compilers can tell."""
+"""Not `grammar`: vLLM answers 500 to an invalid or unsatisfiable one, and only its compilers can find out."""
 _STRUCTURED = frozenset({*_KINDS, "whitespace_pattern", "disable_any_whitespace", "disable_additional_properties"})
 _FORMATS = ("text", "json_object", "json_schema")
 _MAX_TOOLS = 128
 
 
 def check_fields(payload: Mapping[str, Any], checks: Mapping[str, Check]) -> None:
-    """Refuse fields that are unknown and values that cannot be meant.
+    """Refuse unknown fields and invalid values.
 
     Raises:
         InvalidRequestError: with the field as `param`.
@@ -63,7 +63,7 @@ def refuse(key: str, reason: str) -> InvalidRequestError:
 
 
 def _anything(key: str, value: Any) -> None:
-    """Checked elsewhere, or neither used nor answered."""
+    """The field is checked elsewhere, or ignored."""
 
 
 def _flag(key: str, value: Any) -> None:
@@ -72,7 +72,7 @@ def _flag(key: str, value: Any) -> None:
 
 
 def _whole(low: int, high: int) -> Check:
-    """Numbers in other clothes (1e6, "1000000", true) are refused too, since the engine would read them."""
+    """Numbers in other forms (1e6, "1000000", true) are refused as well, since the engine would accept them."""
 
     def check(key: str, value: Any) -> None:
         if type(value) is not int or not low <= value <= high:
@@ -82,7 +82,7 @@ def _whole(low: int, high: int) -> Check:
 
 
 def _number(low: float, high: float, *, is_open: bool = False) -> Check:
-    """Up to and including `high`; from `low`, which `is_open` leaves out."""
+    """From `low`, or above it if `is_open`, up to and including `high`."""
 
     def check(key: str, value: Any) -> None:
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -95,7 +95,7 @@ def _number(low: float, high: float, *, is_open: bool = False) -> Check:
 def _text(max_chars: int) -> Check:
     def check(key: str, value: Any) -> None:
         if not isinstance(value, str) or len(value) > max_chars:
-            raise refuse(key, f"a text of at most {max_chars} characters")
+            raise refuse(key, f"a string of at most {max_chars} characters")
 
     return check
 
@@ -112,7 +112,7 @@ def _texts(max_items: int, max_chars: int) -> Check:
     def check(key: str, value: Any) -> None:
         is_list = isinstance(value, list) and len(value) <= max_items
         if not is_list or not all(isinstance(text, str) and 0 < len(text) <= max_chars for text in value):
-            raise refuse(key, f"a list of at most {max_items} texts of 1 to {max_chars} characters")
+            raise refuse(key, f"a list of at most {max_items} strings of 1 to {max_chars} characters")
 
     return check
 
@@ -192,7 +192,7 @@ def _structured_outputs(key: str, value: Any) -> None:
         if name == "choice":
             _texts(1024, 1024)(param, given)
             if not given:
-                raise refuse(param, "a list with at least one text")
+                raise refuse(param, "a list with at least one string")
         elif name == "json":
             schema = _parse_schema(param, given)
             _spec(param, schema)
@@ -216,7 +216,7 @@ def _parse_schema(key: str, value: Any) -> dict[str, Any]:
 
 
 def _spec(key: str, value: Any) -> None:
-    """A schema in whatever it comes: bounded in size, and in what its counts and patterns would grow to."""
+    """Bound a schema's size, and what its counts and patterns would expand to."""
     if len(orjson.dumps(value)) > _MAX_SPEC_BYTES:
         raise refuse(key, f"at most {_MAX_SPEC_BYTES} bytes of JSON")
     values: list[Any] = [value]
@@ -248,7 +248,7 @@ def _pattern(key: str, text: str) -> None:
 
 
 def check_references(key: str, schema: Mapping[str, Any]) -> None:
-    """Refuse a schema that nothing fits since it is only itself: vLLM answers 500 to it."""
+    """Refuse a schema that only refers to itself, which no value can satisfy: vLLM answers it with 500."""
     if is_circular(schema):
         raise refuse(key, "a schema that does not refer to itself with nothing in between")
 
@@ -262,7 +262,7 @@ def _tools(key: str, value: Any) -> None:
 
 
 def check_function(key: str, tool: Any) -> None:
-    """A tool, or a call of one: `{"type": "function", "function": {"name": ...}}`."""
+    """Check a tool or a tool call: `{"type": "function", "function": {"name": ...}}`."""
     function = tool.get("function") if isinstance(tool, dict) and tool.get("type", "function") == "function" else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
         raise refuse(key, "an object of type function with a named function")
@@ -335,7 +335,7 @@ CHAT_FIELDS: Mapping[str, Check] = {
     "continue_final_message": _flag,
     "reasoning_effort": _one_of("none", "minimal", "low", "medium", "high", "xhigh", "max"),
     "include_reasoning": _flag,
-    # OpenAI's, without meaning here; official clients send them.
+    # OpenAI's; official clients send them, and they have no effect here.
     "store": _flag,
     "service_tier": _text(64),
     "safety_identifier": _text(512),

@@ -1,4 +1,4 @@
-"""What an image must be before a replica is asked to decode it: format and size are read from the header alone."""
+"""Checks images before a replica decodes them: format and size are read from the header alone."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from serving.plugin.images.repairs import read_tolerantly
 from serving.settings.router import RouterSettings
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF")
-"""Formats that are read, by content; what the data URL claims to be does not matter."""
+"""Accepted formats, recognised by content; the media type in the data URL does not matter."""
 
 _HEAD = re.compile(r"""data:[A-Za-z0-9!#$&^_.+*/;="-]{0,255};base64""")
-"""Before the comma."""
+"""The part before the comma."""
 _MAX_URL_CHARS = 8192
-_HEAD_CHARS = 64 * 1024  # a multiple of four, so that it is base64 by itself
+_HEAD_CHARS = 64 * 1024  # a multiple of four, so that the part is valid base64
 
 
 def check_image_url(url: Any, param: str, router: RouterSettings) -> tuple[int, int] | None:
-    """Refuse what no replica should see; give the image's width and height (None for a remote one).
+    """Check an image's URL. Returns the image's width and height, None for a remote image.
 
     Args:
-        url: the part's URL as it was sent.
-        param: where it stands in the request, for the error.
-        router: limits, and whether remote URLs are allowed.
+        url: the part's URL as sent by the client.
+        param: its place in the request, for error messages.
+        router: limits, and whether remote images are allowed.
 
     Raises:
-        RequestError: not a data URL, no image, or one over the pixel limit.
+        RequestError: it is not a data URL, not an image, or over the pixel limit.
     """
     if not isinstance(url, str) or not url:
         raise InvalidRequestError("image_url must hold a URL.", param=param)
@@ -41,7 +41,7 @@ def check_image_url(url: Any, param: str, router: RouterSettings) -> tuple[int, 
         if router.remote_images.enabled and url.startswith(("http://", "https://")) and len(url) <= _MAX_URL_CHARS:
             return None
         raise InvalidImageError(
-            "Only data: URLs are read (data:image/png;base64,...); remote images are switched off.", param=param
+            "Only data: URLs are accepted (data:image/png;base64,...); remote images are disabled.", param=param
         )
     head, _, encoded = url.partition(",")
     if not _HEAD.fullmatch(head):
@@ -66,7 +66,7 @@ def check_size(size: tuple[int, int], param: str, router: RouterSettings) -> Non
 
 
 def _read_encoded_size(encoded: str, param: str) -> tuple[int, int]:
-    """Most headers stand within the first kilobytes; the whole is decoded only when they do not (TIFF, long EXIF)."""
+    """Most headers are within the first kilobytes; the whole image is decoded only if not (TIFF, long EXIF)."""
     if len(encoded) > _HEAD_CHARS:
         try:
             return read_size(_decode(encoded[:_HEAD_CHARS], param), param)
@@ -85,14 +85,14 @@ def _decode(encoded: str, param: str) -> bytes:
 
 
 def read_size(data: bytes, param: str) -> tuple[int, int]:
-    """Width and height from the header, as the engine will show the image; no pixel is decoded.
+    """Width and height from the header, as the engine will see the image; no pixel is decoded.
 
     Raises:
-        InvalidImageError: it is no image of a format that is read.
+        InvalidImageError: it is not an image in an accepted format.
     """
     try:
         with warnings.catch_warnings():
-            # Pillow warns of large images and odd metadata; our own limit decides, and the engine meets the rest.
+            # Pillow warns of large images and odd metadata; our own limit decides, and the engine handles the rest.
             warnings.simplefilter("ignore")
             return read_tolerantly(_read_shown_size, data)
     except Image.DecompressionBombError as error:

@@ -1,7 +1,7 @@
-"""JSON schemas that run in circles. Pure.
+"""Finds JSON schemas with circular references. Pure.
 
-A schema may refer to itself through a property or an item: a tree. One that reaches itself through `$ref`, `allOf`,
-`anyOf` and `oneOf` alone says nothing of a value, and a grammar made of it accepts nothing.
+A schema may refer to itself through a property or an item: that describes a tree. One that refers to itself only
+through `$ref`, `allOf`, `anyOf` and `oneOf` says nothing about a value, and a grammar made from it accepts nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _CHOICES = ("allOf", "anyOf", "oneOf")
 
 
 def is_circular(schema: Mapping[str, Any]) -> bool:
-    """Whether any part of the schema is reached from itself without a property or an item in between."""
+    """Whether any part of the schema refers to itself without a property or an item in between."""
     done: set[int] = set()
     return any(id(part) not in done and _reaches_itself(part, schema, done) for part in _parts(schema))
 
@@ -38,7 +38,7 @@ def _reaches_itself(start: Mapping[str, Any], schema: Mapping[str, Any], done: s
 
 
 def _next(part: Mapping[str, Any], schema: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """What the same value has to fit too."""
+    """The schemas that the same value has to satisfy as well."""
     target = _resolve(part.get("$ref"), schema)
     if target is not None:
         yield target

@@ -1,7 +1,7 @@
-"""What the router must know of a request before it relays the body's bytes: checked once, here. Pure.
+"""Parses and checks a request's body, once, before its bytes are relayed. Pure.
 
-Single fields are checked by `fields`. What depends on the model (context length, vocabulary, the pixels of an image)
-is the engine's to judge; vLLM's own answer is then brought into OpenAI's shape.
+`fields` checks single fields. What depends on the model (context length, vocabulary, an image's pixels) is left to the
+engine; vLLM's own error is then converted to OpenAI's shape.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from serving.settings.stack import Settings
 
 _CHOICE_COUNTS = ("n", "best_of")
 _DEFAULT_COMPLETION_TOKENS = 16
-"""OpenAI's, and vLLM's, for a completion that does not say; a chat goes on to the end of the context."""
+"""OpenAI's and vLLM's default for completions; a chat's default is the rest of the context."""
 _CHARS_PER_TOKEN_ID = 3
-"""What a prompt's token id counts for in characters."""
+"""How many characters a token id in a prompt counts for."""
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _OTHER_MEDIA = frozenset({"uuid", "image_pil", "image_embeds", "input_image"}) | {
@@ -42,7 +42,7 @@ _OTHER_MEDIA = frozenset({"uuid", "image_pil", "image_embeds", "input_image"}) |
 
 @dataclass(frozen=True, slots=True)
 class RoutedRequest:
-    """A request that may be relayed."""
+    """A request that has been checked and may be relayed."""
 
     path: str
     """The engine's path for it."""
@@ -51,36 +51,37 @@ class RoutedRequest:
     body: bytes
     is_stream: bool
     wants_stream_usage: bool
-    """Whether the client asked for a chunk of usage at the end of a stream."""
+    """Whether the client asked for a usage chunk at the end of a stream."""
     image_sizes: tuple[tuple[int, int] | None, ...] = ()
-    """Width and height of every image in its order, None where only the engine will know."""
+    """Width and height of every image in order; None if only the engine will know."""
     image_options: Mapping[str, Any] = field(default_factory=dict)
     """The `mm_processor_kwargs` that the engine gets."""
     num_text_chars: int = 0
-    """Characters of the prompt's text: what there is to guess its tokens by."""
+    """Characters of the prompt's text, for estimating its tokens."""
     num_tool_bytes: int = 0
-    """JSON of what a chat template may write into the prompt beside the messages' text: tools, calls and names."""
+    """JSON size of what a chat template may write into the prompt besides the messages' text: tools, calls and
+    names."""
     max_tokens: int | None = None
-    """Longest answer that the request allows, per choice."""
+    """Longest answer that the request allows, per choice, in tokens."""
     max_tokens_field: str | None = None
-    """The field by which the client itself named `max_tokens`."""
+    """The field in which the client set it; None if it did not."""
     num_choices: int = 1
     """Answers of all prompts together."""
     num_prompts: int = 1
     num_messages: int = 1
     is_constrained: bool = False
-    """Whether the answer has to fit a grammar of the client's."""
+    """Whether the answer has to match a grammar given by the client."""
 
     usage_in_last_chunk: bool = False
-    """Whether a stream's usage stands in the last chunk of its answer."""
+    """Whether a stream's usage belongs in the last chunk of its answer."""
 
     def with_max_tokens(self, num_tokens: int) -> RoutedRequest:
-        """The same request with a bound on its answer that the client has not named."""
+        """The same request with a bound on its answer that the client has not set."""
         return replace(self, body=add_field(self.body, "max_tokens", num_tokens), max_tokens=num_tokens)
 
 
 def parse_request(path: str, body: bytes, settings: Settings) -> RoutedRequest:
-    """Check a body that was received whole.
+    """Parse and check a complete body.
 
     Raises:
         RequestError: what is wrong with it.
@@ -100,7 +101,7 @@ def parse_request(path: str, body: bytes, settings: Settings) -> RoutedRequest:
     stream_options = payload.get("stream_options")
     options = payload.get("mm_processor_kwargs") or {}
     if any(content.details) and "mode" not in options:
-        # The engine knows nothing of `detail`; only then is the body written anew.
+        # The engine does not know `detail`; the body is encoded again only in this case.
         options = {**options, "mode": [MODE_FOR_DETAIL.get(detail or "", DEFAULT) for detail in content.details]}
         body = orjson.dumps({**payload, "mm_processor_kwargs": options})
     if content.sizes and _keeps_special_tokens(payload):
@@ -125,9 +126,9 @@ def parse_request(path: str, body: bytes, settings: Settings) -> RoutedRequest:
 
 
 def _keeps_special_tokens(payload: Mapping[str, Any]) -> bool:
-    """Whether special tokens stay in the text of a page unless its client says otherwise, as the published recipe has
-    it: in some tokenizers the cells of a table are such, and `<td>12</td><td>345</td>` would become `12345`. The token
-    that ends an answer is left out either way, but for an answer that is to go on after it."""
+    """Whether to keep special tokens in the text of a page, as the published recipe does, unless the client says
+    otherwise: in some tokenizers a table's cell tags are special tokens, and `<td>12</td><td>345</td>` would become
+    `12345`. The token that ends an answer is omitted either way, unless the answer is to continue after it."""
     return payload.get("skip_special_tokens") is None and not payload.get("ignore_eos")
 
 
@@ -139,8 +140,9 @@ def _is_constrained(payload: dict[str, Any]) -> bool:
 
 
 def blame(request: RoutedRequest, error: ServingError) -> ServingError:
-    """Whose fault an engine's error is: vLLM answers 500 when nothing that the model could say fits a request's
-    grammar (`[^\\s\\S]`), which nobody can tell before. Counted against the replica, a client could take it out."""
+    """Attribute an engine's error to the client or the engine: vLLM answers 500 if no text can match a request's
+    grammar (`[^\\s\\S]`), which cannot be known beforehand. If that counted against the replica, a client could disable
+    it."""
     if request.is_constrained and isinstance(error, InternalError) and error.http_status == 500:
         return InvalidRequestError(
             "No answer fits the response_format, structured_outputs or tools of this request.", code="constraint_failed"
@@ -161,7 +163,7 @@ def _find_model(name: Any, settings: Settings) -> str:
 
 
 def _count_choices(payload: dict[str, Any], limit: int) -> int:
-    """Numbers in other clothes (1e6, "1000000") are refused too, since the engine would read them."""
+    """Numbers in other forms (1e6, "1000000") are refused as well, since the engine would accept them."""
     counts = [1]
     for key in _CHOICE_COUNTS:
         value = payload.get(key)
@@ -176,13 +178,13 @@ def _count_choices(payload: dict[str, Any], limit: int) -> int:
 
 
 def add_field(body: bytes, name: str, value: Any) -> bytes:
-    """A JSON object's text with one more field at its end, where it counts even if the object has it as null already.
-    Decoding and encoding would cost as much as the images in it are large."""
+    """A JSON object's text with a field appended, which takes effect even if the object already has it as null.
+    Decoding and encoding would take time in proportion to the images in it."""
     return b"%b,%b:%b}" % (body.rstrip()[:-1], orjson.dumps(name), orjson.dumps(value))
 
 
 def _find_max_tokens(payload: dict[str, Any], is_chat: bool) -> str | None:
-    """The field that bounds the answer, if the client has named one."""
+    """The field that bounds the answer, if the client has set one."""
     names = ("max_completion_tokens", "max_tokens") if is_chat else ("max_tokens",)
     return next((name for name in names if payload.get(name) is not None), None)
 
@@ -195,7 +197,7 @@ def _read_max_tokens(payload: dict[str, Any], is_chat: bool) -> int | None:
 
 
 def _count_tool_bytes(payload: dict[str, Any]) -> int:
-    """Bytes of what a template may write beside the texts, as JSON."""
+    """The JSON size of what a template may write besides the texts."""
     written = [payload[key] for key in ("tools", "response_format", "tool_choice") if payload.get(key) is not None]
     for message in payload.get("messages") or ():
         written += [message[key] for key in ("name", "tool_calls", "tool_call_id") if message.get(key) is not None]
@@ -204,7 +206,7 @@ def _count_tool_bytes(payload: dict[str, Any]) -> int:
 
 @dataclass(slots=True)
 class _Content:
-    """What the prompt is made of."""
+    """What a prompt consists of."""
 
     num_chars: int = 0
     sizes: list[tuple[int, int] | None] = field(default_factory=list)
@@ -213,20 +215,20 @@ class _Content:
 
 
 def _check_prompt(payload: dict[str, Any]) -> _Content:
-    """A text, a list of token ids, or a list of either."""
+    """Check a prompt: a text, a list of token ids, or a list of either."""
     prompt = payload.get("prompt")
     if payload.get("echo") and payload.get("logprobs") is not None:
-        # vLLM would compute a row of the whole vocabulary for every token of the prompt.
-        raise InvalidRequestError("echo cannot be had together with logprobs.", param="echo")
+        # vLLM would compute a row over the whole vocabulary for every token of the prompt.
+        raise InvalidRequestError("echo cannot be combined with logprobs.", param="echo")
     if isinstance(prompt, str) and prompt:
         return _Content(num_chars=len(prompt))
     prompts = [prompt] if _is_token_ids(prompt) else prompt
     if not isinstance(prompts, list) or not prompts or not all(prompts):
-        raise refuse("prompt", "a text, a list of token ids, or a list of such")
+        raise refuse("prompt", "a string, a list of token ids, or a list of either")
     if all(isinstance(text, str) for text in prompts):
         return _Content(num_chars=sum(map(len, prompts)), num_prompts=len(prompts))
     if not all(_is_token_ids(ids) for ids in prompts):
-        raise refuse("prompt", "a text, a list of token ids, or a list of such")
+        raise refuse("prompt", "a string, a list of token ids, or a list of either")
     return _Content(num_chars=_CHARS_PER_TOKEN_ID * sum(map(len, prompts)), num_prompts=len(prompts))
 
 
@@ -250,7 +252,7 @@ def _check_messages(messages: Any, router: RouterSettings) -> _Content:
             for j, part in enumerate(content):
                 _check_part(part, f"messages[{i}].content[{j}]", found, router)
         elif content is not None:
-            raise refuse(f"messages[{i}].content", "a text or a list of parts")
+            raise refuse(f"messages[{i}].content", "a string or a list of parts")
         role = message.get("role")
         if not isinstance(role, str) or role not in _ROLES:
             raise refuse(f"messages[{i}].role", f"one of {', '.join(_ROLES)}")
@@ -259,8 +261,8 @@ def _check_messages(messages: Any, router: RouterSettings) -> _Content:
 
 
 def _check_part(part: Any, param: str, found: _Content, router: RouterSettings) -> None:
-    """Only text and images: vLLM would fetch what other parts point to, and takes embeddings and the names of what is
-    in its cache (`uuid`, which is shared by everybody) from anywhere in a part."""
+    """Accept only text and images: vLLM would fetch what other parts refer to, and accepts embeddings and keys of its
+    cache (`uuid`, shared by all clients) anywhere in a part."""
     if not isinstance(part, dict):
         raise InvalidRequestError("Every content part must be an object.", param=param)
     kind = part.get("type", "image_url" if "image_url" in part else None)
@@ -276,7 +278,7 @@ def _check_part(part: Any, param: str, found: _Content, router: RouterSettings) 
     text = part.get(text_key)
     if text is not None:
         if not isinstance(text, str):
-            raise refuse(f"{param}.{text_key}", "a text")
+            raise refuse(f"{param}.{text_key}", "a string")
         found.num_chars += len(text)
 
 
@@ -292,7 +294,7 @@ def _check_image(image: Any, param: str, found: _Content, router: RouterSettings
 
 
 def _check_calls(message: dict[str, Any], param: str) -> None:
-    """What vLLM takes from a message without a look at its type."""
+    """Check the fields of a message whose types vLLM does not check."""
     calls = message.get("tool_calls")
     if calls is not None:
         if not isinstance(calls, list):
@@ -301,4 +303,4 @@ def _check_calls(message: dict[str, Any], param: str) -> None:
             check_function(f"{param}.tool_calls[{k}]", call)
     for key in ("name", "tool_call_id"):
         if not isinstance(message.get(key, ""), str | None):
-            raise refuse(f"{param}.{key}", "a text")
+            raise refuse(f"{param}.{key}", "a string")

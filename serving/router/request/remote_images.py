@@ -1,6 +1,6 @@
-"""Images that a request names by URL, fetched here and put into its body, so that engines never fetch anything.
+"""Fetches images that a request names by URL and puts them into its body, so that engines never fetch anything.
 
-What may be fetched is `serving.http.fetching`'s to say. Whoever asks learns of a failure only that it was one.
+`serving.http.fetching` decides what may be fetched. The client learns only that a fetch failed, not why.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ class RemoteImages:
     """Fetches images for requests. One per router process."""
 
     def __init__(self, settings: RemoteImageSettings, check_address: Callable[[str], bool] = is_public_address) -> None:
-        """
+        """Fetch nothing yet.
+
         Args:
             settings: hosts and limits.
-            check_address: whether an IP address may be connected to. Only tests give another.
+            check_address: whether an IP address may be connected to. Only tests pass a different one.
         """
         self._settings = settings
         self._fetcher = Fetcher(settings, "image/*", _AGENT, check_address)
@@ -45,12 +46,12 @@ class RemoteImages:
         await self._fetcher.close()
 
     async def inline(self, request: RoutedRequest, router: RouterSettings) -> RoutedRequest:
-        """The request with its remote images inside its body; itself when it has none.
+        """The request with its remote images in its body; the same request if it has none.
 
-        Each URL is fetched once however often it stands there, all of them within `timeout_s`.
+        Each URL is fetched once, however often it occurs, all of them within `timeout_s`.
 
         Raises:
-            InvalidImageError: code `image_fetch_failed` when one could not be had, or what came is no image.
+            InvalidImageError: an image could not be fetched (code `image_fetch_failed`), or is not an image.
             ImageTooLargeError: one is over the pixel limit.
         """
         if all(size is not None for size in request.image_sizes):
@@ -69,7 +70,7 @@ class RemoteImages:
         encoded = {url: f"data:image/*;base64,{pybase64.b64encode_as_string(data)}" for url, data in images.items()}
         num_chars = sum(len(encoded[place.url]) for place in places)
         if len(request.body) + num_chars > router.limits.max_body_bytes:
-            raise InvalidImageError("The images are larger together than a request may be.", code="image_fetch_failed")
+            raise InvalidImageError("The images together are larger than a request may be.", code="image_fetch_failed")
         for place in places:
             place.put(encoded[place.url])
         return dataclasses.replace(request, body=orjson.dumps(payload), image_sizes=tuple(sizes))
@@ -107,7 +108,7 @@ class RemoteImages:
 
 @dataclasses.dataclass(slots=True)
 class _Budget:
-    """Bytes that a request's images may have together, while they come."""
+    """The bytes that a request's images may still have together while they are fetched."""
 
     num_left: int
 
@@ -119,7 +120,7 @@ class _Budget:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Place:
-    """Where an image stands in a decoded body."""
+    """The place of an image in a decoded body."""
 
     index: int
     param: str
@@ -132,7 +133,7 @@ class _Place:
 
 
 def _places(payload: dict[str, Any]) -> Iterator[_Place]:
-    """Every image of a body that `parse_request` has let through, in the order of its `image_sizes`."""
+    """Every image of a body that `parse_request` has accepted, in the order of `image_sizes`."""
     index = 0
     for i, message in enumerate(payload.get("messages", ())):
         content = message.get("content")
