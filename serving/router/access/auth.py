@@ -102,7 +102,7 @@ class Authenticator:
 def check_model_allowed(identity: Identity, model: str, *aliases: str) -> None:
     """Refuse a model that the tenant may not use.
 
-    Answered with 403, not 404: which models exist is no secret, and a client told that a model does not exist would look
+    Answered with 403, not 404: which models exist is no secret, and a client that is told the opposite would look
     for a spelling mistake instead of asking for access.
 
     Args:
