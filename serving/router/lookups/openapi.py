@@ -1,4 +1,4 @@
-"""The router's own OpenAPI document: what it checks itself, and every status that it answers with."""
+"""The router's OpenAPI document: what the router itself checks, and every status that it answers with."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from serving.router.lookups.openapi_ocr import describe_answers, describe_docume
 from serving.settings.stack import Settings
 
 _STATUSES = {
-    "400": "The request is at fault; `error.param` says where",
-    "401": "No key, or one that is not known",
-    "403": "The key may not do this; or, without keys, a foreign web page may have asked",
+    "400": "The request is invalid; `error.param` names the field",
+    "401": "No key, or an unknown one",
+    "403": "The key does not permit this; or, without keys, another site's web page may have sent it",
     "404": "No such model",
-    "405": "Another method answers here",
-    "408": "The body stopped, or came too slowly",
+    "405": "The method is not supported on this path",
+    "408": "The body stalled, or arrived too slowly",
     "413": "The body is too large",
-    "429": "A limit of the tenant's is reached, or its budget spent; Retry-After says when to come back",
+    "429": "A limit of the tenant is reached, or its budget is spent; Retry-After says when to try again",
     "431": "The headers are too large",
     "500": "The model failed",
     "502": "The replica was lost, and no other could take the request",
-    "503": "Overloaded, or no replica is ready; Retry-After says when to come back",
+    "503": "Overloaded, or no replica is ready; Retry-After says when to try again",
     "504": "Not complete within the request's time",
 }
 _LOOK_UPS = ("400", "401", "403", "404", "405", "429", "431")
@@ -38,7 +38,7 @@ def build_document(settings: Settings) -> dict[str, Any]:
         "paths": {
             "/v1/chat/completions": {"post": _generating("Chat", chat)},
             "/v1/completions": {"post": _generating("Completion", _completion_schema(names))},
-            "/v1/models": {"get": _looking_up("Every name that a request may use")},
+            "/v1/models": {"get": _looking_up("Every model name that a request may use")},
             "/v1/models/{model}": {
                 "get": _looking_up("One of them"),
                 "parameters": [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}],
@@ -46,15 +46,19 @@ def build_document(settings: Settings) -> dict[str, Any]:
             **(describe_documents(names) if settings.ocr.enabled else {}),
             "/v1/tenant": {"get": _looking_up("Whose key it is")},
             "/v1/quote": {"post": _quoting(quoted)},
-            "/v1/usage": {"get": _reporting("Your requests, tokens, pages and costs; an admin's: everybody's", _USAGE)},
-            "/v1/organization/usage/completions": {
-                "get": _reporting("The same in daily buckets, as OpenAI has it; needs an admin key", _OPENAI_USAGE)
+            "/v1/usage": {
+                "get": _reporting(
+                    "Your requests, tokens, pages and costs; with an admin key those of all tenants", _USAGE
+                )
             },
-            "/admin/costs": {"get": _reporting("What the stack itself costs; needs an admin key", _WINDOW)},
+            "/v1/organization/usage/completions": {
+                "get": _reporting("The same in daily buckets, in OpenAI's format; requires an admin key", _OPENAI_USAGE)
+            },
+            "/admin/costs": {"get": _reporting("What the stack itself costs; requires an admin key", _WINDOW)},
             "/health": {"get": _looking_up("The router is up", ("405", "431"))},
             "/ready": {"get": _looking_up("At least one replica can serve", ("405", "431", "503"))},
-            "/metrics/targets": {"get": _listing("What Prometheus is to scrape; needs an admin key")},
-            "/admin/state": {"get": _looking_up("Replicas, queues and tenants; needs an admin key")},
+            "/metrics/targets": {"get": _listing("Prometheus's scrape targets; requires an admin key")},
+            "/admin/state": {"get": _looking_up("Replicas, queues and tenants; requires an admin key")},
         },
         "components": {
             "schemas": {"Error": _ERROR, **(describe_answers() if settings.ocr.enabled else {})},
@@ -95,14 +99,14 @@ def _generating(summary: str, schema: dict[str, Any]) -> dict[str, Any]:
             {
                 "name": "x-request-timeout-ms",
                 "in": "header",
-                "description": "Longest time for the whole request, waiting included",
+                "description": "Longest time for the whole request, queueing included",
                 "schema": {"type": "integer", "minimum": 1, "maximum": 999_999_999_999},
             },
             {"name": "x-request-id", "in": "header", "schema": {"type": "string", "maxLength": 128}},
         ],
         "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
         "responses": {
-            "200": {"description": "The answer; with `stream` server-sent events", "content": answers},
+            "200": {"description": "The answer; with `stream` as server-sent events", "content": answers},
             **_errors(tuple(_STATUSES)),
         },
     }
@@ -120,7 +124,7 @@ def _listing(summary: str) -> dict[str, Any]:
 
 def _quoting(schema: dict[str, Any]) -> dict[str, Any]:
     statuses = ("400", "401", "403", "404", "405", "408", "413", "429", "431", "503")
-    found = {"description": "Tokens and dollars, from the least to the most", "content": _JSON_OBJECT}
+    found = {"description": "Tokens and dollars, at least and at most", "content": _JSON_OBJECT}
     return {
         "summary": "What a request would cost, without running it",
         "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},

@@ -1,4 +1,4 @@
-"""The routes that look something up: models, quotes, usage, costs and the router's own state."""
+"""The routes that only read: models, quotes, usage, costs and the router's own state."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ GET_ROUTES: Mapping[str, Charge | None] = {
     "/admin/costs": LOOKUP,
     TARGETS: None,
 }
-"""What each counts as. Free is what this router knows by heart: OCR services ask whose key it is, and people's clients
-list the models, in the name of tenants who want something else."""
+"""What each counts as. What this router has in memory is free: OCR services ask whose key it is, and user interfaces list
+the models, on behalf of tenants who want something else."""
 QUOTE = "/v1/quote"
 _COUNTED_DOCUMENT = replace(DOCUMENT, weight=0.0)
-"""The request per minute was taken as a lookup, before its body told what it is."""
+"""Its request per minute was counted as a lookup, before its body was read."""
 
 
 class Lookups:
-    """Answers for somebody whose key was checked."""
+    """Answers these routes."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class Lookups:
         self._started_s = int(time.time())
 
     async def answer(self, incoming: Incoming) -> None:
-        """One of `GET_ROUTES`, or a model of `MODEL`.
+        """Answer one of `GET_ROUTES`, or a model of `MODEL`.
 
         Raises:
             ServingError: what is wrong with the request.
@@ -118,7 +118,7 @@ class Lookups:
         await incoming.reply.send_body(200, body, content_type=content_type.encode())
 
     async def answer_quote(self, incoming: Incoming) -> None:
-        """`QUOTE`: of a chat or a completion, or of a document, which the OCR service has to look into.
+        """Answer `QUOTE`: for a chat or a completion, or for a document, which the OCR service has to open.
 
         Raises:
             ServingError: what is wrong with the request.
@@ -127,7 +127,7 @@ class Lookups:
         identity = await self._access.identify(incoming)
         with self._access.bodies.open() as held:
             async with contextlib.AsyncExitStack() as admitted:
-                # A service asks for every page of a document whose own quote was counted.
+                # A service asks for a quote of every page of a document whose own quote was counted.
                 if self._access.read_credit(incoming) is None:
                     await admitted.enter_async_context(self._access.admitted(incoming, identity, LOOKUP))
                     incoming.reply.headers += self._access.limits.headers(identity, time.monotonic())
@@ -141,7 +141,7 @@ class Lookups:
                 await self._documents.relay_quote(incoming.request_id, incoming.scope, receive, incoming.reply)
 
     def _find_quoted(self, body: bytes) -> str | None:
-        """The path of the request that is to be quoted; None for a document."""
+        """The path of the request to be quoted; None for a document."""
         given = decode_json(body, self._settings.router.limits)
         if "document" in given and not given.keys() & {"messages", "prompt"}:
             return None
@@ -155,7 +155,7 @@ class Lookups:
         return answer_quote(self._accounts, identity, request, reading, replica.max_model_len if replica else 0)
 
     def _model_cards(self, identity: Identity) -> list[dict[str, Any]]:
-        """OpenAI's cards: every name that a request may use, with the model that runs behind it as `root`."""
+        """OpenAI's model cards: every name that a request may use, with the model behind it as `root`."""
         snapshot = self._read_snapshot()
         cards: list[dict[str, Any]] = []
         for name, model in self._settings.models.items():
@@ -178,7 +178,7 @@ class Lookups:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A body that was read, to be read once more; then what comes after it."""
+    """Deliver a body that was read once more, then what follows it."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive_again() -> Message:
@@ -189,4 +189,4 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 def _check_admin(identity: Identity) -> None:
     if not identity.is_admin:
-        raise PermissionDeniedError("This needs an admin key; `serving keys create --admin` makes one.")
+        raise PermissionDeniedError("This requires an admin key; `serving keys create --admin` creates one.")

@@ -1,4 +1,4 @@
-"""What a router knows at this moment, for operators: as JSON and as gauges."""
+"""A router's current state for operators, as JSON and as gauges."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BREAKER_VALUES = {BreakerState.CLOSED: 0.0, BreakerState.HALF_OPEN: 1.0, Breake
 
 @dataclass(frozen=True, slots=True)
 class RouterState:
-    """Reads; changes nothing."""
+    """Read-only."""
 
     router_id: str
     read_snapshot: Callable[[], Snapshot]
@@ -27,7 +27,7 @@ class RouterState:
     limits: TenantLimits
 
     def describe(self) -> dict[str, Any]:
-        """What an operator asks first when something is slow."""
+        """What an operator looks at first when something is slow."""
         work = self.dispatcher.replica_work()
         breakers = self.dispatcher.breaker_states()
         return {

@@ -38,22 +38,23 @@ _MAX_DAYS = 400
 
 
 def parse_query(query_string: bytes) -> Query:
-    """The parameters of a URL, each with all of its values."""
+    """A URL's query parameters, each with all of its values."""
     return parse_qs(query_string.decode("latin-1"), keep_blank_values=True, max_num_fields=50)
 
 
 async def answer_usage(ledger: Ledger | None, identity: Identity, query: Query) -> tuple[bytes | dict[str, Any], str]:
-    """`GET /v1/usage`: the tenant's own, an admin's of all or of `tenant`. The answer and its content type.
+    """Answer `GET /v1/usage`: the tenant's own usage, for admins that of all tenants or of `tenant`. Returns the answer
+    and its content type.
 
     Raises:
-        InvalidRequestError: a parameter that makes no sense.
-        OverloadedError: the database is away.
+        InvalidRequestError: a parameter is invalid.
+        OverloadedError: the database cannot be reached.
     """
     groups = _parse(lambda: parse_groups(_one(query, "group_by") or "day,model"), "group_by")
     tenant = _one(query, "tenant")
     if not identity.is_admin:
         if tenant not in (None, identity.tenant_id):
-            raise PermissionDeniedError("The usage of other tenants needs an admin key.")
+            raise PermissionDeniedError("The usage of other tenants requires an admin key.")
         tenant = identity.tenant_id
     report = await _read_usage(ledger, _window(query), groups, tenant)
     if _one(query, "format") == "csv":
@@ -62,10 +63,11 @@ async def answer_usage(ledger: Ledger | None, identity: Identity, query: Query) 
 
 
 async def answer_openai_usage(ledger: Ledger | None, query: Query) -> dict[str, Any]:
-    """`GET /v1/organization/usage/completions`, in OpenAI's shape: daily buckets from `start_time`, seconds."""
+    """Answer `GET /v1/organization/usage/completions` in OpenAI's format: daily buckets from `start_time`, in
+    seconds."""
     start_s, end_s = _number(query, "start_time"), _number(query, "end_time")
     if start_s is None:
-        raise InvalidRequestError("start_time is missing: seconds since the epoch.", param="start_time")
+        raise InvalidRequestError("start_time is required: seconds since the epoch.", param="start_time")
     end_ns = time.time_ns() if end_s is None else end_s * NS_PER_S
     window = _bounded(whole_days(_ordered(start_s * NS_PER_S, end_ns)))
     names = [name for key in ("group_by", "group_by[]") for name in query.get(key, ())]
@@ -74,7 +76,7 @@ async def answer_openai_usage(ledger: Ledger | None, query: Query) -> dict[str, 
 
 
 async def answer_costs(ledger: Ledger | None, query: Query) -> dict[str, Any]:
-    """`GET /admin/costs`: what the stack itself cost, beside what it earned."""
+    """Answer `GET /admin/costs`: what the stack itself cost, and what it earned."""
     window = _window(query)
     try:
         async with _require_ledger(ledger).database.reading() as connection:
@@ -87,11 +89,11 @@ async def answer_costs(ledger: Ledger | None, query: Query) -> dict[str, Any]:
 def answer_quote(
     accounts: Accounts, identity: Identity, request: RoutedRequest, reading: ImageReading, max_model_len: int
 ) -> dict[str, Any]:
-    """`POST /v1/quote`: what a request would cost. Image tokens are exact; the router has no tokenizer, so text is
-    bracketed: a token per byte at most.
+    """Answer `POST /v1/quote`: what a request would cost. Image tokens are exact; the router has no tokenizer, so text
+    is bounded by a token per byte.
 
     Raises:
-        NoReplicaError: no replica of the model has said how long an answer may be.
+        NoReplicaError: no replica of the model has reported how long an answer may be.
     """
     if not max_model_len:
         raise NoReplicaError("No replica of this model is ready; try again shortly.")
@@ -128,7 +130,8 @@ def _unavailable() -> OverloadedError:
 
 
 def _window(query: Query) -> Window:
-    """A `month` like 2026-11, this one by default; or `since` and `until`, dates or times."""
+    """The window of a report: a `month` such as 2026-11, the current one by default; or `since` and `until`, dates or
+    times."""
     since, until = _one(query, "since"), _one(query, "until")
     if since is None:
         return _parse(lambda: month_window(_one(query, "month") or month_of(time.time_ns())), "month")
