@@ -1,4 +1,4 @@
-"""The router's ASGI app: routes, and the parts behind them put together."""
+"""The router's ASGI app: its routes, and the assembly of the parts behind them."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ logger = logging.getLogger(__name__)
 GENERATE = ("/v1/chat/completions", "/v1/completions")
 OPEN = ("/health", "/ready", "/openapi.json")
 _PROBES = ("/health", "/ready")
-"""Asked by whoever watches over the router, under whatever name."""
+"""Requested by monitoring systems, under any host name."""
 METHODS = dict.fromkeys((*GENERATE, QUOTE), "POST") | dict.fromkeys((*GET_ROUTES, *OPEN), "GET")
 """Every route but the OCR service's (`is_for_ocr`) and single models (`MODEL`)."""
 _PREFIX = "/v1/openai/"  # DeepInfra's
 
 
 class RouterApp:
-    """The app. Requests come through `__call__`; whoever runs it calls `refresh`, `tick`, `report` and `absorb`."""
+    """The app. Requests come through `__call__`; its owner calls `refresh`, `tick`, `report` and `absorb`."""
 
     def __init__(
         self,
@@ -69,10 +69,10 @@ class RouterApp:
         """Put the parts together.
 
         Args:
-            settings: the whole of them.
-            read_snapshot: gives the replica list as it is now; whoever follows the directory keeps it.
-            has_ledger: whether rows go into the ledger that the settings name.
-            journal: gets the rows of requests instead.
+            settings: all settings.
+            read_snapshot: returns the current replica list.
+            has_ledger: whether rows go into the ledger named in the settings.
+            journal: receives the rows of requests instead.
 
         Raises:
             SettingsError: the keys file cannot be used.
@@ -80,9 +80,10 @@ class RouterApp:
         self.settings = settings
         self.router_id = uuid.uuid4().hex[:12]
         self.metrics_url = ""
-        """Where this router's metrics are, if anywhere: told to the others, and by them to Prometheus."""
+        """Where this router's metrics are served, if anywhere: reported to the other routers, which list it for
+        Prometheus."""
         self.url = ""
-        """Where it answers, if that is known: told to OCR services."""
+        """Where it answers, if known: reported to OCR services."""
         self._others: tuple[RouterReport, ...] = ()
         self._read_snapshot = read_snapshot
         key = settings.engine.api_key
@@ -137,22 +138,24 @@ class RouterApp:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request is waiting, under way, or still to be accounted for, and no document is relayed."""
+        """Whether no request is queued, in flight or still to be settled, and no document is relayed."""
         return self.dispatcher.is_idle and self.accounts.num_settling == 0 and self._documents.num_open == 0
 
     def refresh(self) -> None:
-        """The replica list has changed, or the whole stack is going down."""
+        """The replica list has changed, or the whole stack is shutting down."""
         self.access.is_stopping = self._read_snapshot().is_stopping
         self.dispatcher.refresh()
 
     def tick(self) -> None:
-        """Called about twice a second: keys that have changed, waits that have lasted too long."""
-        asyncio.get_running_loop().run_in_executor(None, self._keys.reload_if_changed)  # thousands of keys take a while
+        """Called about twice a second, for keys that have changed and requests that have been queued too long."""
+        asyncio.get_running_loop().run_in_executor(
+            None, self._keys.reload_if_changed
+        )  # thousands of keys take a while to read
         self.dispatcher.tick()
         self.accounts.see_replicas(self._read_snapshot())
 
     def report(self) -> RouterReport:
-        """What the other routers should know of this one."""
+        """What the other routers need to know about this one."""
         return RouterReport(
             router_id=self.router_id,
             queued_work=tuple(self.dispatcher.queued_work().items()),
@@ -163,25 +166,26 @@ class RouterApp:
         )
 
     def list_targets(self) -> list[Group]:
-        """What Prometheus is to scrape: engines and routers, as far as this one knows."""
+        """Prometheus's scrape targets: engines, routers and OCR services, as far as this router knows."""
         return list_targets(self._read_snapshot(), (self.report(), *self._others), self._documents.services)
 
     def render_metrics(self) -> bytes:
-        """Prometheus' text format. Served on a port of each router's own: the public one is shared."""
+        """The metrics in Prometheus's text format. Each router serves them on a port of its own: the public one is
+        shared."""
         return self._metrics.render()
 
     def absorb(self, reports: tuple[RouterReport, ...]) -> None:
-        """What the others reported."""
+        """Take in the other routers' reports."""
         self._others = reports
         self.dispatcher.absorb(reports)
         self.access.limits.absorb(reports)
 
     def follow_services(self, services: tuple[ServiceRecord, ...]) -> None:
-        """The OCR services that there are now."""
+        """These are the OCR services from now on."""
         self._documents.update(services)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One HTTP request; whatever goes wrong ends as an answer in OpenAI's shape."""
+        """Answer an HTTP request. Every failure becomes an answer in OpenAI's shape."""
         if scope["type"] != "http":
             return
         request_id, headers, refusal = _read_head(scope)
@@ -212,9 +216,9 @@ class RouterApp:
             await self.access.check_source(incoming)
         allowed = "GET" if path.startswith(MODEL) else METHODS.get(path)
         if allowed is None:
-            raise RouteNotFoundError(f"There is no {method} {incoming.scope['path'][:200]} here.")
+            raise RouteNotFoundError(f"No route matches {method} {incoming.scope['path'][:200]}.")
         if method != allowed and not (allowed == "GET" and method == "HEAD"):
-            raise MethodNotAllowedError(f"{path} answers {allowed} only.", allowed)
+            raise MethodNotAllowedError(f"{path} supports {allowed} only.", allowed)
         await self.access.check_open(incoming)
         if path in GENERATE:
             await self._generation.serve(incoming)
@@ -230,7 +234,7 @@ class RouterApp:
             await self._lookups.answer(incoming)
 
     async def _relay_documents(self, incoming: Incoming) -> None:
-        """The page and its files are for everybody; a document is not even read without a key."""
+        """Relay to an OCR service. The playground's files are public; a document is not even read without a key."""
         self._documents.check_enabled()
         scope = {**incoming.scope, "path": incoming.path or "/"}
         charge = find_charge(scope["method"], incoming.path)
@@ -259,13 +263,13 @@ class RouterApp:
 def _build_traces(settings: Settings, router_id: str) -> Traces | None:
     if settings.telemetry.otlp_endpoint is None:
         return None
-    from serving.telemetry.traces import Traces  # with the whole SDK, which most stacks do without
+    from serving.telemetry.traces import Traces  # imports the whole SDK, which most stacks do not need
 
     return Traces(settings.telemetry, router_id)
 
 
 def _read_head(scope: Scope) -> tuple[str, Mapping[bytes, bytes], ServingError | None]:
-    """The request's id, its headers, and what is wrong with them."""
+    """The request's id, its headers, and the error in them, if any."""
     try:
         headers = read_headers(scope)
     except InvalidRequestError as error:

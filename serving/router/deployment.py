@@ -1,4 +1,4 @@
-"""The router as a Ray Serve deployment: the app on a port of its own, and tasks that keep it informed."""
+"""The router as a Ray Serve deployment: the app on a port of its own, and tasks that keep it up to date."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ _TICK_S = 0.5
 _MANY = 100_000
 _HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
 _CONNECTIONS = "RAY_SERVE_HAPROXY_MAXCONN"
-_SERVES_CONNECTIONS = 4096  # when it is not told
+_SERVES_CONNECTIONS = 4096  # HAProxy's default in Serve
 _SPARE_FILES = 100
 
 
 class RouterReplica:
-    """The class behind the deployment. Several on one machine share the port; the kernel spreads connections."""
+    """The class behind the deployment. Replicas on one machine share the port; the kernel distributes connections."""
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
         self, settings: Settings, directory: ActorHandle
@@ -68,7 +68,7 @@ class RouterReplica:
         self._app.url = _reachable_url(settings.router.host, settings.router.port)
         file = settings.telemetry.targets_file
         self._targets_file = TargetsFile(file) if file is not None else None
-        with contextlib.suppress(ray.exceptions.RayError):  # what replicas there are, before the first client asks
+        with contextlib.suppress(ray.exceptions.RayError):  # learn the replicas before the first request
             await self._follow(timeout_s=0.0)
             await self._report()
         if self._server is not None:
@@ -89,10 +89,10 @@ class RouterReplica:
         )
 
     async def check_health(self) -> None:
-        """Called by Ray Serve, which replaces a router that raises.
+        """Called by Ray Serve, which replaces a router whose check raises.
 
         Raises:
-            RuntimeError: nothing listens any more, or the app is no longer kept informed.
+            RuntimeError: the HTTP server or one of the tasks has ended.
         """
         if not (self._metrics.is_serving and (self._server is None or self._server.is_serving)):
             raise RuntimeError("the router's HTTP server has ended")
@@ -101,7 +101,8 @@ class RouterReplica:
             raise RuntimeError(f"the router is no longer kept informed: {ended}")
 
     async def __del__(self) -> None:
-        """Called by Ray Serve before it ends the replica: clients go elsewhere, what runs is finished."""
+        """Called by Ray Serve before it ends the replica: clients are sent elsewhere, requests in flight are
+        finished."""
         await self._drainable.drain(self._drain_s)
         if self._server is not None:
             await self._server.stop()
@@ -110,11 +111,12 @@ class RouterReplica:
             task.cancel()
         await self._app.close()
         with contextlib.suppress(ray.exceptions.RayError):
-            await self._report()  # no more work here, and the tenants' last totals
+            await self._report()  # reports that there is no more work here, and the tenants' last totals
             await self._directory.leave.remote(self._reader)
 
     async def _follow(self, timeout_s: float = _WATCH_S) -> None:
-        """Wait for the next change of the replica list. While the directory is away the last list stays in force."""
+        """Wait for the next change of the replica list. While the directory is unavailable the last list stays in
+        force."""
         snapshot = await self._directory.watch.remote(self._snapshot.version, timeout_s, self._reader)
         if snapshot.version != self._snapshot.version:
             self._snapshot = snapshot
@@ -140,7 +142,7 @@ def _reachable_url(host: str, port: int) -> str:
 
 
 async def _repeat(step: Callable[[], Awaitable[None]], pause_s: float) -> None:
-    """Do it over and over; a directory that cannot be reached is tried again."""
+    """Repeat a step forever, also while the directory cannot be reached."""
     while True:
         try:
             await step()
@@ -152,18 +154,18 @@ async def _repeat(step: Callable[[], Awaitable[None]], pause_s: float) -> None:
 
 @serve.ingress()
 class ServedRouterReplica(RouterReplica):
-    """The same on a port that Ray Serve gives each replica, behind the HAProxy that Serve runs on every node."""
+    """The same on a port assigned by Ray Serve, behind the HAProxy that Serve runs on every node."""
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._drainable
 
 
 def check_open_files(max_connections: int, max_files: int) -> None:
-    """Whether Ray Serve's HAProxy, which runs beside every router, can start: it opens a file for each end of a
-    connection, and pipes for one in four. It ends at once where it may not, and says so in its own log only.
+    """Check that Ray Serve's HAProxy, which runs beside every router, can start: it opens a file for each end of a
+    connection, and pipes for one in four. If it may not, it exits at once and reports the reason in its own log only.
 
     Raises:
-        SettingsError: it cannot.
+        SettingsError: too few open files are allowed.
     """
     needed = 5 * max_connections // 2 + _SPARE_FILES
     if resource.RLIM_INFINITY != max_files < needed:
@@ -174,10 +176,10 @@ def check_open_files(max_connections: int, max_files: int) -> None:
 
 
 def build_router_app(settings: Settings, directory: ActorHandle) -> Application:
-    """The Serve application of the routers. Deploying it again replaces routers only when they would do otherwise.
+    """The routers' Serve application. Deploying it again replaces routers only if their settings differ.
 
     Raises:
-        SettingsError: routers would be behind Ray Serve's HAProxy, and Ray was started without it.
+        SettingsError: the settings put routers behind Ray Serve's HAProxy, but Ray was started without it.
     """
     router = settings.router
     if router.behind_serve and os.environ.get(_HAPROXY) != "1":
@@ -189,10 +191,11 @@ def build_router_app(settings: Settings, directory: ActorHandle) -> Application:
         num_replicas=num_replicas,
         max_ongoing_requests=_MANY,
         health_check_period_s=2.0,
-        graceful_shutdown_timeout_s=2 * settings.engine.drain_s + 30,  # what runs, and what came meanwhile
+        graceful_shutdown_timeout_s=2 * settings.engine.drain_s
+        + 30,  # for requests in flight and those that arrive meanwhile
         graceful_shutdown_wait_loop_s=0.1,
-        # The port is shared, so a new router listens beside the one whose place it takes. Where there is no room for
-        # one more, the old ones stay: better than none.
+        # The port is shared, so a new router listens beside the one that it replaces. Without room for one more the old
+        # ones stay, which is better than none.
         max_surge_percent=max(1, 100 // num_replicas),
         ray_actor_options={"num_cpus": router.cpus_per_replica, "resources": dict(router.resources_per_replica)},
     )
