@@ -1,1 +1,1 @@
-"""What requests cost. Integers only: a float appears in the answer's JSON and nowhere else."""
+"""Prices, the ledger, budgets and reports. Integers only: floats appear in the answers' JSON and nowhere else."""

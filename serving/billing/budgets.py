@@ -1,12 +1,12 @@
 """Monthly budgets: what a tenant may spend in a calendar month, UTC. Pure.
 
-Every request reserves the most that it can cost before it runs, and settles what it did cost when it has ended. It is
-let in only if that fits beside what is spent and what others have reserved, so what a tenant spends through one router
-never exceeds its budget, however many requests run at once.
+Before it runs, every request reserves the most that it can cost; when it has ended, it settles its actual cost. It is
+admitted only if the reservation fits into what is neither spent nor reserved, so a tenant's spending through one router
+never exceeds its budget, however many requests run concurrently.
 
-What other routers have spent comes by `refresh`, every few seconds; what they have reserved does not. So with several
-routers a tenant may exceed its budget by what it spends through the others between two refreshes, and by what they
-have in flight when its budget ends.
+`refresh` brings what was spent through other routers every few seconds, but not what they have reserved. So with
+several routers a tenant may exceed its budget by what it spends through the others between two refreshes, and by what
+they have in flight when the budget is used up.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from serving.billing.periods import month_of
 from serving.billing.prices import format_dollars
 from serving.errors import QuotaExceededError, RateLimitError
 
-_RETRY_S = 1.0  # nobody knows when a running request will end
+_RETRY_S = 1.0  # it is unknown when a running request will end
 
 
 class BudgetState(StrEnum):
@@ -31,7 +31,7 @@ class BudgetState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class BudgetStatus:
-    """How a tenant stands in one month; amounts in nanodollars."""
+    """A tenant's budget in one month; amounts in nanodollars."""
 
     month: str
     limit_nanodollars: int | None
@@ -42,20 +42,20 @@ class BudgetStatus:
 
     @property
     def used_percent(self) -> int:
-        """Of the limit, spent, rounded down; 0 without a limit, 100 of a limit of nothing."""
+        """Spent part of the limit, rounded down; 0 without a limit, 100 if the limit is 0."""
         if self.limit_nanodollars is None:
             return 0
         return 100 * self.spent_nanodollars // self.limit_nanodollars if self.limit_nanodollars else 100
 
     @property
     def left_nanodollars(self) -> int | None:
-        """Of the limit, not spent; None without a limit."""
+        """Unspent part of the limit; None without a limit."""
         return None if self.limit_nanodollars is None else max(0, self.limit_nanodollars - self.spent_nanodollars)
 
 
 @dataclass(slots=True)
 class Reservation:
-    """Held by a request while it runs. `Budgets.settle` takes it once."""
+    """Held by a request while it runs. `Budgets.settle` settles it once."""
 
     tenant_id: str
     month: str
@@ -71,7 +71,7 @@ class Budgets:
     _own: Counter[tuple[str, str]] = field(default_factory=Counter)
     _others: dict[tuple[str, str], int] = field(default_factory=dict)
     _reserved: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """All by month and tenant."""
+    """All three by month and tenant."""
 
     def reserve(
         self,
@@ -82,45 +82,45 @@ class Budgets:
         now_ns: int,
         param: str | None = None,
     ) -> Reservation:
-        """Let in a request that costs so much at most; it counts to the month of `now_ns`, its arrival.
+        """Reserve the most that a request can cost; it belongs to the month of its arrival, `now_ns`.
 
         Args:
             tenant_id: whose budget it is.
             limit_nanodollars: the budget; None is no limit.
-            most_nanodollars: what the request can cost.
-            now_ns: when it came.
-            param: the field of the request that makes it so dear, for the refusal.
+            most_nanodollars: the most that the request can cost.
+            now_ns: when it arrived.
+            param: the field of the request that makes it so expensive, for the refusal.
 
         Raises:
-            QuotaExceededError: the month's budget is spent, or what is left of it does not pay for this request.
-            RateLimitError: it would, but for what running requests have reserved; worth another try when they end.
+            QuotaExceededError: the month's budget is spent, or the rest of it does not pay for this request.
+            RateLimitError: it would if running requests had not reserved it; worth a retry when they have ended.
         """
         status = self.status(tenant_id, limit_nanodollars=limit_nanodollars, now_ns=now_ns)
         left = status.left_nanodollars
         if left is not None and limit_nanodollars is not None:
             if left <= 0:
                 raise QuotaExceededError(
-                    f"The budget of ${_show(limit_nanodollars)} for {status.month} is spent; requests are served again "
-                    "next month, or when the operator raises it."
+                    f"The budget of ${_format(limit_nanodollars)} for {status.month} is spent; requests are served "
+                    "again next month, or when the operator raises it."
                 )
             if most_nanodollars > left:
-                remedy = f"ask for a smaller {param}" if param is not None else "shorten the prompt"
+                remedy = f"request a smaller {param}" if param is not None else "shorten the prompt"
                 raise QuotaExceededError(
-                    f"This request can cost ${_show(most_nanodollars)}, and ${_show(left)} of the budget for "
-                    f"{status.month} are left; {remedy}, or have the operator raise the budget.",
+                    f"This request can cost ${_format(most_nanodollars)}, but only ${_format(left)} of the budget for "
+                    f"{status.month} is left; {remedy}, or have the operator raise the budget.",
                     param=param,
                 )
             if most_nanodollars > left - status.reserved_nanodollars:
                 raise RateLimitError(
-                    f"Requests that are running may need the ${_show(left)} that are left of the budget for "
-                    f"{status.month}; try again when they have ended.",
+                    f"Running requests may need the ${_format(left)} that is left of the budget for {status.month}; "
+                    "try again when they have ended.",
                     _RETRY_S,
                 )
         self._reserved[status.month, tenant_id] += most_nanodollars
         return Reservation(tenant_id, status.month, most_nanodollars)
 
     def settle(self, reservation: Reservation, cost_nanodollars: int) -> None:
-        """A request has ended and cost so much, perhaps nothing. A second time changes nothing."""
+        """A request has ended, and its actual cost replaces the reservation. Settling it again changes nothing."""
         if reservation.is_settled:
             return
         reservation.is_settled = True
@@ -131,22 +131,22 @@ class Budgets:
         self._own[key] += cost_nanodollars
 
     def refresh(self, month: str, others: Mapping[str, int]) -> None:
-        """What tenants have spent in a month by way of other routers: `Ledger.read_month`.
+        """Take in what tenants have spent in a month through other routers, as `Ledger.read_month` returns it.
 
-        Routers' sums only grow, so that an answer that comes late is told by being smaller.
+        Routers' sums only grow, so an outdated answer is recognised by being smaller.
         """
         for tenant_id, nanodollars in others.items():
             key = month, tenant_id
             self._others[key] = max(nanodollars, self._others.get(key, 0))
 
     def forget_before(self, month: str) -> None:
-        """Drop what is known of earlier months, but for what is in flight in them."""
+        """Drop what is known about earlier months, except reservations in flight."""
         for amounts in (self._own, self._others):
             for key in [key for key in amounts if key[0] < month]:
                 del amounts[key]
 
     def status(self, tenant_id: str, *, limit_nanodollars: int | None, now_ns: int) -> BudgetStatus:
-        """How a tenant stands in the month of `now_ns`."""
+        """A tenant's budget in the month of `now_ns`."""
         month = month_of(now_ns)
         key = month, tenant_id
         spent = self._own[key] + self._others.get(key, 0)
@@ -158,5 +158,5 @@ class Budgets:
         return BudgetStatus(month, limit_nanodollars, spent, reserved, state)
 
 
-def _show(nanodollars: int) -> str:
+def _format(nanodollars: int) -> str:
     return format_dollars(nanodollars).rstrip("0").rstrip(".")

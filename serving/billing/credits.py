@@ -1,13 +1,13 @@
-"""What a page was charged before it has to be read again, taken off the new charge: so it is paid for once.
+"""Deducts what a page was charged before from what it is charged when it has to be read again, so it is paid for once.
 
-An OCR service may die with a page's answer in its hands. The ledger has that request and the page's job does not, so
-the page is asked for anew by whoever takes the job over. That service looks up in the ledger what earlier requests for
-the page were charged, and says so in a header that it signs; the router takes as much off as the new request comes to.
-The secret is shared by the OCR services and the routers of one stack, and known to no client.
+An OCR service may die before it has stored a page's answer. The ledger then has that request and the page's job does
+not, so the service that takes over the job requests the page again. It looks up in the ledger what earlier requests for
+the page were charged, and sends the amount in a header that it signs; the router deducts it, down to 0. The secret is
+shared by the OCR services and routers of a stack, and known to no client.
 
-The header also says that a request is a service's at all, with an amount of 0 when there is nothing to take off. Such
-requests stand in the ledger under ids that begin with `SERVICE_MARK`, which no client's id can: else a tenant could
-have its own chats taken for a page's earlier tries, and have what they cost given back.
+The header also identifies a request as a service's; its amount is 0 if there is nothing to deduct. In the ledger such
+requests have ids that begin with `SERVICE_MARK`, which no client's id can. Otherwise a tenant could pass off its own
+chats as earlier tries of a page, and have their cost refunded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pydantic import SecretStr
 
 CREDIT_HEADER = "x-serving-credit"
 SERVICE_MARK = "~"
-"""Stands in no `x-request-id` that is taken from a client (`serving.http.bodies.read_request_id`)."""
+"""Never part of an `x-request-id` accepted from a client (`serving.http.bodies.read_request_id`)."""
 _CONTEXT = b"serving.billing.credits"
 _VALUE = re.compile(r"([0-9]{1,18})\.([0-9a-f]{64})")
 
@@ -33,17 +33,17 @@ SignCredit = Callable[[str, int], str]
 
 
 class CreditSigner:
-    """Signs and reads the header. Pure."""
+    """Signs and verifies the header. Pure."""
 
     def __init__(self, secret: bytes) -> None:
         self._key = hashlib.sha256(_CONTEXT + secret).digest()
 
     def sign(self, request_id: str, nanodollars: int) -> str:
-        """The header's value, good for one request id (`x-request-id`) and one amount."""
+        """The header's value, valid for one request id (`x-request-id`) and one amount."""
         return f"{nanodollars}.{self._digest(request_id, nanodollars)}"
 
     def read(self, request_id: str, text: str) -> int | None:
-        """The amount in nanodollars; None for whatever was not signed for this request with this secret."""
+        """The amount in nanodollars; None for anything not signed for this request with this secret."""
         found = _VALUE.fullmatch(text)
         if found is None:
             return None
@@ -55,7 +55,7 @@ class CreditSigner:
 
 
 class CreditReader:
-    """Reads the header in a router, which may have started before the service that makes the secret's file."""
+    """Verifies the header in a router, which may have started before the service that creates the secret's file."""
 
     def __init__(self, secret: SecretStr | None, file: Path) -> None:
         self._secret = secret
@@ -63,18 +63,18 @@ class CreditReader:
         self._signer: CreditSigner | None = None
 
     def read(self, request_id: str, text: str) -> int | None:
-        """The amount in nanodollars; None when no service of the stack's has signed it."""
+        """The amount in nanodollars; None if no service of this stack has signed it."""
         found = self._signer.read(request_id, text) if self._signer is not None else None
         if found is not None:
             return found
-        self._signer = find_signer(self._secret, self._file)  # the file may be new, or another one
+        self._signer = find_signer(self._secret, self._file)  # the file may be new or have changed
         return self._signer.read(request_id, text) if self._signer is not None else None
 
 
 def find_signer(secret: SecretStr | None, file: Path) -> CreditSigner | None:
     """The signer of the settings' secret, or of the one that an OCR service on this machine keeps in a file.
 
-    None where there is neither: then nothing is taken off.
+    None if there is neither; then nothing is deducted.
     """
     if secret is not None:
         return CreditSigner(secret.get_secret_value().encode())

@@ -1,7 +1,7 @@
-"""The ledger's database: SQLite or PostgreSQL, its migrations, and records going in, each once.
+"""The ledger's database: SQLite or PostgreSQL, its migrations, and the insertion of records, each exactly once.
 
-A batch is one transaction. Rows go in by statements of 1, 2, 4 ... rows, made once each: with a statement per row, or
-one compiled anew for every size, Python would cost several times what the database does.
+A batch is one transaction. Rows are inserted by statements of 1, 2, 4 ... rows, built once each: with a statement per
+row, or one compiled for every size, Python would cost several times as much as the database.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _MIGRATIONS = Path(__file__).with_name("migrations")
 _MIGRATION_KEY = 0x5E_4B_17  # of PostgreSQL's advisory lock
 _MAX_ROWS = 512  # PostgreSQL takes 32,767 parameters at most, a row has 30
 _MONTH_KEY = ("month", "tenant_id", "router_id")
-_DATA_FAULTS = ("22", "23")  # SQLSTATE classes: the data's own fault, which no later try mends
+_DATA_FAULTS = ("22", "23")  # SQLSTATE classes of errors in the data, which no retry mends
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaLife:
-    """How long an engine replica has been there, as far as was seen."""
+    """The observed lifetime of an engine replica."""
 
     replica_id: str
     model: str
@@ -51,7 +51,7 @@ class ReplicaLife:
 
 
 class Database:
-    """Connections to the ledger. `open` makes no connection; every other method may fail as the database does."""
+    """Connections to the ledger's database, opened on demand. Methods raise what the database driver raises."""
 
     def __init__(self, settings: BillingSettings) -> None:
         self.url = build_url(settings)
@@ -64,7 +64,7 @@ class Database:
         await self.engine.dispose()
 
     async def migrate(self) -> None:
-        """Bring the schema to this version; several processes may try at once."""
+        """Migrate the schema to this version; several processes may do so concurrently."""
         if self.is_sqlite and self.url.database:
             Path(self.url.database).parent.mkdir(parents=True, exist_ok=True)
         async with self._alone() as connection:
@@ -72,7 +72,7 @@ class Database:
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncConnection]:
-        """A connection whose queries see one state of the ledger."""
+        """A connection whose queries see one snapshot of the ledger."""
         async with self.engine.connect() as connection:
             if not self.is_sqlite:
                 await connection.execution_options(isolation_level="REPEATABLE READ")
@@ -80,7 +80,7 @@ class Database:
                 yield connection
 
     async def insert(self, records: Sequence[RequestRecord]) -> int:
-        """Put in those that are not there yet, all or none; returns how many they were."""
+        """Insert the records that are new, all or none of them; returns their number."""
         by_id = {record.request_id: record for record in records}
         rows = [row_of(record) for record in by_id.values()]
         new: list[str] = []
@@ -93,7 +93,7 @@ class Database:
         return len(new)
 
     async def insert_prices(self, prices: Iterable[PriceRow]) -> None:
-        """Remember prices; those that are known stay as they are."""
+        """Insert prices; known ones are left unchanged."""
         rows = [
             {
                 "model": row.model,
@@ -112,7 +112,7 @@ class Database:
                 await connection.execute(self._insert(PRICES).on_conflict_do_nothing(), rows)
 
     async def see_replicas(self, lives: Iterable[ReplicaLife]) -> None:
-        """Lengthen what is known of replicas' lives; routers may tell the same in any order."""
+        """Extend the known lifetimes of replicas; routers may report them in any order."""
         rows = [
             {
                 "replica_id": life.replica_id,
@@ -137,7 +137,7 @@ class Database:
             await connection.execute(upsert, rows)
 
     async def _insert_what_follows(self, connection: AsyncConnection, records: Sequence[RequestRecord]) -> None:
-        """The sums and tries of records that were new."""
+        """Insert the lost tries of new records, and add to the monthly sums."""
         tries = [
             {
                 "request_id": record.request_id,
@@ -158,7 +158,7 @@ class Database:
             key = month_of(record.arrived_ns), record.tenant_id, record.router_id
             counts[key] += 1
             costs[key] += record.cost_nanodollars
-        # In order, so that two writers never wait for each other in a ring.
+        # In order, so that two writers never deadlock.
         sums = [
             {**dict(zip(_MONTH_KEY, key, strict=True)), "num_requests": counts[key], "cost_nanodollars": costs[key]}
             for key in sorted(counts)
@@ -167,7 +167,7 @@ class Database:
             await connection.execute(self._add_to_months, sums)
 
     def _build_sum(self) -> sqlite.Insert | postgresql.Insert:
-        """Adds to the sums of a month. Made once: to put it together costs as much as to carry it out."""
+        """The statement that adds to a month's sums. Built once: building it costs as much as executing it."""
         insert = self._insert(MONTHS)
         added = {
             "num_requests": MONTHS.c.num_requests + insert.excluded.num_requests,
@@ -191,7 +191,7 @@ class Database:
 
     @asynccontextmanager
     async def _alone(self) -> AsyncIterator[AsyncConnection]:
-        """A transaction that no other process migrates beside."""
+        """A transaction during which no other process migrates."""
         if not self.is_sqlite:
             async with self.engine.begin() as connection:
                 await connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_KEY})
@@ -207,7 +207,7 @@ class Database:
 
 
 def build_url(settings: BillingSettings) -> URL:
-    """The database's address with the driver that is used here."""
+    """The database's URL, with the driver that is used here."""
     if settings.database_url is None:
         return URL.create("sqlite+aiosqlite", database=str(settings.directory / "ledger.db"))
     url = make_url(settings.database_url.get_secret_value().replace("postgres://", "postgresql://", 1))
@@ -216,18 +216,18 @@ def build_url(settings: BillingSettings) -> URL:
 
 
 def is_data_fault(error: BaseException) -> bool:
-    """Whether it is a record that the database refuses, so that trying it again is of no use."""
+    """Whether the database refuses a record, so that retrying is useless."""
     if isinstance(error, (OverflowError, DataError, IntegrityError)):
         return True
     if not isinstance(error, DBAPIError) or error.connection_invalidated:
         return False
     state = str(getattr(error.orig, "sqlstate", None) or "")
-    # asyncpg refuses numbers that are too large before it sends them, with an error that is also a ValueError.
+    # asyncpg refuses numbers that are too large before sending them, with an error that is also a ValueError.
     return state[:2] in _DATA_FAULTS or isinstance(getattr(error.orig, "__cause__", None), ValueError)
 
 
 def _upgrade(connection: Connection) -> None:
-    # Alembic takes long to import, and only this needs it.
+    # Alembic takes long to import and is only needed here.
     from alembic import command
     from alembic.config import Config
 
@@ -239,12 +239,12 @@ def _upgrade(connection: Connection) -> None:
 
 
 def _set_up_sqlite(connection: Any, _record: object) -> None:
-    connection.isolation_level = None  # transactions are begun below: Python's own way leaves DDL outside of them
+    connection.isolation_level = None  # transactions are begun below: Python's default leaves DDL outside of them
     cursor = connection.cursor()
     cursor.execute("PRAGMA journal_mode = WAL")
-    # Committed must mean on the disk, since journals are deleted then.
+    # Committed data must be on disk, since journals are deleted afterwards.
     cursor.execute("PRAGMA synchronous = FULL")
-    # Deleted must mean gone: pages of a job's document leave no text in the file.
+    # Deleted data must be gone: pages of a job's document must leave no text in the file.
     cursor.execute("PRAGMA secure_delete = ON")
     cursor.close()
 
@@ -254,7 +254,7 @@ def _begin_sqlite(connection: Connection) -> None:
 
 
 def _blocks(rows: Sequence[tuple[object, ...]]) -> Iterable[Sequence[tuple[object, ...]]]:
-    """The rows in pieces whose sizes are powers of two, the largest first."""
+    """The rows in blocks whose sizes are powers of two, largest first."""
     begin = 0
     while begin < len(rows):
         size = min(_MAX_ROWS, 1 << (len(rows) - begin).bit_length() - 1)

@@ -1,4 +1,4 @@
-"""The engines' own counters: `GET <replica>/usage`, and files in which readings are kept."""
+"""The engines' own counters: read by `GET <replica>/usage`, and stored in files."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ _NAMES = ("started_ns", "prompt_tokens", "completion_tokens", "requests")
 
 
 class CountersError(Exception):
-    """Counters that cannot be had or understood; the message names the replica or the file."""
+    """Counters that cannot be read; the message names the replica or the file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Readings:
-    """All replicas' counters, read at about one time."""
+    """All replicas' counters, read at about the same time."""
 
     time_ns: int
-    """Before the first was read."""
+    """Taken before the first was read."""
     replicas: Mapping[str, CounterReading]
 
 
 def parse_reading(given: Any, source: str) -> CounterReading:
-    """From the JSON object of a replica.
+    """Read a replica's JSON object.
 
     Raises:
         CountersError: it is none.
     """
     numbers: list[Any] = [given.get(name) for name in _NAMES] if isinstance(given, dict) else []
     if len(numbers) != len(_NAMES) or any(type(number) is not int or number < 0 for number in numbers):
-        raise CountersError(f"{source} does not answer with the counts {', '.join(_NAMES)}")
+        raise CountersError(f"{source} does not return the counts {', '.join(_NAMES)}")
     started_ns, prompt_tokens, completion_tokens, requests = numbers
     return CounterReading(started_ns, Totals(prompt_tokens, completion_tokens, requests))
 
@@ -46,7 +46,7 @@ def parse_reading(given: Any, source: str) -> CounterReading:
 async def fetch_readings(
     base_urls: Mapping[str, str], *, time_ns: int, api_key: str | None = None, timeout_s: float = 10.0
 ) -> Readings:
-    """Ask every replica, by id.
+    """Fetch the counters of every replica, by id.
 
     Raises:
         CountersError: one cannot be asked.
@@ -66,15 +66,15 @@ async def _fetch(session: aiohttp.ClientSession, replica_id: str, base_url: str)
             if answer.status != 200:
                 raise CountersError(f"{replica_id} ({url}) answers {answer.status}")
     except (aiohttp.ClientError, TimeoutError) as error:
-        raise CountersError(f"{replica_id} ({url}) cannot be asked: {error!r}") from error
+        raise CountersError(f"{replica_id} ({url}) cannot be reached: {error!r}") from error
     try:
         return parse_reading(orjson.loads(text), f"{replica_id} ({url})")
     except orjson.JSONDecodeError as error:
-        raise CountersError(f"{replica_id} ({url}) does not answer in JSON") from error
+        raise CountersError(f"{replica_id} ({url}) does not answer with JSON") from error
 
 
 def load_readings(file: Path) -> Readings:
-    """Readings as `save_readings` wrote them.
+    """Load what `save_readings` has written.
 
     Raises:
         CountersError: the file holds none.
@@ -90,7 +90,7 @@ def load_readings(file: Path) -> Readings:
 
 
 def save_readings(file: Path, readings: Readings) -> None:
-    """For a later comparison to begin at."""
+    """Save readings, as the baseline of a later comparison."""
     replicas = {
         name: {"started_ns": reading.started_ns, **asdict(reading.totals)}
         for name, reading in readings.replicas.items()

@@ -1,10 +1,10 @@
-"""How records lie in a journal: frames that say their length and their checksum, one after another. Pure.
+"""The format of journals: records in consecutive frames with length and checksum. Pure.
 
     magic (4 bytes)  length of the payload (4)  CRC-32 of the payload (4)  payload: the record in MessagePack, by names
 
-A writer that dies leaves at most one frame torn at the end. The magic lets a reader find the next whole frame after
-bytes that a disk has lost, so that damage costs the records it hit and no others. Fields that a version of the stack
-does not know are passed over, those that it misses take their defaults.
+A writer that dies leaves at most one torn frame, at the end. The magic lets a reader find the next whole frame after
+bytes that a disk has lost, so that damage affects no other records. Fields unknown to a version of the stack are
+ignored, missing ones take their defaults.
 """
 
 from __future__ import annotations
@@ -27,22 +27,23 @@ _decode = msgspec.msgpack.Decoder(RequestRecord).decode
 
 @dataclass(slots=True)
 class Frames:
-    """What was found in a piece of a journal."""
+    """The result of decoding a piece of a journal."""
 
     records: list[RequestRecord] = field(default_factory=list)
     size_bytes: int = 0
-    """How far the piece is used up; what follows is the begin of a frame."""
+    """How much of the piece was decoded; what follows is the beginning of a frame."""
     damaged_bytes: int = 0
-    """Passed over on the way, since they were no frames."""
+    """Skipped, since they were not frames."""
     torn_bytes: int = 0
-    """At the very end: the begin of a frame that its writer did not live to finish."""
+    """At the very end: the beginning of a frame that its writer did not live to finish."""
 
 
 def encode_frame(record: RequestRecord) -> bytes:
-    """One record as it is written.
+    """Encode a record as a frame.
 
     Raises:
-        ValueError: it cannot be written: text that is no UTF-8, a number of more than 64 bits, or too long.
+        ValueError: it cannot be written: text that is not valid UTF-8, a number of more than 64 bits, or too large a
+            record.
     """
     try:
         payload = _encode(record)
@@ -54,7 +55,8 @@ def encode_frame(record: RequestRecord) -> bytes:
 
 
 def clean_record(record: RequestRecord) -> RequestRecord:
-    """The same with what no journal or database takes replaced: zero bytes, half characters, numbers beyond 64 bits."""
+    """The record with everything replaced that no journal or database accepts: zero bytes, lone surrogates, numbers
+    beyond 64 bits."""
     cleaned: RequestRecord = msgspec.convert(_clean(msgspec.to_builtins(record)), RequestRecord)
     return cleaned
 
@@ -70,10 +72,10 @@ def _clean(value: Any) -> Any:
 
 
 def decode_frames(piece: bytes, *, limit: int, is_end: bool) -> Frames:
-    """Take at most `limit` records from the begin of a piece.
+    """Decode at most `limit` records from the beginning of a piece.
 
-    `is_end` says that nothing will follow: what does not make a whole frame is damage then. Otherwise it is left to be
-    read again together with what follows.
+    `is_end` means that nothing will follow, so an incomplete frame is damage. Otherwise it is left, to be read again
+    together with what follows.
     """
     found = Frames()
     view = memoryview(piece)
@@ -91,7 +93,7 @@ def decode_frames(piece: bytes, *, limit: int, is_end: bool) -> Frames:
                 found.size_bytes = len(piece)
                 break
             if following < 0:
-                # The last bytes may be the first ones of a magic.
+                # The last bytes may be the beginning of a magic.
                 following = len(piece) if is_end else max(found.size_bytes + 1, len(piece) - len(MAGIC) + 1)
             found.damaged_bytes += following - found.size_bytes
             found.size_bytes = following
@@ -99,7 +101,7 @@ def decode_frames(piece: bytes, *, limit: int, is_end: bool) -> Frames:
 
 
 def _read_frame(view: memoryview) -> tuple[RequestRecord | None, int]:
-    """The record and its size; None and 1 when more bytes could make it whole; None and 0 when nothing could."""
+    """The record and its size; None and 1 if more bytes could complete it; None and 0 if it is not a frame."""
     if len(view) < _HEAD.size:
         return None, int(MAGIC.startswith(bytes(view[: len(MAGIC)])))
     magic, length, checksum = _HEAD.unpack_from(view)
@@ -113,5 +115,5 @@ def _read_frame(view: memoryview) -> tuple[RequestRecord | None, int]:
         return None, 0
     try:
         return _decode(payload), end
-    except msgspec.MsgspecError:  # whole, but of a version whose records are others
+    except msgspec.MsgspecError:  # complete, but of a version with different records
         return None, 0

@@ -1,9 +1,9 @@
-"""The ledger of one router: records go to the spool at once and to the database in batches, each exactly once.
+"""The ledger of one router: records go to the spool immediately and to the database in batches, each exactly once.
 
-`record` is all that a request waits for: one encoding and one `write`. `check_room` comes before everything that costs
-something: a request that has begun is recorded. A task takes records from the spool to the
-database, in the order they came, whenever it is there; another makes the spool survive a loss of power. A database that
-is slow or away is seen in `depth`, `lag_s` and `is_alarming`, and nowhere else.
+A request only waits for `record`: one encoding and one `write`. `check_room` precedes everything that costs anything,
+so that every request that has begun can be recorded. One task moves records from the spool to the database, in order,
+whenever it is available; another makes the spool survive a loss of power. A slow or unavailable database shows in
+`depth`, `lag_s` and `is_alarming`, and nowhere else.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _ALARM_EVERY_S = 60.0
 _FLUSH_POLL_S = 0.01
 _SEE_REPLICAS_S = 10.0
 _LOOK_S = 10.0
-_REST_S = 1.0  # what a dead router has sent is with its replica by then
+_REST_S = 1.0  # by then a dead router's last requests have reached their replicas
 
 
 class Ledger:
-    """Use `start`, `record` and `close` from one event loop.
+    """Use it from a single event loop, between `start` and `close`.
 
-    `router_id` names this life of the router: it must differ from that of any other life and router.
+    `router_id` identifies this router process: no other process may have the same, not even a restarted router.
     """
 
     def __init__(
@@ -59,9 +59,9 @@ class Ledger:
         self.counts = LedgerCounts()
         self._writer = RowWriter(self.database, settings, self.counts)
         self.is_database_up = False
-        """Whether the last thing that was asked of the database succeeded."""
+        """Whether the last use of the database succeeded."""
         self.fetch_counts: FetchCounts | None = None
-        """Set as soon as it is known which replicas there are; what dead routers left open waits until then."""
+        """Set as soon as the replicas are known; requests that dead routers left open wait until then."""
         self._prices = prices
         self._clock = clock
         self._room = JournalRoom(settings)
@@ -82,40 +82,40 @@ class Ledger:
 
     @property
     def depth(self) -> int:
-        """Records of this router that are not in the database yet, without those of an earlier life."""
+        """Records of this router process that are not in the database yet."""
         return self._num_uncommitted
 
     @property
     def lag_s(self) -> float:
-        """How long the oldest of them has waited, in seconds; 0 when there are none."""
+        """How long the oldest of them has waited, in seconds; 0 if there are none."""
         return max(0.0, (time.time_ns() - self._marks[0][1]) / 1e9) if self._num_uncommitted and self._marks else 0.0
 
     @property
     def size_bytes(self) -> int:
-        """Size of the spool on disk that waits for the database."""
+        """Bytes in the spool on disk that wait for the database."""
         return self._spool.size_bytes if self._spool is not None else 0
 
     @property
     def is_alarming(self) -> bool:
-        """Whether so much waits, or so little can be written, that somebody must look."""
+        """Whether an operator has to intervene: too much is waiting, or the disk refuses writes."""
         return bool(self._memory) or self.size_bytes >= self.settings.spool.alarm_bytes
 
     @property
     def used_ratio(self) -> float:
-        """Part of the journals' room that is used; from 1 on `check_room` refuses everybody."""
+        """Used part of the journals' room; from 1 on `check_room` refuses all requests."""
         return self._room.used_ratio(self.size_bytes)
 
     def check_room(self, tenant_id: str, *, is_one_of_many: bool) -> None:
-        """Whether a request may begin, whose record must be written in the end.
+        """Check that a request may begin, since its record will have to be written.
 
         Raises:
-            RateLimitError: what waits for the database is the tenant's share of it.
-            OverloadedError: the journals are as large as they may be, or the disk takes no more.
+            RateLimitError: the tenant's waiting rows take up its whole share.
+            OverloadedError: the journals have reached their maximum size, or the disk refuses writes.
         """
         self._room.check(tenant_id, self.size_bytes, is_one_of_many=is_one_of_many)
 
     async def start(self) -> None:
-        """Take the spool and begin; the database need not be there.
+        """Open the spool and begin; the database need not be available.
 
         Raises:
             OSError: the spool's directory cannot be used.
@@ -125,7 +125,8 @@ class Ledger:
         self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._sync())]
 
     def open(self, request: OpenRequest) -> None:
-        """A request goes to a replica now; `record` will close it, or whoever adopts these books. Never fails."""
+        """A replica gets the request next; `record` will close it, or the router that adopts this spool. Never
+        fails."""
         assert self._spool is not None, "the ledger was not started"
         try:
             self._spool.open_requests.put(request)
@@ -134,9 +135,9 @@ class Ledger:
             logger.warning("%s would leave no trace if this router died now: %s", request.request_id, error)
 
     def record(self, record: RequestRecord) -> None:
-        """Take one request into the books. Never waits for the database, never fails; once per request.
+        """Record a request, once. Never waits for the database, never fails.
 
-        It survives the death of this process from the return on.
+        The record survives the death of this process as soon as this returns.
         """
         assert self._spool is not None, "the ledger was not started"
         self.counts.num_recorded += 1
@@ -154,7 +155,8 @@ class Ledger:
             self._wake.set()
 
     def see_replicas(self, lives: Iterable[ReplicaLife]) -> None:
-        """Tell which replicas are there now; written to the database now and then, for what the stack costs."""
+        """Note the replicas that exist now; written to the database from time to time, for reports of the stack's
+        costs."""
         rates = self.settings.replica_hour_dollars
         for life in lives:
             rate = int(rates[life.model].scaleb(9)) if life.model in rates else life.nanodollars_per_hour
@@ -163,12 +165,12 @@ class Ledger:
             self._replicas[life.replica_id] = replace(life, started_ns=started_ns, nanodollars_per_hour=rate)
 
     async def read_month(self, month: str) -> Mapping[str, int]:
-        """What tenants have spent in a month by way of other routers, in nanodollars: for `Budgets.refresh`."""
+        """What tenants have spent in a month through other routers, in nanodollars: for `Budgets.refresh`."""
         async with self.database.reading() as connection:
             return await sum_month_by_tenant(connection, month, except_router_id=self.router_id)
 
     async def flush(self, timeout_s: float) -> bool:
-        """Wait until everything recorded so far is in the database; says whether it is."""
+        """Wait until everything recorded so far is in the database; returns whether it is."""
         self._is_flushing = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
@@ -179,7 +181,7 @@ class Ledger:
         return self._is_prepared and not self._num_uncommitted
 
     async def close(self, timeout_s: float = 5.0) -> None:
-        """Bring what is left to the database if it can be had in time; the spool keeps it otherwise."""
+        """Write what is left to the database if that is possible in time; otherwise the spool keeps it."""
         if self._spool is None:
             await self.database.close()
             return
@@ -201,33 +203,33 @@ class Ledger:
         return self.settings.directory / "spool"
 
     def _spool_otherwise(self, record: RequestRecord, error: Exception) -> None:
-        """What the spool did not take: mended if it was the record's fault, else kept in memory."""
+        """Handle a record that the spool refused: clean it if it was at fault, otherwise keep it in memory."""
         assert self._spool is not None
         if isinstance(error, ValueError):
             with contextlib.suppress(OSError, ValueError):
                 self._spool.append(clean_record(record))
                 return
         else:
-            self._room.is_disk_failing = True  # so no more requests are begun, and memory holds those under way
+            self._room.is_disk_failing = True  # so no more requests are admitted, and memory holds those in flight
         self.counts.num_unspooled += 1
         self._memory.append(record)
 
     def _respool(self) -> None:
-        """Records go from memory to the disk as soon as it takes them."""
+        """Move records from memory to the disk as soon as it accepts writes again."""
         assert self._spool is not None
         for _ in range(len(self._memory)):
             try:
                 self._spool.append(self._memory[0])
             except OSError:
                 return
-            except ValueError:  # no journal will ever hold it, the database may
+            except ValueError:  # no journal will ever accept it, the database may
                 self._memory.rotate(-1)
             else:
                 self._memory.popleft()
         self._room.is_disk_failing = False
 
     async def _sync(self) -> None:
-        """Make the spool survive a loss of power, again and again."""
+        """Keep syncing the spool, so that it survives a loss of power."""
         while True:
             await asyncio.sleep(self.settings.spool.fsync_ms / 1000)
             try:
@@ -238,12 +240,12 @@ class Ledger:
                 logger.exception("the spool cannot be synced")
 
     async def _run(self) -> None:
-        """Bring records to the database as long as this process lives."""
+        """Keep moving records to the database."""
         pause_s, is_due = _FIRST_PAUSE_S, True
         while True:
             try:
                 await self._work(is_due)
-            except Exception as error:  # noqa: BLE001 - drivers have trees of their own, and none may end this task
+            except Exception as error:  # noqa: BLE001 - drivers have their own exception trees, and none may end this task
                 self.is_database_up = False
                 self.counts.num_failures += 1
                 logger.warning("the ledger's database fails, next try in %g s: %r", pause_s, error)
@@ -257,7 +259,7 @@ class Ledger:
             self._alarm()
 
     async def _look(self) -> None:
-        """See how much room there is: what the disk takes again, and what lies beside one's own journal."""
+        """Measure the room: whether the disk accepts writes again, and the size of the other journals."""
         if self._spool is None:
             return
         self._respool()
@@ -271,7 +273,7 @@ class Ledger:
             logger.warning("the journals cannot be counted: %s", error)
 
     async def _wait_for_a_batch(self) -> bool:
-        """Until there are enough records for one (False), or they have waited long enough (True)."""
+        """Wait until there are enough records for a batch (False), or they have waited long enough (True)."""
         self._wake.clear()
         try:
             async with asyncio.timeout(self.settings.flush_s):
@@ -307,19 +309,20 @@ class Ledger:
         self._is_prepared = True
 
     async def _drain_own(self, min_records: int) -> None:
-        """Bring one's own records to the database while there are so many: each batch costs a transaction."""
+        """Write this router's records to the database while there are at least so many: each batch costs a
+        transaction."""
         while self._spool is not None and self._num_uncommitted >= min_records:
             records = self._spool.read(self.settings.batch_rows)
-            if not records:  # what is left is in memory
+            if not records:  # the rest is in memory
                 return
             await self._writer.write(records)
             self._spool.commit()
             self._mark_done(records)
 
     async def _adopt(self) -> bool:
-        """Read spools of routers that have died to their end; False when some must wait.
+        """Write the spools of dead routers to the database; False if some must wait.
 
-        One's own records go first, between any two batches.
+        This router's own records take precedence, between any two batches.
         """
         left: list[Path] = []
         while (orphan := adopt_spool(self._root, self.settings.spool, left)) is not None:
@@ -336,9 +339,10 @@ class Ledger:
         return not left
 
     async def _close_requests(self, orphan: Spool) -> bool:
-        """Make records of what a dead router left open; False while it is not known which replicas there are.
+        """Make records of the requests that a dead router left open; False while the replicas are unknown.
 
-        One whose record was written before the router could say so is in the database by now, and stays as it is.
+        If a request's record was written before the router could close it, it is in the database by now and stays
+        unchanged.
         """
         if not orphan.open_requests.has_left_over:
             return True
@@ -357,7 +361,7 @@ class Ledger:
         self._room.remove(records)
         self._num_done += len(records)
         self._num_uncommitted -= len(records)
-        # The mark in force is the last one at or before the oldest record that is left.
+        # The mark that applies is the last one at or before the oldest remaining record.
         while len(self._marks) > 1 and self._marks[1][0] <= self._num_done + 1:
             self._marks.popleft()
         if not self._num_uncommitted:

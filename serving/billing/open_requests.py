@@ -1,10 +1,10 @@
-"""Requests that are with a replica right now, on the local disk: what a router that is killed leaves unfinished.
+"""Requests that replicas have right now, on the local disk: what a killed router leaves unfinished.
 
-A record is written when a request has ended, which a killed router does not live to see, though engines have worked for
-it. So every request has a place in this file from before it is sent to a replica until its record is in the journal.
-Whoever adopts the journal asks the replicas what came of those that are left, and writes their records. Places are
-used again: the file grows with what is in flight, not with what has been. What was written survives the death of the
-process, not the loss of power.
+A record is written when a request has ended, which a killed router does not live to see, although engines have worked
+for it. So every request has a place in this file from before it is sent to a replica until its record is in the
+journal. The router that adopts the journal asks the replicas about the remaining requests, and writes their records.
+Places are reused: the file grows with the requests in flight, not with their total. Its content survives the death of
+the process, but not a loss of power.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from serving.billing.records import LostTry, Outcome, RequestRecord, TokenCounts
 
 ERROR_CODE = "router_lost"
 _PLACE_BYTES = 2048
-_HEAD = struct.Struct("<II")  # length of the payload, 0 for an empty place, and its CRC-32
+_HEAD = struct.Struct("<II")  # the payload's length, 0 for an empty place, and its CRC-32
 _EMPTY = bytes(_HEAD.size)
 _LOST_STATUS = 502
 
 
 class OpenRequest(msgspec.Struct, array_like=True, frozen=True):
-    """What a record of a request that nobody finished is made from."""
+    """What the record of an unfinished request is made from."""
 
     request_id: str
     tenant_id: str
@@ -43,20 +43,21 @@ class OpenRequest(msgspec.Struct, array_like=True, frozen=True):
     is_stream: bool
     num_tries: int
     replica_ids: tuple[str, ...]
-    """Those that may have counted something for it; the last one has it now."""
+    """Replicas that may have counted something for it; the last one has it now."""
     promised: RequestRecord | None = None
-    """Its record, when a whole answer was about to leave and `replica_ids` had still to be asked for earlier tries."""
+    """Its record, if a whole answer was about to be sent while `replica_ids` had still to be asked about earlier
+    tries."""
 
 
 FetchCounts = Callable[[str, str], Awaitable[TokenCounts | None]]
-"""What a replica (by id) counted for a request id when it had ended; None when it cannot tell."""
+"""Fetches what a replica (by id) counted for a request id; None if it cannot say."""
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(OpenRequest).decode
 
 
 class OpenRequests:
-    """The file of one writer. The first request makes it; `read` is for who has adopted it."""
+    """The file of one writer, created with the first request. `read` is for the router that has adopted it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -65,17 +66,18 @@ class OpenRequests:
         self._free: list[int] = []
         self._num_places = 0
         self.has_left_over = path.exists() and bool(read_open_requests(path))
-        """Whether another writer has left requests here."""
+        """Whether another writer has left requests in it."""
 
     def __len__(self) -> int:
         return len(self._places)
 
     def put(self, request: OpenRequest) -> None:
-        """It goes to a replica now. A request that was here gets a new place before it loses the old one.
+        """Add a request that a replica gets next. If it is here already, it gets its new place before it loses the old
+        one.
 
         Raises:
-            OSError: the disk does not take it.
-            ValueError: it does not fit.
+            OSError: the disk refuses the write.
+            ValueError: it does not fit into a place.
         """
         payload = _encode(request)
         if len(payload) > _PLACE_BYTES - _HEAD.size:
@@ -95,13 +97,13 @@ class OpenRequests:
             self._clear(before)
 
     def remove(self, request_id: str) -> None:
-        """Its record is written. One that is not here changes nothing."""
+        """Remove a request whose record is written. Unknown ids are ignored."""
         place = self._places.pop(request_id, None)
         if place is not None:
             self._clear(place)
 
     def close(self) -> None:
-        """Give the file back; one with nothing in it goes."""
+        """Close the file; an empty one is deleted."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -109,7 +111,7 @@ class OpenRequests:
             self._path.unlink(missing_ok=True)
 
     def forget(self) -> None:
-        """What was left over has its records."""
+        """The requests that were left over have their records now."""
         self.has_left_over = False
         self._path.unlink(missing_ok=True)
 
@@ -122,9 +124,9 @@ class OpenRequests:
 
 
 def read_open_requests(path: Path) -> list[OpenRequest]:
-    """Every request in a file, each once, as it was last; none of a file that is not there.
+    """Every request in a file, each once, in its latest state; none if the file does not exist.
 
-    A place that its writer did not live to finish is of a request that was not sent.
+    A place that its writer did not live to finish belongs to a request that was not sent.
     """
     try:
         text = path.read_bytes()
@@ -138,7 +140,7 @@ def read_open_requests(path: Path) -> list[OpenRequest]:
             continue
         try:
             request = _decode(payload)
-        except msgspec.MsgspecError:  # of a version whose requests are others
+        except msgspec.MsgspecError:  # of a version with different requests
             continue
         known = found.get(request.request_id)
         if known is None or request.num_tries > known.num_tries or request.promised is not None:
@@ -147,9 +149,9 @@ def read_open_requests(path: Path) -> list[OpenRequest]:
 
 
 async def close_request(request: OpenRequest, fetch_counts: FetchCounts, ended_ns: int) -> RequestRecord:
-    """The record of a request whose router has died: failed, so free; its tokens are what the replicas say.
+    """The record of a request whose router has died: it failed, so it is free; the replicas report its tokens.
 
-    One whose answer may have left keeps the record that was made for it, with what earlier tries have used.
+    A request whose answer may have been sent keeps its promised record, plus what earlier tries have used.
     """
     if request.promised is not None:
         lost = await _count_lost_tries(request, request.replica_ids, fetch_counts)
@@ -187,7 +189,7 @@ async def close_request(request: OpenRequest, fetch_counts: FetchCounts, ended_n
 async def _count_lost_tries(
     request: OpenRequest, replica_ids: Iterable[str], fetch_counts: FetchCounts
 ) -> list[LostTry]:
-    """What was counted for tries that did not answer, where it is known."""
+    """What was counted for tries that did not answer, if known."""
     lost = []
     for replica_id in replica_ids:
         counts = await fetch_counts(replica_id, request.request_id)

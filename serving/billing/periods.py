@@ -1,4 +1,4 @@
-"""Days and months of the bill: UTC, and a request belongs to those in which it arrived. Pure."""
+"""Billing days and months, in UTC; a request belongs to those in which it arrived. Pure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MONTH = re.compile(r"(\d{4})-(0[1-9]|1[0-2])", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """From `begin_ns` to before `end_ns`, nanoseconds since the epoch."""
+    """From `begin_ns` up to but excluding `end_ns`, in nanoseconds since the epoch."""
 
     begin_ns: int
     end_ns: int
@@ -28,12 +28,12 @@ def start_of_day_ns(day: date) -> int:
 
 
 def day_of(time_ns: int) -> str:
-    """The day of a moment, `2026-11-23`."""
+    """The day of a time, as `2026-11-23`."""
     return (_EPOCH + timedelta(days=time_ns // NS_PER_DAY)).isoformat()
 
 
 def month_of(time_ns: int) -> str:
-    """The month of a moment, `2026-11`."""
+    """The month of a time, as `2026-11`."""
     return _month_of_day(time_ns // NS_PER_DAY)
 
 
@@ -43,14 +43,14 @@ def _month_of_day(day: int) -> str:
 
 
 def month_window(month: str) -> Window:
-    """The whole of a month like `2026-11`.
+    """The window of a month such as `2026-11`.
 
     Raises:
-        ValueError: it is not written so.
+        ValueError: it does not have this form.
     """
     match = _MONTH.fullmatch(month)
     if match is None or not 1970 <= int(match[1]) < 9999:
-        raise ValueError(f"{month!r} is no month like 2026-11")
+        raise ValueError(f"{month!r} is not a month such as 2026-11")
     first = date(int(match[1]), int(match[2]), 1)
     following = (first + timedelta(days=31)).replace(day=1)
     return Window(start_of_day_ns(first), start_of_day_ns(following))

@@ -1,8 +1,8 @@
 """The price of a request, in whole nanodollars. Pure.
 
-A token's price is a whole number of picodollars, since prices per million tokens have at most six decimals. What a
-request's tokens cost is added up exactly and rounded to nanodollars once, half a nanodollar up. That number is the one
-in the answer's `usage`, in the ledger, in budgets and in reports; sums are sums of it, and never rounded again.
+A token's price is a whole number of picodollars, since prices per million tokens have at most six decimals. The cost of
+a request's tokens is added up exactly and rounded once to nanodollars, half up. The same number appears in the answer's
+`usage`, the ledger, budgets and reports; sums add it up and are never rounded again.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ NANO_PER_DOLLAR = 10**9
 _PICO_PER_NANO = 1000
 _FREE = (Outcome.REFUSED, Outcome.FAILED)
 _BASE = "base"
+"""Takes the place of the date in the version of the rates that have no date."""
 _DOLLARS = re.compile(r"[0-9]{1,15}\.[0-9]{9}")
-"""In the place of a date in the version of the rates that no date begins."""
+"""What `format_dollars` writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +33,15 @@ class Price:
     input_picodollars: int
     output_picodollars: int
     cached_picodollars: int | None = None
-    """None: cached tokens cost what others of their kind do."""
+    """None: cached tokens have no price of their own."""
     image_picodollars: int | None = None
-    """None: image tokens cost what text does."""
+    """None: image tokens cost as much as text."""
     version: str = field(default="", compare=False)
-    """Where the rates come from and a digest of them, so that the same words never stand for two prices."""
+    """The origin of the rates and a digest of them, so that one version never means two prices."""
 
     @classmethod
     def from_settings(cls, rates: RateSettings, origin: str = _BASE) -> Price:
-        """Dollars per million tokens are microdollars per token, which are 10^6 picodollars each."""
+        """Convert rates: dollars per million tokens are microdollars per token, of 10^6 picodollars each."""
         cached, image = rates.cached_input_per_million, rates.image_per_million
         amounts = (
             int(rates.input_per_million.scaleb(6)),
@@ -59,10 +60,10 @@ class Price:
         num_image_tokens: int = 0,
         num_cached_tokens: int = 0,
     ) -> int:
-        """The cost of a request; half a nanodollar is rounded up, once per request.
+        """The cost of a request, rounded once; half a nanodollar is rounded up.
 
-        Cached and image tokens are parts of the prompt that may overlap, and counts don't say how far. The dearer kind
-        is taken to be the cached one, so that nobody pays more than an exact count would have made it.
+        Cached and image tokens are parts of the prompt that may overlap, and the counts do not say how far. The more
+        expensive kind is assumed to be cached, so that no tenant pays more than an exact count would have cost.
         """
         picodollars = self._cost_picodollars(
             num_prompt_tokens, num_completion_tokens, num_image_tokens, num_cached_tokens
@@ -72,27 +73,27 @@ class Price:
     def most_nanodollars(
         self, *, num_prompt_tokens: int, num_completion_tokens: int, num_image_tokens: int | None
     ) -> int:
-        """The most that a request of at most so many tokens can cost, whatever part of its prompt comes from a cache.
+        """The most that a request with at most these tokens can cost, whatever part of its prompt is cached.
 
-        `num_image_tokens` is None when any part of the prompt may be images. Engines that do not tell image tokens
-        apart are covered too.
+        `num_image_tokens` is None if any part of the prompt may be images. Engines that do not report image tokens
+        separately are covered, too.
         """
         prompt = self._most_of_prompt(num_prompt_tokens, num_image_tokens)
         return _round(prompt + num_completion_tokens * self.output_picodollars)
 
     def count_payable(self, nanodollars: int, *, num_prompt_tokens: int, num_image_tokens: int | None) -> int | None:
-        """Completion tokens that an amount pays for beside the prompt, in the sense of `most_nanodollars`.
+        """How many completion tokens an amount pays for besides the prompt, by the bound of `most_nanodollars`.
 
-        None: any number, since they cost nothing. Negative: not even the prompt.
+        None: any number, since they are free. Negative: not even the prompt.
         """
-        left = nanodollars * _PICO_PER_NANO + _PICO_PER_NANO // 2 - 1  # what is still rounded down to the amount
+        left = nanodollars * _PICO_PER_NANO + _PICO_PER_NANO // 2 - 1  # the most that is rounded down to the amount
         left -= self._most_of_prompt(num_prompt_tokens, num_image_tokens)
         if self.output_picodollars == 0:
             return None if left >= 0 else -1
         return left // self.output_picodollars
 
     def _most_of_prompt(self, num_tokens: int, num_image_tokens: int | None) -> int:
-        # The cost is convex in either count, so the largest is at an end.
+        # The cost is convex in both counts, so its maximum is at an end.
         images = (0, num_tokens if num_image_tokens is None else min(num_image_tokens, num_tokens))
         return max(
             self._cost_picodollars(num_tokens, 0, image, cached) for image in images for cached in (0, num_tokens)
@@ -116,7 +117,7 @@ class Price:
         )
 
     def bill_nanodollars(self, tokens: TokenCounts, outcome: Outcome) -> int:
-        """What a request is charged: nothing when it was refused or the stack failed it, else all its tokens."""
+        """What a request is charged: nothing if it was refused or failed by the stack, otherwise all its tokens."""
         if outcome in _FREE:
             return 0
         return self.cost_nanodollars(
@@ -129,14 +130,14 @@ class Price:
 
 @dataclass(frozen=True, slots=True)
 class PriceList:
-    """Prices in the order of their dates; the first has been in force for ever."""
+    """Prices in order of date; the first one applies from the beginning of time."""
 
     starts_ns: tuple[int, ...]
     prices: tuple[Price, ...]
 
     @classmethod
     def from_settings(cls, settings: PriceListSettings, owner: str = "") -> PriceList:
-        """`owner` goes before the versions: the tenant whose list it is."""
+        """`owner` is the tenant whose list it is; versions are prefixed with it."""
         prefix = f"{owner}/" if owner else ""
         dated = [(start_of_day_ns(rates.since), rates.since.isoformat(), rates) for rates in settings.changes]
         return cls(
@@ -148,17 +149,17 @@ class PriceList:
         )
 
     def at(self, time_ns: int) -> Price:
-        """The price in force at a moment."""
+        """The price in force at a time."""
         return self.prices[max(0, bisect_right(self.starts_ns, time_ns) - 1)]
 
 
 @dataclass(frozen=True, slots=True)
 class PriceRow:
-    """One price with what it holds for: kept beside the ledger, so that every cost in it can be computed again."""
+    """One price and what it applies to: stored beside the ledger, so that every cost in it can be recomputed."""
 
     model: str
     tenant_id: str
-    """Empty: for all who have no list of their own."""
+    """Empty: for all tenants without a list of their own."""
     since_ns: int
     price: Price
 
@@ -168,7 +169,7 @@ class PriceBook:
     """The price lists of all models and tenants."""
 
     lists: Mapping[tuple[str, str], PriceList]
-    """By model and tenant; the empty tenant is everybody else."""
+    """By model and tenant; the empty tenant stands for all others."""
 
     @classmethod
     def from_settings(cls, models: Mapping[str, PriceSettings]) -> PriceBook:
@@ -181,7 +182,7 @@ class PriceBook:
         return cls(lists)
 
     def find(self, model: str, tenant_id: str, time_ns: int) -> Price:
-        """What a tenant pays for a model at a moment: that of the request's arrival.
+        """What a tenant pays for a model at the time of a request's arrival.
 
         Raises:
             KeyError: there is no such model.
@@ -190,7 +191,7 @@ class PriceBook:
         return (own or self.lists[model, ""]).at(time_ns)
 
     def rows(self) -> Iterator[PriceRow]:
-        """Every price there is."""
+        """All prices."""
         for (model, tenant_id), price_list in self.lists.items():
             for since_ns, price in zip(price_list.starts_ns, price_list.prices, strict=True):
                 yield PriceRow(model, tenant_id, since_ns, price)
@@ -201,21 +202,21 @@ def _round(picodollars: int) -> int:
 
 
 def to_dollars(nanodollars: int) -> float:
-    """For showing: the closest float to an exact number of nanodollars."""
+    """For display only: the closest float to an exact number of nanodollars."""
     return nanodollars / NANO_PER_DOLLAR
 
 
 def format_dollars(nanodollars: int) -> str:
-    """Every digit of it, `12.000000345`."""
+    """All digits, as `12.000000345`."""
     whole, part = divmod(abs(nanodollars), NANO_PER_DOLLAR)
     return f"{'-' if nanodollars < 0 else ''}{whole}.{part:09d}"
 
 
 def parse_dollars(text: str) -> int:
-    """The nanodollars that `format_dollars` has written, none lost.
+    """The exact nanodollars of what `format_dollars` has written.
 
     Raises:
-        ValueError: it has not.
+        ValueError: the text does not have its format.
     """
     if _DOLLARS.fullmatch(text) is None:
         raise ValueError("not an amount of dollars")

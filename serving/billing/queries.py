@@ -1,4 +1,4 @@
-"""What the ledger is asked. Sums are taken by the database and are exact; times are those of arrival where not said."""
+"""Queries of the ledger. The database computes sums exactly; times are arrival times unless stated otherwise."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _within(window: Window, column: ColumnElement[int]) -> tuple[ColumnElement[b
 async def sum_month_by_tenant(
     connection: AsyncConnection, month: str, *, except_router_id: str = ""
 ) -> Mapping[str, int]:
-    """Nanodollars that each tenant has spent in a month like `2026-11`, but for those by way of one router."""
+    """Nanodollars that each tenant has spent in a month such as `2026-11`, except through one router."""
     query = (
         select(MONTHS.c.tenant_id, func.sum(MONTHS.c.cost_nanodollars))
         .where(MONTHS.c.month == month, MONTHS.c.router_id != except_router_id)
@@ -49,7 +49,7 @@ async def sum_usage(
     models: Sequence[str] | None = None,
     key_ids: Sequence[str] | None = None,
 ) -> list[UsageRow]:
-    """The window's requests summed up by the given groups, in their order; of one tenant, or of all."""
+    """The window's requests summed up by the given groups, in order; of one tenant, or of all."""
     columns = REQUESTS.c
     groups = [_GROUPS[group] for group in group_by]
     sums = [
@@ -83,7 +83,8 @@ async def sum_usage(
 
 
 async def sum_by_replica(connection: AsyncConnection, window: Window) -> dict[str, LedgerTotals]:
-    """What the ledger has of every replica, of requests that ended within the window: to compare with its counters."""
+    """The ledger's totals for every replica, of requests that ended within the window: to be compared with its
+    counters."""
     found: dict[str, LedgerTotals] = {}
     requests, lost = REQUESTS.c, LOST_TRIES.c
     queries = (
@@ -116,7 +117,7 @@ async def sum_by_replica(connection: AsyncConnection, window: Window) -> dict[st
 
 
 async def sum_work(connection: AsyncConnection, window: Window) -> list[TenantWork]:
-    """What was done for each tenant by each model."""
+    """The work done for each tenant by each model."""
     rows = await sum_usage(connection, window, (GroupBy.MODEL, GroupBy.TENANT))
     return [
         TenantWork(
@@ -136,7 +137,7 @@ async def sum_work(connection: AsyncConnection, window: Window) -> list[TenantWo
 
 
 async def read_uptimes(connection: AsyncConnection, window: Window) -> list[Uptime]:
-    """Every replica's life within the window, and how much of it some request was with it."""
+    """Every replica's lifetime within the window, and how much of it the replica was busy."""
     columns = REPLICAS.c
     query = (
         select(columns.replica_id, columns.model, columns.started_ns, columns.seen_ns, columns.nanodollars_per_hour)
@@ -150,9 +151,9 @@ async def read_uptimes(connection: AsyncConnection, window: Window) -> list[Upti
 
 
 async def _sum_busy(connection: AsyncConnection, window: Window) -> dict[str, int]:
-    """Nanoseconds of the window in which each replica had at least one request, from its arrival to its end.
+    """Nanoseconds of the window during which each replica had at least one request, from arrival to end.
 
-    In the order of arrival a request adds what lies after the latest end of all those before it.
+    In order of arrival, each request adds the time after the latest end of all requests before it.
     """
     columns = REQUESTS.c
     begin = case((columns.arrived_ns > window.begin_ns, columns.arrived_ns), else_=window.begin_ns)

@@ -1,4 +1,4 @@
-"""What a request would cost, before it is run. Pure; the result brackets what it will be billed."""
+"""Quotes: what a request would cost, before it runs. Pure; the result bounds what will be billed."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from serving.billing.prices import Price, format_dollars, parse_dollars
 
 @dataclass(frozen=True, slots=True)
 class TokenRange:
-    """From `least` to `most`, both possible."""
+    """From `least` to `most`, both inclusive."""
 
     least: int
     most: int
 
     def __post_init__(self) -> None:
         if not 0 <= self.least <= self.most:
-            raise ValueError(f"no range: {self.least} to {self.most}")
+            raise ValueError(f"not a range: {self.least} to {self.most}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +43,9 @@ def quote(
 ) -> Quote:
     """The range of a request's cost.
 
-    `prompt_tokens` holds image tokens too; it is a range where the router has no tokenizer. `max_tokens` bounds each of
-    the `num_choices` answers, which may also be empty. `can_be_cached` says that the model's replicas keep a prefix
-    cache: then all of the prompt may come from it.
+    `prompt_tokens` includes image tokens; it is a range since the router has no tokenizer. `max_tokens` bounds each of
+    the `num_choices` answers, which may also be empty. `can_be_cached` means that the model's replicas keep a prefix
+    cache, which may contain all of the prompt.
     """
     completion = TokenRange(0, max_tokens * num_choices)
 
@@ -57,7 +57,7 @@ def quote(
             num_cached_tokens=num_cached,
         )
 
-    # A cache may be dearer than none: whichever is which, both ends are covered.
+    # Cached tokens may be more expensive than others: both ends are covered either way.
     caches = (0, prompt_tokens.most) if can_be_cached else (0,)
     least = min(cost(prompt_tokens.least, completion.least, cached) for cached in caches)
     most = max(cost(prompt_tokens.most, completion.most, cached) for cached in caches)
@@ -65,7 +65,7 @@ def quote(
 
 
 def sum_quotes(quotes: Sequence[Quote]) -> Quote:
-    """Of several requests together; the price is the first one's, and none has none."""
+    """The sum of several quotes, with the first one's price version; empty without quotes."""
     return Quote(
         _sum([each.prompt_tokens for each in quotes]),
         sum(each.num_image_tokens for each in quotes),
@@ -80,7 +80,7 @@ def _sum(ranges: Sequence[TokenRange]) -> TokenRange:
 
 
 def quote_to_json(model: str, found: Quote) -> dict[str, Any]:
-    """As the API shows it."""
+    """The quote as the API returns it."""
     least, most = found.nanodollars.least, found.nanodollars.most
     return {
         "object": "quote",
@@ -94,10 +94,10 @@ def quote_to_json(model: str, found: Quote) -> dict[str, Any]:
 
 
 def quote_from_json(shown: Mapping[str, Any]) -> Quote:
-    """What `quote_to_json` has shown, to the nanodollar.
+    """Read what `quote_to_json` has written, exact to the nanodollar.
 
     Raises:
-        ValueError: it has not.
+        ValueError: it does not have this form.
     """
     try:
         dollars = shown["cost_dollars"]

@@ -1,7 +1,7 @@
-"""The ledger beside the engines' own counters: replica by replica, token by token. Pure.
+"""Compares the ledger with the engines' own counters, replica by replica and token by token. Pure.
 
-An engine counts what it computed, the ledger what the routers were told; both end a request at the same moment. Where
-nothing is in flight, the difference of the two is 0, or there is a fault.
+An engine counts what it computed, the ledger what was reported to the routers; both end a request at the same moment.
+With nothing in flight, any difference between the two is a fault.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from enum import StrEnum
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Of one replica."""
+    """Totals of one replica."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     requests: int = 0
-    """That the engine took: those with at least one prompt token."""
+    """Requests that the engine ran: those with at least one prompt token."""
 
     def __sub__(self, other: Totals) -> Totals:
         return Totals(
@@ -37,7 +37,7 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class CounterReading:
-    """An engine's counters: totals since it started."""
+    """An engine's counters: its totals since it started."""
 
     started_ns: int
     totals: Totals
@@ -45,7 +45,7 @@ class CounterReading:
 
 @dataclass(frozen=True, slots=True)
 class LedgerTotals:
-    """What the ledger has of one replica."""
+    """The ledger's totals for one replica."""
 
     totals: Totals = Totals()
     num_estimated: int = 0
@@ -56,14 +56,14 @@ class Finding(StrEnum):
     EQUAL = "equal"
     DIFFERENT = "different"
     GONE = "gone"
-    """In the ledger, but there is no engine left to ask: not compared."""
+    """In the ledger, but the engine no longer exists: not compared."""
     RESTARTED = "restarted"
-    """The engine started after the window began: its earlier counts are lost, so it is not compared."""
+    """The engine started after the window began, so its earlier counts are lost: not compared."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaComparison:
-    """One replica compared."""
+    """The comparison of one replica."""
 
     replica_id: str
     ledger: Totals
@@ -74,19 +74,19 @@ class ReplicaComparison:
 
     @property
     def difference(self) -> Totals:
-        """Ledger less engine."""
+        """Ledger minus engine."""
         return Totals() if self.engine is None else self.ledger - self.engine
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """All replicas, in the order of their names."""
+    """All replicas, in alphabetical order."""
 
     lines: tuple[ReplicaComparison, ...]
 
     @property
     def is_equal(self) -> bool:
-        """Whether every replica that can be compared shows a difference of 0."""
+        """Whether every replica that could be compared has a difference of 0."""
         return all(line.finding is not Finding.DIFFERENT for line in self.lines)
 
 
@@ -97,9 +97,9 @@ def compare(
 ) -> Comparison:
     """Compare by replica id.
 
-    Without `earlier`, engines' totals since their start are meant, and the ledger's must be of all time. With it, what
-    they counted since those readings, and the ledger's must be of the time since; a replica that was not there then has
-    counted from 0.
+    Without `earlier`, engines' totals since their start are compared, and the ledger's must be of all time. With it,
+    what they counted since those readings is compared, and the ledger's must be of the time since; a replica that did
+    not exist then has counted from 0.
     """
     earlier = earlier or {}
     lines = []

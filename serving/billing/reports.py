@@ -1,6 +1,6 @@
-"""Usage summed up, and the shapes it is shown in: our JSON, CSV, and OpenAI's usage pages. Pure.
+"""Usage reports as JSON, as CSV, and as OpenAI's usage pages. Pure.
 
-OpenAI's shape: https://platform.openai.com/docs/api-reference/usage/completions
+OpenAI's format: https://platform.openai.com/docs/api-reference/usage/completions
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from serving.billing.stack_costs import CostLine
 
 
 class GroupBy(StrEnum):
-    """What usage can be split by. The values are the words in `--by` and `group_by=`."""
+    """What usage can be grouped by. The values are the words in `--by` and `group_by=`."""
 
     DAY = "day"
     MODEL = "model"
@@ -35,7 +35,7 @@ _OPENAI_GROUPS = {"model": GroupBy.MODEL, "api_key_id": GroupBy.KEY, "project_id
 
 @dataclass(frozen=True, slots=True)
 class UsageRow:
-    """Requests that have the groups' values in common. A group that was not asked for is None."""
+    """The sums of requests with the same values of the groups. Groups that were not requested are None."""
 
     day: str | None = None
     """`2026-11-23`, UTC."""
@@ -48,7 +48,7 @@ class UsageRow:
     num_requests: int = 0
     num_pages: int = 0
     prompt_tokens: int = 0
-    """Image and cached tokens included."""
+    """Including image and cached tokens."""
     image_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
@@ -57,7 +57,7 @@ class UsageRow:
 
     @classmethod
     def of(cls, group_by: Sequence[GroupBy], values: Sequence[Any], numbers: Sequence[int]) -> UsageRow:
-        """From a row of the database: the groups' values, then the sums in the order of the fields."""
+        """Build it from a database row: the groups' values, then the sums in the order of the fields."""
         names = [field.name for field in fields(cls)][len(GroupBy) :]
         groups = {
             group.value: day_of(int(value) * NS_PER_DAY) if group is GroupBy.DAY else str(value)
@@ -82,22 +82,22 @@ class UsageReport:
 
 
 def parse_groups(text: str) -> tuple[GroupBy, ...]:
-    """Groups from words between commas, `day,model`; empty text is no groups.
+    """Parse comma-separated groups such as `day,model`; an empty text means no groups.
 
     Raises:
-        ValueError: a word is none of them, or stands twice.
+        ValueError: a word is not a group, or is given twice.
     """
     words = [word.strip() for word in text.split(",") if word.strip()]
     for word in words:
         if word not in _GROUP_NAMES:
-            raise ValueError(f"cannot group by {word[:40]!r}; there are {', '.join(_GROUP_NAMES)}")
+            raise ValueError(f"cannot group by {word[:40]!r}; choose from {', '.join(_GROUP_NAMES)}")
     if len(set(words)) != len(words):
         raise ValueError("a group is given twice")
     return tuple(GroupBy(word) for word in words)
 
 
 def usage_to_json(report: UsageReport) -> dict[str, Any]:
-    """For `GET /v1/usage`: amounts both exact, in nanodollars, and in dollars as decimal text."""
+    """For `GET /v1/usage`: amounts in nanodollars and as decimal text in dollars, both exact."""
     return {
         "object": "usage",
         "start_time": report.window.begin_ns // NS_PER_S,
@@ -116,14 +116,14 @@ def _row_to_json(row: UsageRow, group_by: Iterable[GroupBy]) -> dict[str, Any]:
 
 
 def usage_to_csv(report: UsageReport) -> str:
-    """One line per row under a line of names."""
+    """One line per row, after a header line."""
     rows = [_row_to_json(row, report.group_by) for row in report.rows]
     names = list(_row_to_json(UsageRow(), report.group_by))
     return _to_csv(names, rows)
 
 
 def costs_to_json(window: Window, lines: Iterable[CostLine]) -> dict[str, Any]:
-    """What the stack costs, for people who run it."""
+    """The stack's costs, for its operators."""
     return {
         "object": "costs",
         "start_time": window.begin_ns // NS_PER_S,
@@ -133,7 +133,7 @@ def costs_to_json(window: Window, lines: Iterable[CostLine]) -> dict[str, Any]:
 
 
 def cost_to_json(line: CostLine) -> dict[str, Any]:
-    """One line with what is worked out from it; an empty tenant is all of them."""
+    """One line with derived figures; an empty tenant stands for all of them."""
     return {
         **asdict(line),
         "margin_nanodollars": line.margin_nanodollars,
@@ -143,13 +143,13 @@ def cost_to_json(line: CostLine) -> dict[str, Any]:
 
 
 def costs_to_csv(lines: Iterable[CostLine]) -> str:
-    """The same as a table."""
+    """The costs as CSV."""
     names = list(cost_to_json(CostLine("", "", 0, 0, 0, 0, 0)))
     return _to_csv(names, [cost_to_json(line) for line in lines])
 
 
 def openai_groups(names: Iterable[str]) -> tuple[GroupBy, ...]:
-    """Ours for OpenAI's `group_by`: a project is a tenant.
+    """Our groups for OpenAI's `group_by`: a project is a tenant.
 
     Raises:
         ValueError: one that the ledger does not know.
@@ -157,12 +157,12 @@ def openai_groups(names: Iterable[str]) -> tuple[GroupBy, ...]:
     names = list(dict.fromkeys(names))
     for name in names:
         if name not in _OPENAI_GROUPS:
-            raise ValueError(f"cannot group by {name[:40]!r}; there are {', '.join(_OPENAI_GROUPS)}")
+            raise ValueError(f"cannot group by {name[:40]!r}; choose from {', '.join(_OPENAI_GROUPS)}")
     return tuple(_OPENAI_GROUPS[name] for name in names)
 
 
 def usage_to_openai(report: UsageReport) -> dict[str, Any]:
-    """OpenAI's page of daily buckets. The report must be by day, and its window whole days.
+    """OpenAI's page of daily buckets. The report must be grouped by day, and its window consist of whole days.
 
     Every day has its bucket, one without requests an empty one. All days come on one page.
     """
@@ -178,7 +178,7 @@ def usage_to_openai(report: UsageReport) -> dict[str, Any]:
 
 
 def whole_days(window: Window) -> Window:
-    """The days that a window touches."""
+    """The whole days that a window overlaps."""
     first = start_of_day_ns(date.fromisoformat(day_of(window.begin_ns)))
     return Window(first, window.end_ns + -window.end_ns % NS_PER_DAY)
 
@@ -196,7 +196,7 @@ def _to_openai_result(row: UsageRow) -> dict[str, Any]:
         "model": row.model,
         "batch": None,
         "service_tier": None,
-        # Not OpenAI's: its clients pass over what they don't know.
+        # Not OpenAI's: its clients ignore unknown fields.
         "image_tokens": row.image_tokens,
         "num_pages": row.num_pages,
         "cost": {"value": to_dollars(row.cost_nanodollars), "currency": "usd"},
@@ -213,5 +213,6 @@ def _to_csv(names: Sequence[str], rows: Iterable[dict[str, Any]]) -> str:
 
 
 def _defuse(value: Any) -> Any:
-    """Spreadsheets run text that begins like a formula, and names of keys and tenants are others' choice."""
+    """Escape text that begins like a formula, which spreadsheets would run: names of keys and tenants are user
+    input."""
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value

@@ -17,24 +17,24 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class LedgerCounts:
-    """What one ledger has done since it started; all only grow."""
+    """What one ledger has done since it started; all of them only grow."""
 
     num_recorded: int = 0
     num_committed: int = 0
-    """Rows that this process put into the database, those of adopted spools included."""
+    """Rows that this process inserted into the database, including those of adopted spools."""
     num_repeated: int = 0
-    """Records that were in the database already: of a batch whose commit was not heard of, or of an earlier life."""
+    """Records that were already in the database: of a batch whose commit was not confirmed, or of a dead router."""
     num_unspooled: int = 0
-    """Records that the disk did not take: they are in memory until the database has them."""
+    """Records that the disk refused: they are in memory until the database has them."""
     num_lost: int = 0
-    """Records in no place any more but the log: the disk did not take them, and the database was away when the router
+    """Records that exist only in the log: the disk refused them, and the database was unavailable when the router
     ended."""
     num_refused: int = 0
-    """Records that the database refuses for good; they are in `refused` beside the spools."""
+    """Records that the database refuses for good; they are in the file `refused`, beside the spools."""
     num_closed: int = 0
-    """Requests that a router left open when it died, and that have their records now."""
+    """Requests that dead routers left open, and that have their records now."""
     num_failures: int = 0
-    """Times that the database failed."""
+    """Failures of the database."""
 
 
 class RowWriter:

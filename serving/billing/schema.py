@@ -1,7 +1,7 @@
-"""The tables of the ledger and of OCR jobs, the same in SQLite and PostgreSQL. Migrations make them; a test holds the
-two together.
+"""The tables of the ledger and of OCR jobs, the same in SQLite and PostgreSQL. Migrations create them; a test keeps the
+two consistent.
 
-Money is nanodollars, times are nanoseconds since the epoch (UTC), both in 64 bits.
+Money is in nanodollars, times are in nanoseconds since the epoch (UTC), both in 64 bits.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from serving.billing.records import RequestRecord
 METADATA = MetaData()
 
 MIXED = "mixed"
-"""Stands for the mode of a request whose images have several."""
+"""The mode of a request whose images have several."""
 
 
 def _text(name: str) -> Column[str]:
@@ -39,8 +39,8 @@ REQUESTS = Table(
     _text("outcome"),
     _count("status"),
     _text("error_code"),
-    _text("mode"),  # for grouping: the one mode of all images, `mixed`, or empty without images
-    _text("modes"),  # of every image in their order, between commas
+    _text("mode"),  # for grouping: the mode of all images, `mixed`, or empty without images
+    _text("modes"),  # of every image in order, comma-separated
     _count("num_pages"),
     _count("prompt_tokens"),
     _count("image_tokens"),
@@ -60,12 +60,12 @@ REQUESTS = Table(
     _text("priority"),
     _flag("is_stream"),
     _text("router_id"),
-    Column("credit_nanodollars", BigInteger, nullable=False, server_default="0"),  # cost and this are the price
+    Column("credit_nanodollars", BigInteger, nullable=False, server_default="0"),  # the price is this plus the cost
     Index("requests_by_time", "arrived_ns"),
     Index("requests_by_tenant", "tenant_id", "arrived_ns"),
     Index("requests_by_replica", "replica_id", "ended_ns"),
 )
-"""One row per request, whatever its end."""
+"""One row per request, however it ended."""
 
 LOST_TRIES = Table(
     "lost_tries",
@@ -78,7 +78,7 @@ LOST_TRIES = Table(
     _count("ended_ns"),
     Index("lost_tries_by_replica", "replica_id", "ended_ns"),
 )
-"""What replicas counted for requests that another one answered."""
+"""What replicas counted for requests that another replica answered."""
 
 MONTHS = Table(
     "months",
@@ -89,8 +89,8 @@ MONTHS = Table(
     _count("num_requests"),
     _count("cost_nanodollars"),
 )
-"""Sums of `requests`, kept in the same transactions: what budgets are compared with every few seconds. By router, since
-each knows its own spending sooner."""
+"""Sums over `requests`, updated in the same transactions; budgets are compared with them every few seconds. By router,
+since each router knows its own spending sooner."""
 
 PRICES = Table(
     "prices",
@@ -104,7 +104,7 @@ PRICES = Table(
     Column("cached_picodollars", BigInteger),
     Column("image_picodollars", BigInteger),
 )
-"""Every price that was ever in force: what `price_version` means."""
+"""Every price that was ever in force, by what `price_version` refers to."""
 
 REPLICAS = Table(
     "replicas",
@@ -115,7 +115,7 @@ REPLICAS = Table(
     _count("seen_ns"),
     _count("nanodollars_per_hour"),
 )
-"""The life of every engine replica, from when it was first seen until it was last."""
+"""The lifetime of every engine replica, from first to last seen."""
 
 JOBS = Table(
     "ocr_jobs",
@@ -124,13 +124,13 @@ JOBS = Table(
     _text("owner"),
     _text("status"),
     _text("model"),
-    _text("options"),  # as they were asked for, JSON
+    _text("options"),  # as requested, JSON
     _text("document"),  # format, number of pages, size: JSON
-    _text("pages"),  # numbers of those to be read, counted from 0: JSON
-    _text("sealed_key"),  # the API key, encrypted; empty when there is none, and when the job has ended
+    _text("pages"),  # numbers of the pages to be read, from 0: JSON
+    _text("sealed_key"),  # the API key, encrypted; empty without one, and when the job has ended
     Column("idempotency_key", Text),
-    _text("digest"),  # of what was submitted
-    _text("error"),  # JSON, empty when there is none
+    _text("digest"),  # of what was submitted; for idempotent submission
+    _text("error"),  # JSON, empty without one
     _count("num_pages"),
     _count("num_done"),
     _count("num_failed"),
@@ -145,12 +145,12 @@ JOBS = Table(
     _text("lease_owner"),
     _count("lease_until_ns"),
     _count("num_takes"),
-    Column("result_bytes", BigInteger, nullable=False, server_default="0"),  # of its pages' results
+    Column("result_bytes", BigInteger, nullable=False, server_default="0"),  # of its pages' results, in bytes
     Index("ocr_jobs_by_owner", "owner", "created_ns"),
     Index("ocr_jobs_by_status", "status", "lease_until_ns"),
     Index("ocr_jobs_by_idempotency_key", "owner", "idempotency_key", unique=True),
 )
-"""Documents that are read for somebody who does not wait. The document itself is a file named by the job's id."""
+"""Documents that are read in the background. The document itself is a file named after the job's id."""
 
 JOB_PAGES = Table(
     "ocr_pages",
@@ -159,11 +159,11 @@ JOB_PAGES = Table(
     Column("page", BigInteger, primary_key=True, autoincrement=False),
     _count("seq"),
     _flag("is_failed"),
-    _text("result"),  # as the API shows it, JSON
+    _text("result"),  # as the API returns it, JSON
     _count("finished_ns"),
     Index("ocr_pages_by_seq", "job_id", "seq", unique=True),
 )
-"""Pages of jobs that have been read, in the order (`seq`) in which they were."""
+"""Pages of jobs that have been read, in the order in which they were (`seq`)."""
 
 
 def row_of(record: RequestRecord) -> tuple[object, ...]:

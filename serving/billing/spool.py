@@ -1,10 +1,10 @@
-"""The spool: a journal on the local disk that a record is in before it counts.
+"""The spool: a journal on the local disk that every record is written to first.
 
-A directory per writer, locked as long as the writer lives (`flock`, which its death ends). Records are appended with
-one `write` each, so they survive the death of the process from that moment, and `fsync` follows every so many
-milliseconds for the loss of power. Segments are deleted only after the database has committed what is in them; whoever
-finds a directory whose writer is dead reads it to the end in its place. Reading something twice is right: the database
-takes a request id once. A spool takes whatever it is given: `journal_room` says when nothing more may be begun.
+Each writer has a directory, locked for as long as it lives (with `flock`, which its death releases). Every record is
+appended with a single `write`, after which it survives the death of the process; periodic `fsync` protects against a
+loss of power. Segments are deleted only after the database has committed their records. A router that finds the
+directory of a dead writer adopts it and reads it to the end. Reading a record twice does no harm: the database accepts
+a request id once. A spool accepts everything: `journal_room` decides when no more requests may begin.
 
     <root>/<owner>/lock
     <root>/<owner>/00000000000000000001.journal ...
@@ -46,36 +46,37 @@ class _Segment:
     fd: int
     size_bytes: int
     is_sealed: bool
-    """Nothing is appended any more."""
+    """Nothing more is appended."""
     is_synced: bool = False
     damaged_bytes: int = 0
     kept: deque[tuple[RequestRecord, int]] | None = None
-    """Its records that are not committed, with their sizes on disk, where all of them are still in memory: whoever
-    has written them need not decode them. None: they are read from the disk."""
+    """Its uncommitted records with their sizes on disk, if all of them are still in memory, so that their writer need
+    not decode them. None: they are read from disk."""
 
 
 @dataclass(slots=True)
 class Spool:
-    """One writer's journal, open and locked. Made by `open_spool` or `adopt_spool`; not safe between threads."""
+    """One writer's journal, open and locked. Created by `open_spool` or `adopt_spool`; not thread-safe."""
 
     directory: Path
     settings: SpoolSettings
     lock_fd: int
     size_bytes: int = 0
-    """Of what is not yet committed, damage included."""
+    """Uncommitted bytes, including damaged ones."""
     num_written: int = 0
-    """Records that this process has appended."""
+    """Records appended by this process."""
     damaged_bytes: int = 0
-    """Found while reading: records that are lost. A frame torn by the writer's death is not counted, it never was."""
+    """Bytes of lost records, found while reading. A frame torn by its writer's death is not counted: it was never
+    complete."""
     open_requests: OpenRequests = field(init=False)
     _segments: list[_Segment] = field(default_factory=list)
     _offset_bytes: int = 0
-    """How far the first segment is committed."""
+    """Committed bytes of the first segment."""
     _read_bytes: int = 0
-    """How far it has been read."""
+    """Bytes of it that have been read."""
     _num_kept: int = 0
     _num_read_kept: int = 0
-    """How many of the kept records that was."""
+    """Kept records among what was read."""
     _read_damage_bytes: int = 0
 
     def __post_init__(self) -> None:
@@ -87,15 +88,15 @@ class Spool:
 
     @property
     def is_empty(self) -> bool:
-        """Whether everything in it is committed, and no request open."""
+        """Whether everything in it is committed and no request is open."""
         return self.size_bytes == 0 and not self.open_requests and not self.open_requests.has_left_over
 
     def append(self, record: RequestRecord) -> int:
-        """Write one record; it survives this process from the return on. Returns the bytes it took.
+        """Write a record; it survives this process as soon as this returns. Returns its size in bytes.
 
         Raises:
-            OSError: the disk does not take it; nothing of it is left behind.
-            ValueError: it cannot be written at all.
+            OSError: the disk refuses it; nothing of it is left behind.
+            ValueError: it cannot be encoded.
         """
         frame = encode_frame(record)
         last = self._segments[-1] if self._segments else None
@@ -112,15 +113,15 @@ class Spool:
         if segment.kept is not None:
             segment.kept.append((record, num_bytes))
             self._num_kept += 1
-            if self._num_kept > _MAX_KEPT:  # the database is away: memory must not grow with what waits for it
+            if self._num_kept > _MAX_KEPT:  # the database is unavailable: memory must not grow with what waits for it
                 self._num_kept -= len(segment.kept)
                 segment.kept = None
         return num_bytes
 
     def read(self, limit: int) -> list[RequestRecord]:
-        """The oldest records that are not committed, at most `limit`; none when there are none.
+        """The oldest uncommitted records, at most `limit`.
 
-        The same ones again until `commit`.
+        Returns the same records again until `commit`.
         """
         self._read_bytes = self._offset_bytes
         self._read_damage_bytes = self._num_read_kept = 0
@@ -143,7 +144,7 @@ class Spool:
         return []
 
     def commit(self) -> None:
-        """What was read last is safe elsewhere; segments that are through are deleted."""
+        """The records that were read last are in the database; finished segments are deleted."""
         if not self._segments:
             return
         first = self._segments[0]
@@ -168,7 +169,7 @@ class Spool:
         return [record for record, _ in first]
 
     def take_unsynced(self) -> tuple[int, ...]:
-        """Descriptors, for `sync_and_close` in another thread, of what was written since the last call."""
+        """Descriptors of what was written since the last call, for `sync_and_close` in another thread."""
         unsynced = [segment for segment in self._segments if not segment.is_synced]
         if not unsynced:
             return ()
@@ -178,7 +179,7 @@ class Spool:
         return (*(os.dup(segment.fd) for segment in unsynced), directory)
 
     def close(self) -> None:
-        """Give it back: what is not committed stays for whoever opens or adopts it; an empty one is removed."""
+        """Close and unlock it: uncommitted records stay for the router that adopts it; an empty spool is removed."""
         is_empty = self.is_empty
         for segment in self._segments:
             if is_empty:
@@ -189,13 +190,13 @@ class Spool:
             (self.directory / _LOCK).unlink(missing_ok=True)
             try:
                 self.directory.rmdir()
-            except OSError:  # damaged segments are kept in it for a person to see
+            except OSError:  # damaged segments are kept in it for inspection
                 logger.warning("%s is not removed, since there is more in it", self.directory)
         self._segments.clear()
         os.close(self.lock_fd)
 
     def _begin_segment(self) -> _Segment:
-        # Numbers that never come again: damaged segments stay under theirs.
+        # Numbers are never reused: damaged segments keep theirs.
         last = int(self._segments[-1].path.stem) if self._segments else 0
         path = self.directory / f"{max(time.time_ns(), last + 1):020d}{_JOURNAL}"
         fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -213,7 +214,7 @@ class Spool:
 
 
 def open_spool(root: Path, owner: str, settings: SpoolSettings) -> Spool:
-    """A new spool for a writer. One of that name that is in use, or not read to its end, is passed by."""
+    """Create a spool for a writer. A directory of that name that is in use or not fully committed is skipped."""
     name = re.sub(r"[^A-Za-z0-9._-]", "_", owner).lstrip(".") or "router"
     for attempt in itertools.count(1):
         directory = root / (name if attempt == 1 else f"{name}~{attempt}")
@@ -229,7 +230,7 @@ def open_spool(root: Path, owner: str, settings: SpoolSettings) -> Spool:
 
 
 def adopt_spool(root: Path, settings: SpoolSettings, but: Collection[Path] = ()) -> Spool | None:
-    """A spool whose writer is dead, locked by this process now; None when there is none. Those of `but` are left."""
+    """Lock and open a spool whose writer is dead; None if there is none. Those in `but` are skipped."""
     for directory in sorted(root.glob("*/")):
         if directory in but:
             continue
@@ -239,24 +240,24 @@ def adopt_spool(root: Path, settings: SpoolSettings, but: Collection[Path] = ())
         spool = Spool(directory, settings, lock_fd)
         if not spool.is_empty:
             return spool
-        spool.close()  # takes the directory away
+        spool.close()  # removes the directory
     return None
 
 
 def read_spools(root: Path, limit: int) -> Iterator[list[RequestRecord]]:
-    """Everything that lies in the spools of a root, written by whomever, in lists of at most `limit`.
+    """All records in the spools of a root, of any writer, in lists of at most `limit`.
 
-    Nothing is locked or removed; what was committed meanwhile may come or not.
+    Nothing is locked or removed; records that are committed meanwhile may be included or not.
     """
     for path in sorted(root.glob(f"*/*{_JOURNAL}")):
         try:
             text = path.read_bytes()
-        except FileNotFoundError:  # committed and deleted since it was listed
+        except FileNotFoundError:  # committed and deleted meanwhile
             continue
         offset = 0
         while offset < len(text):
             found = decode_frames(text[offset : offset + _PIECE_BYTES], limit=limit, is_end=False)
-            if not found.size_bytes:  # a frame that is being written, or was torn
+            if not found.size_bytes:  # a frame that is being written, or is torn
                 break
             offset += found.size_bytes
             if found.records:
@@ -264,12 +265,12 @@ def read_spools(root: Path, limit: int) -> Iterator[list[RequestRecord]]:
 
 
 def count_open(root: Path) -> int:
-    """Requests without a record in the spools of a root: in flight, or left by routers that have died."""
+    """Number of requests without a record in the spools of a root: in flight, or left open by dead routers."""
     return sum(len(read_open_requests(path)) for path in root.glob(f"*/{_OPEN}"))
 
 
 def _lock(directory: Path) -> int | None:
-    """A descriptor that holds the directory's lock; None when another process does, or has removed it just now."""
+    """A descriptor that holds the directory's lock; None if another process holds it or has just removed it."""
     path = directory / _LOCK
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -286,7 +287,7 @@ def _lock(directory: Path) -> int | None:
 
 
 def sync_and_close(fds: tuple[int, ...]) -> None:
-    """Make what was written to these survive a loss of power."""
+    """Sync descriptors, so that what was written to them survives a loss of power, and close them."""
     try:
         for fd in fds:
             os.fsync(fd)

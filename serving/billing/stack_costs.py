@@ -1,8 +1,8 @@
-"""What the stack itself costs, and what is left of its revenue: by model and tenant, in whole nanodollars. Pure.
+"""The stack's own costs and margins by model and tenant, in whole nanodollars. Pure.
 
-A replica costs its model's dollars an hour from its start until it was last seen. The time in which no request was with
-it is idle; the rest is shared among tenants by the tokens that were computed for them. Parts add up to the whole
-exactly: what division leaves over goes, nanodollar by nanodollar, to the largest remainders.
+A replica costs its model's dollars per hour from its start until it was last seen. Time without requests is idle; the
+rest is split among tenants by the tokens computed for them. Parts add up to the whole exactly: what division leaves
+over is distributed, nanodollar by nanodollar, to the largest remainders.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ _THOUSAND = 1000
 
 @dataclass(frozen=True, slots=True)
 class Uptime:
-    """One replica within a window."""
+    """One replica's uptime within a window."""
 
     replica_id: str
     model: str
     up_ns: int
     busy_ns: int
-    """Of that, with at least one request."""
+    """The part of it with at least one request."""
     nanodollars_per_hour: int
 
 
 @dataclass(frozen=True, slots=True)
 class TenantWork:
-    """What was done for one tenant by one model within a window."""
+    """The work that one model did for one tenant within a window."""
 
     model: str
     tenant_id: str
@@ -45,12 +45,12 @@ class TenantWork:
 
     @property
     def computed_tokens(self) -> int:
-        """What the engine had to do: cached tokens cost it nothing, wasted ones did."""
+        """The engine's work: cached tokens cost it nothing, wasted ones did."""
         return max(0, self.prompt_tokens - self.cached_tokens) + self.completion_tokens + self.wasted_tokens
 
     @property
     def tokens(self) -> int:
-        """What the tenant got."""
+        """What the tenant received."""
         return self.prompt_tokens + self.completion_tokens
 
 
@@ -67,33 +67,33 @@ class CostLine:
     revenue_nanodollars: int
     spend_nanodollars: int
     idle_nanodollars: int = 0
-    """Of the spend, for time without a request."""
+    """The part of it for idle time."""
 
     @property
     def margin_nanodollars(self) -> int:
-        """Revenue less spend; negative is a loss."""
+        """Revenue minus spend; a loss if negative."""
         return self.revenue_nanodollars - self.spend_nanodollars
 
     @property
     def per_million_tokens_nanodollars(self) -> int | None:
-        """Spend on a million tokens; None without tokens."""
+        """Spend per million tokens; None without tokens."""
         return _divide(self.spend_nanodollars * _MILLION, self.num_tokens) if self.num_tokens else None
 
     @property
     def per_thousand_pages_nanodollars(self) -> int | None:
-        """Spend on a thousand pages; None without pages."""
+        """Spend per thousand pages; None without pages."""
         return _divide(self.spend_nanodollars * _THOUSAND, self.num_pages) if self.num_pages else None
 
 
 def cost_of_time(duration_ns: int, nanodollars_per_hour: int) -> int:
-    """What so much time costs; half a nanodollar is rounded up."""
+    """The cost of a duration; half a nanodollar is rounded up."""
     return _divide(duration_ns * nanodollars_per_hour, NS_PER_HOUR)
 
 
 def split(amount: int, weights: Sequence[int]) -> list[int]:
-    """An amount in parts by weight that add up to it; no part is off its exact share by 1 or more.
+    """Split an amount by weights. The parts add up to it, and each differs from its exact share by less than 1.
 
-    Without any weight there is nobody to give it to, and all parts are 0.
+    If all weights are 0, so are all parts.
     """
     whole = sum(weights)
     if not whole:
@@ -106,7 +106,7 @@ def split(amount: int, weights: Sequence[int]) -> list[int]:
 
 
 def report_costs(uptimes: Iterable[Uptime], work: Iterable[TenantWork]) -> list[CostLine]:
-    """One line for every model and one for each of its tenants, in the order of their names."""
+    """One line for every model and one for each of its tenants, in alphabetical order."""
     spend: defaultdict[str, int] = defaultdict(int)
     idle: defaultdict[str, int] = defaultdict(int)
     for uptime in uptimes:
@@ -128,7 +128,7 @@ def report_costs(uptimes: Iterable[Uptime], work: Iterable[TenantWork]) -> list[
 def clip_lives(
     lives: Iterable[tuple[str, str, int, int, int]], busy_ns: Mapping[str, int], window: Window
 ) -> list[Uptime]:
-    """Replicas' lives (id, model, start, last seen, nanodollars per hour) as far as they lie within a window."""
+    """Clip replicas' lifetimes (id, model, start, last seen, nanodollars per hour) to a window."""
     uptimes = []
     for replica_id, model, started_ns, seen_ns, rate in lives:
         up_ns = max(0, min(seen_ns, window.end_ns) - max(started_ns, window.begin_ns))
@@ -163,5 +163,5 @@ def _sum_up(model: str, tenants: Sequence[CostLine], spend_nanodollars: int, idl
 
 
 def _divide(dividend: int, divisor: int) -> int:
-    """To the nearest whole number, halves up."""
+    """Divide, rounded to the nearest whole number, half up."""
     return (2 * dividend + divisor) // (2 * divisor)

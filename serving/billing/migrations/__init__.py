@@ -1,1 +1,1 @@
-"""Alembic's folder: every change of the schema, in order."""
+"""Alembic's directory: every change of the schema, in order."""

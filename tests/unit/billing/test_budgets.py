@@ -85,7 +85,7 @@ def test_what_the_rest_does_not_pay_for_is_refused_for_good() -> None:
 def test_what_others_may_not_need_is_refused_for_the_moment() -> None:
     budgets = Budgets()
     first = reserve(budgets, 600)
-    with pytest.raises(RateLimitError, match="running") as caught:
+    with pytest.raises(RateLimitError, match="Running requests") as caught:
         reserve(budgets, 600)
     assert int(caught.value.headers["retry-after"]) >= 1
     budgets.settle(first, 100)

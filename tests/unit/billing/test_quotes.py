@@ -54,7 +54,7 @@ def test_a_request_costs_what_its_quote_said(
 
 @pytest.mark.parametrize(("least", "most"), [(2, 1), (-1, 0)])
 def test_a_range_has_an_order(least: int, most: int) -> None:
-    with pytest.raises(ValueError, match="no range"):
+    with pytest.raises(ValueError, match="not a range"):
         TokenRange(least, most)
 
 

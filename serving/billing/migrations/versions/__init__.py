@@ -1,1 +1,1 @@
-"""One file per change; names sort in their order."""
+"""One file per change; names sort in order."""

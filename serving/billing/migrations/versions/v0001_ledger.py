@@ -1,6 +1,6 @@
 """The ledger's first tables.
 
-Written out, not taken from the schema: a migration stays what it was when the schema goes on.
+Written out instead of taken from the schema: a migration stays as it is when the schema changes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Jobs of the OCR service, and the pages that they have read."""
+"""The OCR service's jobs and the pages that they have read."""
 
 from __future__ import annotations
 

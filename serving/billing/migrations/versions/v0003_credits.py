@@ -1,4 +1,4 @@
-"""What was taken off a request's price."""
+"""What was deducted from a request's price."""
 
 from __future__ import annotations
 

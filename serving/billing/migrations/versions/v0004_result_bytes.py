@@ -1,4 +1,4 @@
-"""What a job's results take."""
+"""The size of a job's results."""
 
 from __future__ import annotations
 
