@@ -1,1 +1,1 @@
-"""What a request may cost, did cost, and where that is recorded."""
+"""What a request may cost and did cost, and its record in the ledger."""

@@ -164,7 +164,7 @@ class Accounts:
     def _count_payable(
         self, tenant_id: str, arrived_ns: int, price: Price, limit: int, bounds: TokenBounds
     ) -> int | None:
-        """Tokens of each answer that the rest of the budget pays for; None for any number."""
+        """How many tokens of each answer the rest of the budget pays for; None for any number."""
         status = self._budgets.status(tenant_id, limit_nanodollars=limit, now_ns=arrived_ns)
         payable = price.count_payable(
             status.left_nanodollars or 0,
@@ -177,7 +177,7 @@ class Accounts:
         """What a replica counted for a request that has ended; None if it cannot say."""
         return await poll_counts(self._fetch_usage, replica, request_id)
 
-    def run(self, settling: Coroutine[object, object, None]) -> None:
+    def settle_later(self, settling: Coroutine[object, object, None]) -> None:
         """Settle a request in a task of its own, since its replicas have to be asked first."""
         task = asyncio.get_running_loop().create_task(settling)
         self._settling.add(task)

@@ -183,7 +183,7 @@ class RequestAccount:
         self._is_finished = True
         ended_ns = time.time_ns()
         if self._uncounted:
-            self._accounts.run(self._finish_when_counted(ending, ended_ns))
+            self._accounts.settle_later(self._finish_when_counted(ending, ended_ns))
         else:
             self._settle(self._build_record(ending, ended_ns, self.tokens or TokenCounts()))
 
