@@ -51,7 +51,7 @@ OPEN = ("/health", "/ready", "/openapi.json")
 _PROBES = ("/health", "/ready")
 """Requested by monitoring systems, under any host name."""
 METHODS = dict.fromkeys((*GENERATE, QUOTE), "POST") | dict.fromkeys((*GET_ROUTES, *OPEN), "GET")
-"""Every route but the OCR service's (`is_for_ocr`) and single models (`MODEL`)."""
+"""Every route except the OCR service's (`is_for_ocr`) and single models (`MODEL`)."""
 _PREFIX = "/v1/openai/"  # DeepInfra's
 
 

@@ -117,7 +117,7 @@ class Generation:
 
     @contextlib.asynccontextmanager
     async def _hold(self, account: RequestAccount, incoming: Incoming) -> AsyncIterator[Held]:
-        """Let a request in, and settle it in the end. What fails after the reply has begun is told in the stream."""
+        """Let a request in, and settle it in the end. A failure after the reply has begun is reported in the stream."""
         identity, reply = account.context.identity, incoming.reply
         ending = Ending(Outcome.FAILED, 500, "internal_error")
         try:

@@ -1,1 +1,1 @@
-"""Who may ask, and how much: keys, limits, and the control that every route goes through."""
+"""Who may send requests, and how many: keys, limits, and the checks that every route makes."""

@@ -1,4 +1,4 @@
-"""Access to a router, on every route: who asks, whether the tenant may have one more request, room for its body."""
+"""The checks that every route makes: whose request it is, the tenant's limits, memory for its body."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Incoming:
     path: str
     """Canonical: without a trailing slash, and with DeepInfra's prefix replaced."""
     is_deepinfra: bool
-    """Whether it came under DeepInfra's prefix."""
+    """Whether its path has DeepInfra's prefix."""
     headers: Mapping[bytes, bytes]
     scope: Scope
     receive: Receive

@@ -1,1 +1,1 @@
-"""Routes that generate nothing: models, quotes, usage, state, the API's description."""
+"""Routes that do not generate: models, quotes, usage, state, the API's description."""

@@ -46,8 +46,8 @@ GET_ROUTES: Mapping[str, Charge | None] = {
     "/admin/costs": LOOKUP,
     TARGETS: None,
 }
-"""What each counts as. What this router has in memory is free: OCR services ask whose key it is, and user interfaces list
-the models, on behalf of tenants who want something else."""
+"""What each counts as. What this router has in memory is free: OCR services ask whose key it is, and user interfaces
+list the models, on behalf of tenants who want something else."""
 QUOTE = "/v1/quote"
 _COUNTED_DOCUMENT = replace(DOCUMENT, weight=0.0)
 """Its request per minute was counted as a lookup, before its body was read."""

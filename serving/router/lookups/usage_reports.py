@@ -1,4 +1,4 @@
-"""What the ledger tells over HTTP: usage for tenants, costs for the operator, quotes for everybody."""
+"""The ledger over HTTP: usage for tenants, costs for the operator, quotes for everyone."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def _window(query: Query) -> Window:
 
 def _ordered(begin_ns: int, end_ns: int) -> Window:
     if begin_ns >= end_ns:
-        raise InvalidRequestError("The window ends before it begins.", param="since")
+        raise InvalidRequestError("The window must begin before it ends.", param="since")
     return Window(begin_ns, end_ns)
 
 

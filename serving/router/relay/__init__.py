@@ -1,1 +1,1 @@
-"""Bytes to a replica or an OCR service and back."""
+"""Relays requests to replicas and OCR services, and their answers to clients."""

@@ -1,1 +1,1 @@
-"""What a request asks for: parsed, checked, its images measured."""
+"""Parses and checks requests, and measures their images."""

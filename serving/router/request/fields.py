@@ -27,7 +27,7 @@ Check = Callable[[str, Any], None]
 
 _MAX_INT = 2**31 - 1
 _MAX_SPEC_BYTES = 64 * 1024
-"""JSON of tools, schemas and grammars."""
+"""The most JSON of tools, schemas and grammars."""
 _MAX_REPEAT = 1000
 _MAX_REPEATS = 100_000
 """The product of one pattern's repetition counts: `(a{1000}){1000}` is 15 characters and a million states."""

@@ -55,7 +55,7 @@ def check_size(size: tuple[int, int], param: str, router: RouterSettings) -> Non
     """Refuse an image over the pixel limit.
 
     Raises:
-        ImageTooLargeError: it is.
+        ImageTooLargeError: it has too many pixels.
     """
     width, height = size
     if width * height > router.limits.max_image_pixels:

@@ -49,7 +49,7 @@ def _next(part: Mapping[str, Any], schema: Mapping[str, Any]) -> Iterator[Mappin
 
 
 def _resolve(reference: Any, schema: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What a reference inside the schema points to (RFC 6901); None for any other."""
+    """The target of a reference within the schema (RFC 6901); None for any other reference."""
     if not isinstance(reference, str) or not reference.startswith("#"):
         return None
     found: Any = schema

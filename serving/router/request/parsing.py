@@ -66,7 +66,7 @@ class RoutedRequest:
     max_tokens_field: str | None = None
     """The field in which the client set it; None if it did not."""
     num_choices: int = 1
-    """Answers of all prompts together."""
+    """Number of answers, of all prompts together."""
     num_prompts: int = 1
     num_messages: int = 1
     is_constrained: bool = False

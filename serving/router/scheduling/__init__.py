@@ -1,1 +1,1 @@
-"""Whose turn it is and which replica gets it."""
+"""Decides which request is next and which replica gets it."""

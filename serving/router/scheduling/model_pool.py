@@ -30,13 +30,13 @@ class Waiting(Waiter):
 
 @dataclass(slots=True)
 class Pool:
-    """One model."""
+    """One model's replicas and queue."""
 
     queue: AdmissionQueue[Waiting]
     loads: list[ReplicaLoad] = field(default_factory=list)
-    """Of the replicas that are ready."""
+    """Loads of the ready replicas."""
     capacity: int = 0
-    """Of all of them, in tokens."""
+    """Capacity of all of them, in tokens."""
     sample: ReplicaRecord | None = None
     """Represents all of them when work is estimated; the last one known while there is none."""
     rate: ServiceRate = field(default_factory=ServiceRate)
