@@ -172,7 +172,7 @@ def test_answers_that_are_no_counts_are_refused(
     replica_url: str, monkeypatch: pytest.MonkeyPatch, answer: bytes
 ) -> None:
     monkeypatch.setattr(Replica, "answer", answer)
-    with pytest.raises(CountersError, match="does not (return|answer)"):
+    with pytest.raises(CountersError, match=r"does not (return|answer)"):
         asyncio.run(fetch_readings({"r": replica_url}, time_ns=0, api_key="sesame"))
 
 
