@@ -32,6 +32,7 @@ _SINGLE_HEADERS = frozenset(
         b"x-request-id",
         b"x-request-timeout-ms",
         b"x-serving-credit",
+        b"x-serving-tenant",
     }
 )
 """Headers that the stack acts on, which a request may contain only once. Duplicates of the headers that frame the

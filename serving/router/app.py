@@ -246,7 +246,7 @@ class RouterApp:
         identity = await self.access.identify(incoming)
         async with self.access.admitted(incoming, identity, charge):
             incoming.reply.headers += self.access.limits.headers(identity, time.monotonic())
-            await self._documents.relay(incoming.request_id, scope, incoming.receive, incoming.reply)
+            await self._documents.relay(incoming.request_id, scope, incoming.receive, incoming.reply, identity)
 
     async def _answer_ready(self, reply: Reply) -> None:
         snapshot = self._read_snapshot()

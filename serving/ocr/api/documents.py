@@ -84,7 +84,7 @@ class DocumentsRoute:
 
     async def _take(self, request: Request, reply: Reply, act: _Act) -> None:
         service, ocr = self._service, self._service.settings.ocr
-        caller = await service.callers.identify(request.headers.get("authorization"))
+        caller = await service.identify(request)
         async with (
             service.admitting(request, caller),
             service.uploads.receive(request, caller) as submission,

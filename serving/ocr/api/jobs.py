@@ -35,7 +35,7 @@ class JobsRoute:
     async def submit(self, request: Request, reply: Reply) -> None:
         """Take a document in, and answer with the job as soon as it cannot be lost any more."""
         service = self._service
-        caller = await self._identify(request)
+        caller = await self._service.identify(request)
         idempotency_key = request.headers.get("idempotency-key")
         if idempotency_key is not None and not _IDEMPOTENCY_KEY.fullmatch(idempotency_key):
             raise InvalidRequestError("Idempotency-Key must be 1 to 255 printable characters.", param="idempotency-key")
@@ -86,18 +86,18 @@ class JobsRoute:
         return job
 
     async def list_jobs(self, request: Request, reply: Reply) -> None:
-        caller = await self._identify(request)
+        caller = await self._service.identify(request)
         limit = _read_count(request, "limit", _DEFAULT_LIMIT, 1, _MAX_JOBS)
         jobs, has_more = await self._service.store.list_jobs(caller.owner, limit, request.query_params.get("after"))
         await reply.send_body(200, JobList(data=tuple(job.build_job() for job in jobs), has_more=has_more).to_json())
 
     async def show(self, request: Request, reply: Reply) -> None:
-        caller = await self._identify(request)
+        caller = await self._service.identify(request)
         job = await self._service.store.find(request.path_params["job_id"], caller.owner)
         await reply.send_body(200, job.build_job().to_json())
 
     async def list_pages(self, request: Request, reply: Reply) -> None:
-        caller = await self._identify(request)
+        caller = await self._service.identify(request)
         after = _read_count(request, "after", 0, 0, 2**31)
         limit = _read_count(request, "limit", 100, 1, _MAX_PAGES)
         job_id = request.path_params["job_id"]
@@ -105,7 +105,7 @@ class JobsRoute:
         await reply.send_body(200, JobPages(data=tuple(pages), has_more=has_more).to_json())
 
     async def cancel(self, request: Request, reply: Reply) -> None:
-        caller = await self._identify(request)
+        caller = await self._service.identify(request)
         service = self._service
         job = await service.store.cancel(request.path_params["job_id"], caller.owner)
         service.runner.abandon(job.job_id)
@@ -115,16 +115,13 @@ class JobsRoute:
 
     async def delete(self, request: Request, reply: Reply) -> None:
         """Everything of a job, whether it has ended or not."""
-        caller = await self._identify(request)
+        caller = await self._service.identify(request)
         service = self._service
         job_id = request.path_params["job_id"]
         await service.store.delete(job_id, caller.owner)
         service.runner.abandon(job_id)
         await service.runner.remove_file(job_id)
         await reply.send_empty(204)
-
-    async def _identify(self, request: Request) -> Caller:
-        return await self._service.callers.identify(request.headers.get("authorization"))
 
 
 def _read_count(request: Request, name: str, usual: int, least: int, most: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 import uuid
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 
@@ -25,6 +26,7 @@ from serving.ocr.reading.pages import PageReader
 from serving.ocr.reading.quotes import Quoter
 from serving.ocr.reading.router_client import Caller, Callers, Routers
 from serving.ocr.rendering.pool import Renderer
+from serving.ocr_api.signed_tenant import TENANT_HEADER, SignedRequest, SignedTenant, TenantSigner
 from serving.settings.stack import Settings
 from serving.telemetry import catalogue
 from serving.telemetry.ocr_metrics import OcrMetrics
@@ -63,6 +65,7 @@ class OcrService:
         self.storage = Storage(ocr)
         self.uploads = UploadReceiver(ocr, settings.router.limits, self.storage)
         self.key_sealer = KeySealer(ocr.secret, ocr.directory)
+        self._tenant_signer = TenantSigner(ocr.secret, ocr.secret_file)
         self.callers = Callers(routers, self.key_sealer.signer.sign)
         self._reader = PageReader(
             routers.choose,
@@ -97,6 +100,28 @@ class OcrService:
         await self._running.enter_async_context(self.callers)
         await self._running.enter_async_context(self._reader)
         self.runner.start()
+
+    async def identify(self, request: Request) -> Caller:
+        """Whose request this is.
+
+        Raises:
+            ServingError: the router refuses the key, or no router answers.
+        """
+        authorization = request.headers.get("authorization")
+        return await self.callers.identify(authorization, self._read_signed_tenant(request))
+
+    def _read_signed_tenant(self, request: Request) -> SignedTenant | None:
+        """The tenant that a router of this stack has signed for this very request."""
+        value = request.headers.get(TENANT_HEADER)
+        if value is None:
+            return None
+        bound = SignedRequest(
+            request.method,
+            request.scope["path"],
+            request.headers.get("x-request-id", ""),
+            request.headers.get("authorization", ""),
+        )
+        return self._tenant_signer.read(value, bound, time.time())
 
     @contextlib.asynccontextmanager
     async def admitting(self, request: Request, caller: Caller, *, is_job: bool = False) -> AsyncIterator[None]:

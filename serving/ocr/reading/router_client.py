@@ -18,6 +18,7 @@ import orjson
 
 from serving.billing.credits import CREDIT_HEADER, SignCredit
 from serving.errors import AuthenticationError, NoReplicaError, ServingError, from_engine
+from serving.ocr_api.signed_tenant import SignedTenant
 
 _KNOWN_S = 10.0
 """How long an answer about a key stands; a page's request is checked by the router again, whatever stands here."""
@@ -86,13 +87,15 @@ class Callers:
         assert self._session is not None
         await self._session.close()
 
-    async def identify(self, authorization: str | None) -> Caller:
-        """Whose request this is.
+    async def identify(self, authorization: str | None, signed: SignedTenant | None = None) -> Caller:
+        """Whose request this is: what a router of this stack has signed, or else what a router answers.
 
         Raises:
             ServingError: the router's own refusal, or none of the routers answers.
         """
         api_key = _read_key(authorization)
+        if signed is not None:
+            return Caller(signed.tenant_id, api_key, bool(signed.key_id))
         print_ = _fingerprint(api_key)
         known = self._known.get(print_)
         if known is None or time.monotonic() - known.asked_s >= _KNOWN_S:

@@ -138,7 +138,9 @@ class Lookups:
                     return
             async with self._access.admitted(incoming, identity, _COUNTED_DOCUMENT):
                 receive = _replay(body, incoming.receive)
-                await self._documents.relay_quote(incoming.request_id, incoming.scope, receive, incoming.reply)
+                await self._documents.relay_quote(
+                    incoming.request_id, incoming.scope, receive, incoming.reply, identity
+                )
 
     def _find_quoted(self, body: bytes) -> str | None:
         """The path of the request to be quoted; None for a document."""

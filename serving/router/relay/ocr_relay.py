@@ -7,6 +7,7 @@ tried as long as none of the body has been read.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import NoReturn
 
@@ -28,9 +29,11 @@ from serving.http.bodies import ClientGoneError, too_slow
 from serving.http.body_pace import BodyPace, receive_in_time
 from serving.http.disconnects import ClientPresence
 from serving.http.reply import Reply
+from serving.ocr_api.signed_tenant import TENANT_HEADER, VALID_S, SignedRequest, SignedTenant, TenantSigner
 from serving.router.access.limits import DOCUMENT, LOOKUP, POLL, Charge
 from serving.settings.ocr import OcrSettings
 from serving.settings.router import LimitSettings, RouterSettings
+from serving.settings.tenants import Identity
 
 OCR = "/v1/ocr"
 QUOTE = OCR + "/quote"
@@ -41,7 +44,7 @@ _FORM_BYTES = 128 * 1024
 """What the encoding as a form or JSON may add to a document."""
 _DROPPED = frozenset(
     {"connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade", "host", "expect", "x-request-id"}
-) | {"proxy-authorization", "proxy-authenticate", "proxy-connection", CREDIT_HEADER, "origin"}
+) | {"proxy-authorization", "proxy-authenticate", "proxy-connection", CREDIT_HEADER, TENANT_HEADER, "origin"}
 """Hop-by-hop headers (RFC 9110, section 7.6.1), those that are set anew, and those about the router's own address."""
 _FETCH = "sec-fetch-"
 _ANSWER_DROPPED = frozenset({"connection", "keep-alive", "transfer-encoding", "x-request-id", "date", "server"})
@@ -70,6 +73,7 @@ class DocumentRelay:
         self._ocr = ocr
         self._services: Sequence[ServiceRecord] = ()
         self._turns = itertools.count()
+        self._signer = TenantSigner(ocr.secret, ocr.secret_file)
         self._session: aiohttp.ClientSession | None = None
         self.num_open = 0
         """Requests being relayed."""
@@ -102,7 +106,9 @@ class DocumentRelay:
         if not self._ocr.enabled:
             raise RouteNotFoundError("This stack has no OCR service; set ocr.enabled to start one.")
 
-    async def relay_quote(self, request_id: str, scope: Scope, receive: Receive, reply: Reply) -> None:
+    async def relay_quote(
+        self, request_id: str, scope: Scope, receive: Receive, reply: Reply, identity: Identity
+    ) -> None:
         """Relay the question what a document would cost.
 
         Raises:
@@ -110,11 +116,20 @@ class DocumentRelay:
             ClientGoneError: the client has left.
         """
         self.check_enabled()
-        await self.relay(request_id, {**scope, "path": QUOTE}, receive, reply)
+        await self.relay(request_id, {**scope, "path": QUOTE}, receive, reply, identity)
 
-    async def relay(self, request_id: str, scope: Scope, receive: Receive, reply: Reply) -> None:
+    async def relay(
+        self, request_id: str, scope: Scope, receive: Receive, reply: Reply, identity: Identity | None = None
+    ) -> None:
         """Relay a request to a service and its answer to the client. If the client leaves, the service's request ends
         too.
+
+        Args:
+            request_id: the router's, which the service goes by as well.
+            scope: with the canonical path.
+            receive: the request's body.
+            reply: for the answer.
+            identity: whose request it is, told to the service with a signature; None for pages that are everybody's.
 
         Raises:
             ServingError: no service can be reached, or the body is too large or too slow.
@@ -122,16 +137,16 @@ class DocumentRelay:
         """
         self.num_open += 1
         try:
-            await self._relay(request_id, scope, receive, reply)
+            await self._relay(request_id, scope, receive, reply, identity)
         finally:
             self.num_open -= 1
 
-    async def _relay(self, request_id: str, scope: Scope, receive: Receive, reply: Reply) -> None:
+    async def _relay(
+        self, request_id: str, scope: Scope, receive: Receive, reply: Reply, identity: Identity | None
+    ) -> None:
         if self._session is None:
             raise InternalError("The router has not started.")
-        given = ((name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"])
-        headers = [(name, value) for name, value in given if name not in _DROPPED and not name.startswith(_FETCH)]
-        headers.append(("x-request-id", request_id))
+        headers = self._build_headers(request_id, scope, identity)
         body = RelayedBody(receive, self._router.limits, self._find_limit())
         has_body = scope["method"] in _METHODS_WITH_BODY
         path = scope["path"] + (f"?{scope['query_string'].decode('latin-1')}" if scope["query_string"] else "")
@@ -154,6 +169,19 @@ class DocumentRelay:
                     raise body.failure from None
                 await _break_off(reply, ReplicaUnreachableError("The OCR service was lost while it answered."), error)
         raise NoReplicaError("No OCR service is ready; try again shortly.", code="no_ocr_service")
+
+    def _build_headers(self, request_id: str, scope: Scope, identity: Identity | None) -> list[tuple[str, str]]:
+        """Return the client's headers that the service may see, the request id, and the signed tenant."""
+        given = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
+        headers = [(name, value) for name, value in given if name not in _DROPPED and not name.startswith(_FETCH)]
+        headers.append(("x-request-id", request_id))
+        if identity is not None:
+            authorization = next((value for name, value in given if name == "authorization"), "")
+            request = SignedRequest(scope["method"], scope["path"], request_id, authorization)
+            tenant = SignedTenant(identity.tenant_id, identity.key_id or "", int(time.time()) + VALID_S)
+            signed = self._signer.sign(tenant, request)
+            headers += [(TENANT_HEADER, signed)] if signed is not None else []
+        return headers
 
     async def _pass_on(self, answer: aiohttp.ClientResponse, receive: Receive, reply: Reply, body: RelayedBody) -> None:
         headers = [
