@@ -1,4 +1,7 @@
-"""The hostile corpus against the real stack: what only the engine can judge, and that it lives through all of it."""
+"""The part of the hostile corpus that only the engine can judge, against the real stack.
+
+What the router refuses never gets further than the router, whose own test sends it.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +38,5 @@ async def test_what_only_looks_hostile_is_served(port: int, entry: Entry) -> Non
     assert answer.status == 200, answer
 
 
-async def test_the_stack_lives_through_the_whole_corpus(port: int) -> None:
-    for entry in CORPUS:
-        if entry.judge is Judge.ROUTER:
-            answer = await send(port, entry.raw)
-            assert 400 <= answer.status < 500, (entry.name, answer)
+async def test_the_stack_is_alive_after_all_of_it(port: int) -> None:
     assert (await send(port, chat())).status == 200

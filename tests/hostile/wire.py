@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,6 @@ class Answer:
     status: int
     headers: dict[str, str]
     body: bytes
-    elapsed_s: float
 
     def error(self) -> dict[str, Any]:
         """The error of an answer in OpenAI's shape."""
@@ -32,7 +30,6 @@ class Answer:
 
 async def send(port: int, raw: bytes, timeout_s: float = 30.0) -> Answer:
     """The first answer to the bytes; the connection is closed after it."""
-    started_s = time.monotonic()
     async with asyncio.timeout(timeout_s):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         sending = asyncio.create_task(_send(writer, raw))
@@ -47,7 +44,7 @@ async def send(port: int, raw: bytes, timeout_s: float = 30.0) -> Answer:
             writer.close()
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
-    return Answer(status, headers, body, time.monotonic() - started_s)
+    return Answer(status, headers, body)
 
 
 async def _send(writer: asyncio.StreamWriter, raw: bytes) -> None:

