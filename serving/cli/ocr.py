@@ -1,4 +1,4 @@
-"""The `serving ocr` command: files through the OCR service, results into a folder."""
+"""The `serving ocr` command: reads files through the OCR service into a folder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from serving.ocr_client.errors import KeyRefusedError, OcrError
 from serving.ocr_client.file_names import show_name
 
 _ANY_MODEL = "*"
-"""Stands for the first model that the service lists, until it has been asked."""
+"""Placeholder for the first model that the service lists."""
 _SHOWN_FAILURES = 10
 _INTERRUPTED = 130
 
@@ -40,23 +40,32 @@ def read_files(
     files: Annotated[
         list[str], typer.Argument(metavar="FILE...", help="Documents, folders of them, or quoted patterns.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results and for what has been done.")],
-    mode: Annotated[str | None, typer.Option(help=f"How closely to look: {', '.join(MODES)}.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results and the progress of the run.")],
+    mode: Annotated[str | None, typer.Option(help=f"Resolution mode: {', '.join(MODES)}.")] = None,
     output: Annotated[
-        OutputFormat, typer.Option("--format", "-f", help="json has the blocks with their boxes, too.")
+        OutputFormat,
+        typer.Option("--format", "-f", help="Format of the result files; json includes blocks with their boxes."),
     ] = OutputFormat.MARKDOWN,
-    pages: Annotated[str | None, typer.Option(help="Which pages of each document, such as 1-3,7.")] = None,
-    model: Annotated[str | None, typer.Option(help="The first one that the service lists, if not given.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="What to ask of every page, instead of the format's own.")] = None,
-    dpi: Annotated[int | None, typer.Option(min=18, max=600, help="Of PDF pages.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Of one page's text.")] = None,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, max=256, help="Documents at once.")] = 8,
-    url: Annotated[str, typer.Option(envvar="SERVING_URL", help="Where the stack or the service is.")] = DEFAULT_URL,
+    pages: Annotated[str | None, typer.Option(help="Pages of each document, such as 1-3,7; all by default.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model to use; by default the first that the service lists.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="Prompt for every page, instead of the format's own.")] = None,
+    dpi: Annotated[
+        int | None, typer.Option(min=18, max=600, help="Resolution in which PDF pages are rendered.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Limit on the tokens of one page's answer.")] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, max=256, help="Documents to read at the same time.")] = 8,
+    url: Annotated[
+        str, typer.Option(envvar="SERVING_URL", help="Address of the stack or the OCR service.")
+    ] = DEFAULT_URL,
     key: Annotated[
         str | None,
-        typer.Option(envvar="SERVING_API_KEY", help="API key; better in the environment, where nobody sees it."),
+        typer.Option(envvar="SERVING_API_KEY", help="API key; safer in the environment than in the process list."),
     ] = None,
-    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for a service that is away or busy.")] = 600.0,
+    wait: Annotated[
+        float, typer.Option(min=0, help="Seconds to wait for a service that is unavailable or busy.")
+    ] = 600.0,
 ) -> None:
     """Read documents (PDF, JPEG, PNG, WebP, TIFF, GIF, BMP) and write their text into a folder.
 
@@ -64,15 +73,15 @@ def read_files(
         serving ocr report.pdf scans/ --out texts
         serving ocr "archive/**/*.pdf" --out texts --mode auto --format json --jobs 16
 
-    Every document becomes a job of the service and DIR/NAME.md (or .txt, .json). What is finished is kept in DIR, page
-    by page: stop the command, or lose the service, and the same command goes on where it was. Done once more, it reads
-    only files that are new or have changed, and pages that failed.
+    Each document is read in a job of the service and written to DIR/NAME.md (or .txt, .json). Finished pages are stored
+    in DIR: when the command or the service was stopped, the same command resumes. Run again, it reads only files that
+    are new or have changed, and pages that failed.
 
-    The exit status is 0 when every page was read, 1 when some pages, documents or folders were not (they are listed), 2
-    when the command is wrong, 3 when the service cannot be used, 130 after Ctrl-C.
+    The exit status is 0 if every page was read; 1 if some pages, documents or folders could not be read (they are
+    listed); 2 for an invalid command; 3 if the service cannot be used; 130 after Ctrl-C.
     """
     if mode is not None and mode not in MODES:
-        _fail(2, f"--mode {mode}: there are {', '.join(MODES)}")
+        _fail(2, f"--mode {mode}: must be one of {', '.join(MODES)}")
     fields = {"pages": pages, "prompt": prompt, "dpi": dpi, "max_tokens": max_tokens, "mode": mode}
     try:
         options = ReadOptions(model or _ANY_MODEL, **fields)  # type: ignore[arg-type]  # pydantic checks them
@@ -85,21 +94,21 @@ def read_files(
     except FileSelectionError as error:
         _fail(2, str(error))
     except RunningError:
-        _fail(2, f"another `serving ocr` writes into {show_name(out)}; wait for it, or take another folder")
+        _fail(2, f"another `serving ocr` is writing to {show_name(out)}; wait for it, or use another folder")
     except OSError as error:
         _fail(2, f"{show_name(out)}: cannot be written ({error.strerror})")
     try:
         client = AsyncOcrClient(url, api_key=key, retry=RetryPolicy(max_wait_s=wait))
         outcomes = asyncio.run(_run(client, state, options, output, tasks, jobs))
     except KeyboardInterrupt:
-        _fail(_INTERRUPTED, "stopped; the service goes on with what it has, the same command fetches it")
+        _fail(_INTERRUPTED, "stopped; the service continues its open jobs, and the same command fetches their pages")
     except OcrError as error:
-        advice = "; give a key with SERVING_API_KEY" if isinstance(error, KeyRefusedError) else ""
-        _fail(3, f"{url}: {error}{advice}\nWhat is finished is kept; the same command goes on from there.")
+        advice = "; set SERVING_API_KEY to a valid key" if isinstance(error, KeyRefusedError) else ""
+        _fail(3, f"{url}: {error}{advice}\nFinished pages are kept; the same command resumes.")
     finally:
         state.close()
     for folder, reason in found.unread.items():
-        typer.echo(f"{show_name(folder)}: it cannot be looked into ({reason})", err=True)
+        typer.echo(f"{show_name(folder)}: the folder cannot be searched ({reason})", err=True)
     if found.unread or not all(outcome.is_good for outcome in outcomes):
         raise typer.Exit(1)
 
@@ -129,7 +138,7 @@ async def _run(
             run = BulkRun(client, state, options, output, show, note)
             outcomes = await run.run(tasks, jobs)
     num_done = sum(outcome.was_done for outcome in outcomes)
-    before = f", {num_done} of them done before" if num_done else ""
+    before = f", {num_done} of them finished before" if num_done else ""
     rates = _describe(run.tally, time.monotonic() - began_s)
     console.print(f"{len(outcomes)} files{before}; {run.tally.num_done} pages: {rates}", highlight=False)
     return outcomes
@@ -138,7 +147,7 @@ async def _run(
 async def _choose_model(client: AsyncOcrClient, options: ReadOptions) -> ReadOptions:
     names = await client.models()
     if not names:
-        _fail(3, "the service lists no model")
+        _fail(3, "the service lists no models")
     return dataclasses.replace(options, model=names[0])
 
 
@@ -169,7 +178,7 @@ def _print_outcome(console: Console, outcome: FileOutcome) -> None:
     for number, reason in list(outcome.failed.items())[:_SHOWN_FAILURES]:
         console.print(f"{name}, page {number}: {reason}", markup=False, style="red", soft_wrap=True)
     if len(outcome.failed) > _SHOWN_FAILURES:
-        console.print(f"{name}: and {len(outcome.failed) - _SHOWN_FAILURES} pages more", markup=False, style="red")
+        console.print(f"{name}: and {len(outcome.failed) - _SHOWN_FAILURES} more pages", markup=False, style="red")
     if outcome.is_good and not outcome.was_done:
         console.print(f"{name} -> {show_name(outcome.task.target)}", markup=False, soft_wrap=True, highlight=False)
 

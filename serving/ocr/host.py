@@ -1,4 +1,4 @@
-"""One OCR service on a port of its own, wherever it runs: in a Serve replica or as a command."""
+"""One OCR service on its own port, in a Serve replica or as a command."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from serving.telemetry.exporter import MetricsServer
 
 
 class OcrHost:
-    """Starts everything, and stops it without losing what runs."""
+    """Starts the service, and stops it without losing what is running."""
 
     def __init__(
         self,
@@ -33,48 +33,52 @@ class OcrHost:
         """Bind the addresses.
 
         Args:
-            settings: the whole of them.
+            settings: of the whole stack.
             routers: where pages are sent to.
             host: address to listen on.
-            pages: routes for people.
-            metrics_host: address of the metrics' port; None takes what the settings say, which then is no `auto`.
+            pages: routes for browsers.
+            metrics_host: address of the metrics port; None takes the one in the settings, which must not be `auto`.
 
         Raises:
-            OSError: the address is taken or not this machine's.
-            SettingsError: the secret that keys are sealed with cannot be had.
+            OSError: the address is in use or is not this machine's.
+            SettingsError: the secret cannot be read or created.
         """
         self._drain_s = settings.engine.drain_s
-        self._service = OcrService(settings, routers)
-        self._drainable = Drainable(OcrApp(self._service, pages))
+        self.service = OcrService(settings, routers)
+        self._drainable = Drainable(OcrApp(self.service, pages))
         limits = settings.router.limits
         self._server = HttpServer(
             self._drainable, host=host, port=settings.ocr.port, drain_s=self._drain_s, limits=limits
         )
         telemetry = settings.telemetry
         self._metrics = MetricsServer(
-            self._service.metrics.render, list, metrics_host or telemetry.metrics_host, telemetry.metrics_key
+            self.service.metrics.render, list, metrics_host or telemetry.metrics_host, telemetry.metrics_key
         )
         self.record = ServiceRecord(
-            self._service.service_id,
+            self.service.service_id,
             http_url(host, self._server.port),
             self._metrics.url,
         )
 
+    @property
+    def port(self) -> int:
+        return self._server.port
+
     async def start(self) -> None:
         """Must run inside the event loop that serves."""
         await asyncio.to_thread(warn_of_missing_fonts)
-        await self._service.start()
+        await self.service.start()
         await self._metrics.start()
         await self._server.start()
 
     @property
     def is_well(self) -> bool:
-        return self._server.is_serving and self._metrics.is_serving and self._service.runner.is_well
+        return self._server.is_serving and self._metrics.is_serving and self.service.runner.is_well
 
     async def stop(self) -> None:
-        """Answers that have begun are finished; jobs go on elsewhere."""
-        self._service.runner.stop_taking()
+        """Finish answers that have started; jobs continue at other services."""
+        self.service.runner.stop_taking()
         await self._drainable.drain(self._drain_s)
         await self._server.stop()
-        await self._service.close(self._drain_s)
+        await self.service.close(self._drain_s)
         await self._metrics.stop()

@@ -1,1 +1,1 @@
-"""Clients of the OCR service: a library and the bulk command."""
+"""Clients of the OCR service: a library, and the bulk run behind `serving ocr`."""

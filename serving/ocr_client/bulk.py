@@ -1,4 +1,4 @@
-"""Many files through the OCR service's jobs, their results into a folder; what was done before is not done again."""
+"""Reads many files through jobs of the OCR service into a folder, and resumes where an earlier run stopped."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from serving.ocr_client.errors import (
 from serving.ocr_client.file_names import name_key, safe_place, show_name
 
 SUFFIXES = frozenset((".pdf", ".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".gif", ".bmp"))
-"""Of files that are taken from folders; a file that is named is sent whatever its suffix."""
+"""Suffixes of files that are taken from folders. A file that is named is sent whatever its suffix."""
 _FIRST_POLL_S, _LAST_POLL_S = 0.25, 2.0
 _MAX_JOBS_LOST = 3
-"""Of one file in one run, before the service is taken for one that forgets."""
+"""Jobs of one file that may be lost in one run before the run gives up."""
 
 
 class OutputFormat(StrEnum):
@@ -53,29 +53,29 @@ class OutputFormat(StrEnum):
 
 
 class FileSelectionError(Exception):
-    """Files that cannot be taken; the message says which and why."""
+    """Files that cannot be read; the message says which and why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
     file: Path
     target: Path
-    """Where its result goes."""
+    """The file that its result is written to."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileOutcome:
-    """How a file ended."""
+    """The outcome of one file."""
 
     task: Task
     num_read: int = 0
-    """Pages, by this run or ones before."""
+    """Pages that were read, by this run or earlier ones."""
     failed: dict[int, str] = field(default_factory=dict)
-    """Reasons by page number."""
+    """Reasons of failed pages, by page number."""
     failure: str | None = None
-    """Why the document as a whole was not read."""
+    """Why the document as a whole could not be read."""
     was_done: bool = False
-    """Whether there was nothing left to do."""
+    """Whether earlier runs had already read all of it."""
 
     @property
     def is_good(self) -> bool:
@@ -84,14 +84,14 @@ class FileOutcome:
 
 @dataclass(slots=True)
 class Tally:
-    """What this run has seen so far."""
+    """Progress of this run so far."""
 
     num_pages: int = 0
-    """That are known of, of files that were begun."""
+    """Pages of the files that were started, as far as known."""
     num_done: int = 0
     num_failed: int = 0
     num_tokens: int = 0
-    """Of text."""
+    """Completion tokens."""
     dollars: float = 0.0
 
     def add(self, pages: Iterable[OcrPage]) -> None:
@@ -105,20 +105,20 @@ class Tally:
 @dataclass(frozen=True, slots=True)
 class Found:
     files: list[tuple[Path, Path]]
-    """Each with its place under the folder that was named."""
+    """Each file with its path relative to the folder that was named."""
     unread: dict[Path, str]
-    """Folders that could not be looked into, and why."""
+    """Folders that could not be searched, with the reason."""
 
 
 def find_files(arguments: Sequence[str], out: Path) -> Found:
-    """Files that are meant, each once.
+    """Expand arguments into files, without duplicates.
 
     Args:
-        arguments: files, folders (searched to the bottom) and glob patterns.
-        out: the folder of the results, where nothing is searched.
+        arguments: files, folders (searched recursively) and glob patterns.
+        out: the folder for the results, which is not searched.
 
     Raises:
-        SelectionError: there is no such file, or nothing to read in a folder or under a pattern.
+        FileSelectionError: a file does not exist, or a folder or pattern has no documents.
     """
     found: dict[Path, Path] = {}
     unread: dict[Path, str] = {}
@@ -139,7 +139,7 @@ def find_files(arguments: Sequence[str], out: Path) -> Found:
             failed = _find_closed(argument)
             if not matches and not failed:
                 raise FileSelectionError(
-                    f"{show_name(argument)}: there is no such file or folder, and no file matches it"
+                    f"{show_name(argument)}: no such file or folder, and no file matches it as a pattern"
                 )
             found |= {file: Path(file.name) for file in matches if file.is_file()}
             unread |= failed
@@ -148,7 +148,7 @@ def find_files(arguments: Sequence[str], out: Path) -> Found:
 
 
 def _search(folder: Path, out: Path) -> tuple[list[Path], dict[Path, str]]:
-    """Documents in a folder and all below it, and what could not be looked into."""
+    """Documents in a folder and its subfolders, and folders that could not be searched."""
     files: list[Path] = []
     failed: dict[Path, str] = {}
     results = out.resolve()
@@ -171,7 +171,7 @@ def _search(folder: Path, out: Path) -> tuple[list[Path], dict[Path, str]]:
 
 
 def _find_closed(pattern: str) -> dict[Path, str]:
-    """Folders that a pattern leads into and that cannot be listed: `glob` passes them over."""
+    """Folders on a pattern's way that cannot be listed; `glob` skips them silently."""
     folders = Path(pattern).parts[:-1]
     prefixes = (str(Path(*folders[:count])) for count in range(1, len(folders) + 1))
     reached = {Path(name) for prefix in prefixes for name in glob.glob(prefix, recursive=True)}
@@ -180,10 +180,10 @@ def _find_closed(pattern: str) -> dict[Path, str]:
 
 
 def plan_tasks(files: Sequence[tuple[Path, Path]], out: Path, kind: OutputFormat) -> list[Task]:
-    """Name the results: `a.pdf` becomes `a.md`, and `a.pdf.md` where there is an `a.png` too.
+    """Name the results: `a.pdf` becomes `a.md`, or `a.pdf.md` if there is an `a.png` too.
 
     Raises:
-        SelectionError: two files have one name.
+        FileSelectionError: two results would have the same name.
     """
     stems = [place.with_suffix("") for _, place in files]
     counts = Counter(stems)
@@ -194,14 +194,16 @@ def plan_tasks(files: Sequence[tuple[Path, Path]], out: Path, kind: OutputFormat
         target = out / name.with_name(name.name + kind.suffix)
         if target in targets:
             names = map(show_name, (file, targets[target], target))
-            raise FileSelectionError("{} and {} would both become {}; read them into two folders".format(*names))
+            raise FileSelectionError(
+                "{} and {} would both become {}; use separate folders for their results".format(*names)
+            )
         targets[target] = file
         tasks.append(Task(file, target))
     return tasks
 
 
 class BulkRun:
-    """Takes files through the service, a number of them at once."""
+    """Reads files through the service, several at a time."""
 
     def __init__(
         self,
@@ -212,13 +214,15 @@ class BulkRun:
         on_change: Callable[[Tally], None] = lambda tally: None,
         on_outcome: Callable[[FileOutcome], None] = lambda outcome: None,
     ) -> None:
-        """Args:
-        client: whose retries wait out a service that restarts.
-        state: of the folder that the results go to.
-        options: for every file; `format` is chosen by `kind`.
-        kind: of the results.
-        on_change: told whenever pages have come.
-        on_outcome: told of every file's end.
+        """Nothing is sent yet.
+
+        Args:
+            client: its retries should outlast a restart of the service.
+            state: of the folder for the results.
+            options: for every file; `format` is overridden according to `kind`.
+            kind: format of the result files.
+            on_change: called whenever pages have arrived.
+            on_outcome: called at the end of every file.
         """
         self._options = replace(options, format=kind.page_format)
         self._client, self._state, self._kind = client, state, kind
@@ -226,10 +230,10 @@ class BulkRun:
         self.tally = Tally()
 
     async def run(self, tasks: Sequence[Task], num_at_once: int) -> list[FileOutcome]:
-        """Every file's end, in order.
+        """Read all files and return their outcomes in order.
 
         Raises:
-            OcrError: the service cannot be used; what was done is kept.
+            OcrError: the service cannot be used. What was read is kept.
         """
         room = asyncio.Semaphore(num_at_once)
 
@@ -243,7 +247,7 @@ class BulkRun:
             async with asyncio.TaskGroup() as group:
                 running = [group.create_task(do(task)) for task in tasks]
         except ExceptionGroup as errors:
-            raise errors.exceptions[0] from errors  # they have one cause: the service
+            raise errors.exceptions[0] from errors  # they all have the same cause: the service
         return [task.result() for task in running]
 
     async def _do(self, task: Task) -> FileOutcome:
@@ -271,7 +275,7 @@ class BulkRun:
         return self._conclude(task, path, failure)
 
     async def _follow(self, task: Task, path: str) -> str | None:
-        """Submit the file if that is still to be done, and take its pages; why the job failed, if it did."""
+        """Submit the file unless that was done before, and fetch its pages; returns why the job failed, if it did."""
         num_lost = 0
         while True:
             job_id = await self._find_job(task, path)
@@ -281,7 +285,7 @@ class BulkRun:
                 num_lost += 1
                 if num_lost > _MAX_JOBS_LOST:
                     raise
-                # Expired, or the service has lost it: only what is missing is read again.
+                # The job has expired or was lost: only missing pages are read again.
                 self._begin_again(path)
                 continue
             break
@@ -290,7 +294,7 @@ class BulkRun:
             return job.error.message if job.error is not None else f"its job was {job.status.value}"
         self._write(task, path)
         self._state.finish(path)
-        with contextlib.suppress(OcrError):  # it expires by itself
+        with contextlib.suppress(OcrError):  # otherwise it expires
             await self._client.delete(job_id)
         return None
 
@@ -299,13 +303,13 @@ class BulkRun:
         if file.job is not None:
             return file.job
         options = self._options if file.chosen is None else replace(self._options, pages=file.chosen)
-        # Known before it is sent: a run that is killed in between submits the same again, and gets the same job.
+        # The key is stored before it is sent: a run that is killed here submits again and gets the same job.
         job = await self._client.submit(task.file, options, idempotency_key=file.submission)
         self._state.begin_job(path, job.id)
         return job.id
 
     async def _take_pages(self, path: str, job_id: str) -> OcrJob:
-        """Pages as they finish, until the job is over; then the job."""
+        """Fetch pages as they finish until the job is over, and return the job."""
         file = self._state.find(path)
         after, poll_s, num_known = file.after, _FIRST_POLL_S, 0
         while True:
@@ -334,7 +338,7 @@ class BulkRun:
         self._state.begin_again(path, self._choose_missing(path, file))
 
     def _choose_missing(self, path: str, file: FileState) -> str | None:
-        """Pages that have not been read yet, as the service wants them; None for all that were asked for."""
+        """Pages that have not been read yet, as a selection; None for all that were asked for."""
         if file.num_pages is None:
             return None
         wanted = [index + 1 for index in select_pages(self._options.pages, file.num_pages, file.num_pages)]
@@ -354,7 +358,7 @@ class BulkRun:
 
 
 def render(kind: OutputFormat, file: Path, pages: Sequence[OcrPage]) -> str:
-    """The file of results. Pages of text are parted by form feeds, as pdftotext does; those of markdown by comments."""
+    """The content of a result file. Text pages are separated by form feeds, as in pdftotext; markdown by comments."""
     if kind is OutputFormat.JSON:
         listed = [page.model_dump(mode="json", exclude={"seq"}, exclude_none=True) for page in pages]
         dollars = round(sum(page.usage.estimated_cost for page in pages), 9)

@@ -1,7 +1,7 @@
-"""What a run over many files has done, in a SQLite file beside its results, so that the next run goes on.
+"""The progress of a bulk run, in a SQLite file beside its results, so that the next run can resume.
 
-A file is known by its path; when its content or the options have changed it starts anew. Pages are kept as they come,
-so a page that is here is never read again, whatever becomes of the service or of the run.
+Files are identified by their paths; a file starts over when its content or the options have changed. Pages are stored
+as they arrive, so a stored page is never read again, even if the service or the run is killed.
 """
 
 from __future__ import annotations
@@ -42,33 +42,35 @@ CREATE TABLE IF NOT EXISTS pages (
 
 
 class RunningError(Exception):
-    """Another run writes into the same folder."""
+    """Another run is writing to the same folder."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileState:
-    """One file's way through the service."""
+    """The progress of one file."""
 
     submission: str
-    """The Idempotency-Key that it is, or was, submitted with."""
+    """The Idempotency-Key that the file is submitted with."""
     chosen: str | None
-    """Pages that are submitted (`1-3,7`); None for all that were asked for."""
+    """The selection of pages that is submitted (`1-3,7`); None for all that were asked for."""
     job: str | None
     after: int
-    """`seq` of the last page that came from the job."""
+    """`seq` of the last page that was fetched from the job."""
     num_pages: int | None
-    """That the document has, as the first job counted them."""
+    """Number of pages of the document, as reported by the first job."""
     is_over: bool
-    """Whether its job has come to its end, and its pages are all here."""
+    """Whether its job has ended and all of its pages have been fetched."""
 
 
 class BulkState:
-    """One folder's. Only one run at a time may have it open."""
+    """The state of one folder. Only one run at a time may have it open."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises:
-        RunningError: another run has it open.
-        OSError: the folder cannot be written.
+        """Open or create the state of a folder.
+
+        Raises:
+            RunningError: another run has it open.
+            OSError: the folder cannot be written.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self._lock: IO[str] = (folder / _LOCK_NAME).open("w")
@@ -78,7 +80,7 @@ class BulkState:
             self._lock.close()
             raise RunningError from error
         self._database = sqlite3.connect(folder / STATE_NAME, isolation_level=None)
-        # A kill of the process loses nothing; a power cut may lose the last pages, which are then asked for again.
+        # Killing the process loses nothing; a power failure may lose the last pages, which are then fetched again.
         self._database.execute("PRAGMA journal_mode = WAL")
         self._database.execute("PRAGMA synchronous = NORMAL")
         self._database.executescript(_SCHEMA)
@@ -88,7 +90,7 @@ class BulkState:
         self._lock.close()
 
     def open_file(self, path: str, digest: str, options: str) -> FileState:
-        """Where a file stands; at its beginning when it is new, or its content or the options are."""
+        """A file's progress, which is reset if the file, its content or the options are new."""
         row = self._database.execute("SELECT digest, options FROM files WHERE path = ?", (path,)).fetchone()
         if row != (digest, options):
             self._database.execute("BEGIN")
@@ -101,29 +103,29 @@ class BulkState:
         return self.find(path)
 
     def find(self, path: str) -> FileState:
-        """Where a file that was opened stands."""
+        """The progress of a file that was opened."""
         columns = "submission, chosen, job, after, num_pages, is_over"
         row = self._database.execute(f"SELECT {columns} FROM files WHERE path = ?", (path,)).fetchone()
         submission, chosen, job, after, num_pages, is_over = row
         return FileState(submission, chosen, job, after, num_pages, bool(is_over))
 
     def begin_job(self, path: str, job: str) -> None:
-        """The service has taken it."""
+        """Record the job that the service created."""
         self._database.execute("UPDATE files SET job = ? WHERE path = ?", (job, path))
 
     def count_pages(self, path: str, num_pages: int) -> None:
-        """The service has told how many pages the document has."""
+        """Record how many pages the document has."""
         self._database.execute("UPDATE files SET num_pages = ? WHERE path = ?", (num_pages, path))
 
     def begin_again(self, path: str, chosen: str | None) -> None:
-        """Another job is needed, for these pages; pages that are here stay."""
+        """Prepare another job for these pages; stored pages are kept."""
         self._database.execute(
             "UPDATE files SET submission = ?, chosen = ?, job = NULL, after = 0, is_over = 0 WHERE path = ?",
             (uuid.uuid4().hex, chosen, path),
         )
 
     def add_pages(self, path: str, pages: tuple[OcrPage, ...], after: int) -> None:
-        """Pages that have come, and the `seq` of the last of them, at once."""
+        """Store pages and the `seq` of the last of them, in one transaction."""
         rows = [(path, page.number, page.is_completed, page.model_dump_json()) for page in pages]
         self._database.execute("BEGIN")
         self._database.executemany("INSERT OR REPLACE INTO pages VALUES (?, ?, ?, ?)", rows)
@@ -131,30 +133,28 @@ class BulkState:
         self._database.execute("COMMIT")
 
     def finish(self, path: str) -> None:
-        """Its job is over."""
+        """Record that the file's job is over."""
         self._database.execute("UPDATE files SET is_over = 1 WHERE path = ?", (path,))
 
     def pages(self, path: str) -> list[OcrPage]:
-        """Pages that are here, in the document's order."""
+        """Stored pages in document order."""
         rows = self._database.execute("SELECT page FROM pages WHERE path = ? ORDER BY number", (path,))
         return [OcrPage.model_validate_json(row[0]) for row in rows]
 
     def numbers(self, path: str, *, is_completed: bool) -> list[int]:
-        """Numbers of pages that were read, or that failed."""
+        """Numbers of stored pages that were read, or of those that failed."""
         query = "SELECT number FROM pages WHERE path = ? AND is_completed = ? ORDER BY number"
         return [row[0] for row in self._database.execute(query, (path, is_completed))]
 
 
 def digest_file(file: Path) -> str:
-    """Raises:
-    OSError: it cannot be read.
-    """
+    """The SHA-256 of a file; raises OSError when it cannot be read."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def describe_options(fields: dict[str, object]) -> str:
-    """Options in one form, to be compared with those of the run before."""
+    """Options in canonical form, for comparison with those of the previous run."""
     return json.dumps(fields, sort_keys=True)
 
 

@@ -1,17 +1,17 @@
-"""Clients of the OCR service, for threads and for event loops: the same calls, the same types, the same errors.
+"""Clients of the OCR service, synchronous and asynchronous, with the same methods, types and errors.
 
     with OcrClient("http://127.0.0.1:8000", api_key="sk-...") as client:
         result = client.read(Path("report.pdf"), ReadOptions("nano"))
         print(result.pages[0].markdown, result.usage.estimated_cost)
 
-Long documents go in jobs, which outlive the connection and the service's process:
+Long documents should be read in jobs, which survive the connection and restarts of the service:
 
         job = client.submit(Path("book.pdf"), ReadOptions("nano"), idempotency_key="book-1")
         for page in client.follow(job.id):
             print(page.number, page.content)
 
-Requests are sent again as `RetryPolicy` says. One that may have been worked on is only sent again when that costs
-nothing: never a whole document whose answer was lost. Errors: `serving.ocr_client.errors`.
+Requests are retried according to `RetryPolicy`, but never if that could be charged twice: a document whose answer was
+lost is not sent again. Errors: `serving.ocr_client.errors`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _PAGES_AT_ONCE = 100
 
 
 class OcrClient:
-    """For programs without an event loop. May be shared between threads; close it, or use it as a context."""
+    """The synchronous client. It may be shared between threads; close it, or use it as a context manager."""
 
     def __init__(
         self,
@@ -58,12 +58,14 @@ class OcrClient:
         retry: RetryPolicy = RetryPolicy(),  # noqa: B008  frozen
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        """Args:
-        base_url: of the router or the OCR service, without `/v1`.
-        api_key: where the router wants one.
-        timeout_s: longest silence of the service; a whole document's answer comes at the end of all its pages.
-        retry: when requests are sent again.
-        transport: httpx's, to reach the service some other way.
+        """Nothing is connected yet.
+
+        Args:
+            base_url: address of the router or the OCR service, without `/v1`.
+            api_key: needed if the router requires keys.
+            timeout_s: longest time in seconds without data; the answer to `read` arrives when all pages are done.
+            retry: when requests are retried.
+            transport: replaces httpx's own transport.
         """
         self._http = httpx.Client(transport=transport, **requests.client_arguments(base_url, api_key, timeout_s))
         self._retry = retry
@@ -78,23 +80,23 @@ class OcrClient:
         self._http.close()
 
     def models(self) -> list[str]:
-        """Names that `ReadOptions.model` may have."""
+        """Valid values of `ReadOptions.model`."""
         return self._ask(requests.models()).names
 
     def read(self, source: Source, options: ReadOptions) -> OcrResult:
-        """Read a document and wait for all of it. Pages that failed say why.
+        """Read a document and wait for all of its pages. Failed pages have an `error`.
 
         Raises:
-            OcrError: the document as a whole was not read.
+            OcrError: the document as a whole could not be read.
             OSError: the file cannot be read.
         """
         return self._ask(requests.read(source, options))
 
     def stream(self, source: Source, options: ReadOptions) -> Generator[StreamEvent]:
-        """Read a document and see its pages arrive. Whoever closes the generator ends the work.
+        """Read a document and receive its pages as they are read. Closing the generator cancels the request.
 
         Raises:
-            OcrError: the document as a whole was not read, or the stream broke off; never begun again by itself.
+            OcrError: the document as a whole could not be read, or the stream broke off; it is never retried.
             OSError: the file cannot be read.
         """
         events = EventReader()
@@ -107,16 +109,16 @@ class OcrClient:
             events.finish()
 
     def submit(self, source: Source, options: ReadOptions, *, idempotency_key: str | None = None) -> OcrJob:
-        """Have a document read in a job.
+        """Submit a document as a job.
 
         Args:
             source: the document.
             options: how to read it.
-            idempotency_key: submitted again with the same one, the first job comes back. One is made up if none is
-                given, so that tries of this call make one job.
+            idempotency_key: submitting again with the same key returns the first job. By default a random one is used,
+                so that retries of this call create one job.
 
         Raises:
-            OcrError: it was refused.
+            OcrError: the submission was refused.
             OSError: the file cannot be read.
         """
         return self._ask(requests.submit(source, options, idempotency_key))
@@ -125,7 +127,7 @@ class OcrClient:
         return self._ask(requests.job(job_id))
 
     def jobs(self, *, limit: int = 20, after: str | None = None) -> JobList:
-        """Newest first; `after` is the last job of the list before."""
+        """Jobs, newest first; `after` is the id of the last job in the previous list."""
         return self._ask(requests.jobs(limit, after))
 
     def job_pages(self, job_id: str, *, after: int = 0, limit: int = _PAGES_AT_ONCE) -> JobPages:
@@ -133,9 +135,9 @@ class OcrClient:
         return self._ask(requests.job_pages(job_id, after, limit))
 
     def follow(self, job_id: str, *, after: int = 0, poll_s: float = 1.0) -> Iterator[OcrPage]:
-        """Pages as they finish, until the job is over; its end is in `job`."""
+        """Pages as they finish, until the job is over. How it ended is in `job`."""
         while True:
-            is_over = self.job(job_id).status.is_over  # before its pages, so that none is missed
+            is_over = self.job(job_id).status.is_over  # before fetching pages, so that none is missed
             follower = Follower(after)
             while follower.has_more:
                 yield from follower.take(self.job_pages(job_id, after=follower.after))
@@ -145,11 +147,11 @@ class OcrClient:
             time.sleep(poll_s)
 
     def cancel(self, job_id: str) -> OcrJob:
-        """End it; pages that are finished stay."""
+        """Cancel a job; finished pages are kept."""
         return self._ask(requests.cancel(job_id))
 
     def delete(self, job_id: str) -> None:
-        """Forget it, with its document and results."""
+        """Delete a job with its document and results."""
         self._send(requests.delete(job_id))
 
     def _ask(self, request: OcrRequest[Answer]) -> Answer:
@@ -170,7 +172,7 @@ class OcrClient:
 
 
 class AsyncOcrClient:
-    """`OcrClient` for one event loop: each method as its namesake there."""
+    """The asynchronous client, for one event loop. Methods are those of `OcrClient`."""
 
     def __init__(
         self,
@@ -181,7 +183,7 @@ class AsyncOcrClient:
         retry: RetryPolicy = RetryPolicy(),  # noqa: B008  frozen
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        """As of `OcrClient`."""
+        """Arguments are those of `OcrClient`."""
         self._http = httpx.AsyncClient(transport=transport, **requests.client_arguments(base_url, api_key, timeout_s))
         self._retry = retry
 

@@ -1,16 +1,16 @@
-"""What can go wrong between a client and the OCR service.
+"""The exceptions of the OCR client.
 
     OcrError
-    ├── ConnectionLostError     no answer, or one that broke off
-    ├── BadAnswerError          an answer that is not this API's
+    ├── ConnectionLostError     no answer, or it broke off
+    ├── BadAnswerError          an answer that does not follow this API
     └── RequestRefusedError     an error in OpenAI's shape; `status`, `code`, `param`
-        ├── KeyRefusedError     401, 403: no valid key, or one that may not
+        ├── KeyRefusedError     401, 403: no valid key, or it lacks a permission
         ├── NotFoundError       404: no such model or job
-        ├── QuotaError          429 `insufficient_quota`: waiting does not help
-        ├── BusyError           408, 409, 429, 503: later it may go
-        └── ServiceError        other 5xx, and documents that failed midway
+        ├── QuotaError          429 `insufficient_quota`: retrying does not help
+        ├── BusyError           408, 409, 429, 503: a retry may succeed
+        └── ServiceError        other 5xx, and streams that failed midway
 
-httpx's exceptions become one of these where they enter (`from_httpx`).
+httpx's exceptions are converted (`from_httpx`).
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from serving.ocr_api.shapes import ErrorDetail
 
 
 class OcrError(Exception):
-    """Base of the tree."""
+    """Base class of all errors."""
 
-    is_passing = False
+    is_transient = False
     """Whether the same request may succeed later."""
 
 
 class ConnectionLostError(OcrError):
-    is_passing = True
+    is_transient = True
 
     def __init__(self, message: str, *, was_sent: bool) -> None:
         super().__init__(message)
         self.was_sent = was_sent
-        """Whether the service may have got the request: then it may have been worked on, and paid for."""
+        """Whether the service may have received the request, so that it may have been carried out and charged."""
 
 
 class BadAnswerError(OcrError):
-    """Something else answers at this address, or a service of another version."""
+    """The address belongs to something else, or to a service of an incompatible version."""
 
 
 class RequestRefusedError(OcrError):
@@ -49,7 +49,7 @@ class RequestRefusedError(OcrError):
         self.code = failure.code
         self.param = failure.param
         self.retry_after_s = retry_after_s
-        """How long the service asks to wait, if it does."""
+        """How many seconds to wait before a retry, if the service said so."""
 
 
 class KeyRefusedError(RequestRefusedError):
@@ -65,11 +65,11 @@ class QuotaError(RequestRefusedError):
 
 
 class BusyError(RequestRefusedError):
-    is_passing = True
+    is_transient = True
 
 
 class ServiceError(RequestRefusedError):
-    is_passing = True
+    is_transient = True
 
 
 _KINDS: dict[int, type[RequestRefusedError]] = {401: KeyRefusedError, 403: KeyRefusedError, 404: NotFoundError}
@@ -77,17 +77,17 @@ _BUSY = frozenset({408, 409, 429, 503})
 
 
 def from_answer(status: int, body: Any, retry_after_s: float | None = None) -> OcrError:
-    """The error that an answer tells.
+    """The error in an answer.
 
     Args:
-        status: HTTP's, not 2xx; 200 for an error inside a stream.
-        body: decoded JSON, None when it was not JSON.
-        retry_after_s: that the answer asked for.
+        status: the HTTP status; 200 for an error within a stream.
+        body: decoded JSON, None if it was not JSON.
+        retry_after_s: from the answer's Retry-After, in seconds.
     """
     error = body.get("error") if isinstance(body, dict) else None
     if not isinstance(error, dict) or not isinstance(error.get("message"), str):
-        message = f"The address answered {status}, and not as an OCR service does."
-        # A proxy's own page while the service restarts.
+        message = f"The address answered with status {status}, but not as an OCR service; check the URL."
+        # Probably a proxy's own page while the service restarts.
         return (
             ServiceError(status, ErrorDetail(message=message), retry_after_s)
             if status >= 500
@@ -104,9 +104,9 @@ def from_answer(status: int, body: Any, retry_after_s: float | None = None) -> O
 
 
 def from_httpx(error: httpx.HTTPError | httpx.StreamError) -> ConnectionLostError:
-    """No answer, in our own words."""
+    """Convert an exception of httpx."""
     was_sent = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
     what = "The connection was lost" if was_sent else "The service could not be reached"
     if isinstance(error, httpx.TimeoutException) and was_sent:
-        what = "The service has not answered in time"
+        what = "The service did not answer in time"
     return ConnectionLostError(f"{what} ({type(error).__name__}).", was_sent=was_sent)

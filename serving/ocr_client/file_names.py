@@ -1,6 +1,7 @@
-"""Names of files as the system has them: bytes, mostly UTF-8. Others are shown, kept and written in a form that is.
+"""Handles file names that are not valid UTF-8.
 
-Python has such a name as text with lone surrogates, which neither a database, nor JSON, nor a terminal takes.
+To the system, file names are bytes. Python represents invalid UTF-8 as lone surrogates, which databases, JSON and
+terminals do not accept.
 """
 
 from __future__ import annotations
@@ -10,24 +11,26 @@ import os
 from pathlib import Path
 
 _KEPT_CHARS = 120
-"""Of a name that has to be written otherwise; with its digest and suffixes it stays within what a file system takes."""
+"""Maximum length of a rewritten name; with digest and suffixes it fits the file system's limit."""
 _DIGEST_CHARS = 8
 
 
 def show_name(path: Path | str) -> str:
-    """For people: what is no UTF-8 as `\\xe9`."""
+    """A name for display, with invalid bytes as `\\xe9`."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def name_key(path: Path) -> str:
-    """For a database: the path, or its bytes, which no absolute path looks like."""
+    """A name for databases: the path, or its bytes in a form that no absolute path has."""
     name = str(path)
     return name if _is_utf8(name) else f"bytes:{os.fsencode(name).hex()}"
 
 
 def safe_place(place: Path) -> Path:
-    """For a file of ours: every part that is no UTF-8 has those bytes as `%e9`, and a digest of all of its bytes, so
-    that no two become one."""
+    """A path for a file that we create: parts with invalid bytes have them as `%e9`.
+
+    A digest of the original bytes keeps different names different.
+    """
     return Path(*map(_safe_part, place.parts))
 
 

@@ -1,4 +1,4 @@
-"""What can be asked of the OCR service, each as a value that either client sends; pure but for opening documents."""
+"""Requests to the OCR service as values that both clients send. Pure, except that documents are opened."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ _CONNECT_S = 10.0
 
 
 class Nothing(pydantic.BaseModel):
-    """The answer to what has none."""
+    """The answer to requests that have none."""
 
 
 @dataclass(frozen=True, slots=True)
 class OcrRequest(Generic[Answer]):
-    """One request, and what its answer is read as."""
+    """One request, with the type of its answer."""
 
     method: str
     path: str
     kind: type[Answer]
     document: tuple[Source, dict[str, Any]] | None = None
-    """With the fields that say how it is to be read."""
+    """The document, with the options as fields."""
     is_repeatable: bool = True
-    """Whether it may be sent again though it may have been worked on."""
+    """Whether it may be sent again even if it may have been carried out."""
     is_stream: bool = False
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """Further ones of httpx's."""
+    """Further arguments for httpx."""
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[dict[str, Any]]:
-        """Arguments of `httpx.Client.build_request`, while the document is open. httpx's errors become ours.
+        """Arguments of `httpx.Client.build_request` while the document is open. Converts httpx's errors.
 
         Raises:
             OSError: the document cannot be read.
-            ConnectionLostError: there was no answer.
+            ConnectionLostError: no answer arrived.
         """
         body = build_document(*self.document) if self.document is not None else {}
         try:
@@ -70,7 +70,7 @@ def stream(source: Source, options: ReadOptions) -> OcrRequest[OcrResult]:
 
 
 def submit(source: Source, options: ReadOptions, idempotency_key: str | None) -> OcrRequest[OcrJob]:
-    """With a key of its own when none is given, so that it may be sent again."""
+    """Without an idempotency key a random one is used, so that the request may be retried."""
     headers = {"idempotency-key": idempotency_key or uuid.uuid4().hex}
     fields = replace(options, stream=False).fields()
     return OcrRequest("POST", _JOBS, OcrJob, (source, fields), arguments={"headers": headers})
@@ -101,12 +101,12 @@ def delete(job_id: str) -> OcrRequest[Nothing]:
 
 @dataclass(slots=True)
 class Follower:
-    """How far the pages of a job have been seen."""
+    """Iterates over the pages of a job."""
 
     after: int
-    """`seq` of the last one."""
+    """`seq` of the last page so far."""
     has_more: bool = True
-    """Whether the next ones can be had at once."""
+    """Whether further pages are available already."""
 
     def take(self, pages: JobPages) -> tuple[OcrPage, ...]:
         seen = max((page.seq for page in pages.data if page.seq is not None), default=self.after)
@@ -117,7 +117,7 @@ class Follower:
 
 @contextlib.contextmanager
 def own_errors() -> Iterator[None]:
-    """Raises ConnectionLostError for what httpx raises."""
+    """Convert httpx's exceptions to ConnectionLostError."""
     try:
         yield
     except (httpx.HTTPError, httpx.StreamError) as error:
@@ -125,11 +125,11 @@ def own_errors() -> Iterator[None]:
 
 
 def client_arguments(base_url: str, api_key: str | None, timeout_s: float) -> dict[str, Any]:
-    """Of httpx's clients."""
+    """Arguments of httpx's clients."""
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
     return {
         "base_url": base_url.rstrip("/"),
         "headers": headers,
         "timeout": httpx.Timeout(timeout_s, connect=_CONNECT_S),
-        "trust_env": False,  # a proxy in the environment gets neither the key nor the document
+        "trust_env": False,  # neither the key nor the document goes to a proxy from the environment
     }

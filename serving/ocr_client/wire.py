@@ -1,4 +1,4 @@
-"""Requests of the OCR service's clients, and the reading of its answers, without any I/O but opening the document."""
+"""Builds requests and parses answers. No I/O, except that the document is opened."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ _DATA, _DONE = "data:", "[DONE]"
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Bytes with a name, for what is not in a file."""
+    """Bytes with a name, for documents that are not in a file."""
 
     data: bytes
     name: str = "document"
 
 
 Source = Path | Document | str
-"""A file, bytes, or an `https:` or `data:` address (the service must allow the host)."""
+"""A file, bytes, or an `https:` or `data:` URL. The service must allow the URL's host."""
 
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """When a request is sent again: refused for now, or the service could not be reached."""
+    """How long requests are retried that were refused temporarily or did not reach the service."""
 
     max_wait_s: float = 60.0
-    """From the first try until the last one begins; 0 tries once."""
+    """Seconds from the first attempt to the start of the last one; 0 for a single attempt."""
     first_pause_s: float = 0.25
     max_pause_s: float = 8.0
-    """Of the client's own choosing; what the service asks for (`Retry-After`) is always waited."""
+    """Limit on the client's own pauses; a wait that the service asks for (`Retry-After`) is always respected."""
 
 
 def build_document(source: Source, fields: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of an httpx request that carries a document: a file as it is, an address as JSON.
+    """Arguments of an httpx request with a document: files and bytes as a form, URLs as JSON.
 
     Raises:
         OSError: the file cannot be read.
@@ -68,9 +68,9 @@ def build_retrying(policy: RetryPolicy, *, is_repeatable: bool) -> dict[str, Any
     """Arguments of tenacity's `Retrying` and `AsyncRetrying`.
 
     Args:
-        policy: how long.
-        is_repeatable: whether sending twice does no harm. What is not is only sent again when the service has said
-            that it did nothing, or was never reached.
+        policy: how long to retry.
+        is_repeatable: whether sending the request twice is harmless. Otherwise it is only retried if the service
+            refused it or was not reached.
     """
     own = tenacity.wait_exponential_jitter(
         multiplier=policy.first_pause_s, max=policy.max_pause_s, jitter=policy.first_pause_s
@@ -79,7 +79,7 @@ def build_retrying(policy: RetryPolicy, *, is_repeatable: bool) -> dict[str, Any
     def pause_s(state: tenacity.RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome is not None else None
         asked_s = error.retry_after_s if isinstance(error, RequestRefusedError) else None
-        # Whoever was refused together shall not come back together.
+        # Random, so that clients that were refused together do not all retry together.
         return own(state) if asked_s is None else asked_s + min(own(state), 1.0)
 
     return {
@@ -91,7 +91,7 @@ def build_retrying(policy: RetryPolicy, *, is_repeatable: bool) -> dict[str, Any
 
 
 def _can_repeat(error: BaseException, *, is_repeatable: bool) -> bool:
-    if not isinstance(error, OcrError) or not error.is_passing:
+    if not isinstance(error, OcrError) or not error.is_transient:
         return False
     if isinstance(error, ConnectionLostError):
         return is_repeatable or not error.was_sent
@@ -99,22 +99,28 @@ def _can_repeat(error: BaseException, *, is_repeatable: bool) -> bool:
 
 
 def check_answer(answer: httpx.Response) -> None:
-    """Raises:
-    OcrError: what it says, when it is not a success. Its body must have been read.
+    """Check the status of an answer whose body has been read.
+
+    Raises:
+        OcrError: the answer is an error.
     """
     if not answer.is_success:
         raise from_answer(answer.status_code, _decode(answer), read_retry_after(answer.headers))
 
 
 def read_answer(answer: httpx.Response, kind: type[Answer]) -> Answer:
-    """Raises:
-    OcrError: what it says, or that it is not of this API.
+    """Parse the body of an answer.
+
+    Raises:
+        OcrError: the answer is an error, or does not follow this API.
     """
     check_answer(answer)
     try:
         return kind.model_validate(_decode(answer))
     except pydantic.ValidationError as error:
-        raise BadAnswerError(f"The answer is not an OCR service's ({error.error_count()} fields are wrong).") from error
+        raise BadAnswerError(
+            f"The answer does not follow the OCR API ({error.error_count()} invalid fields)."
+        ) from error
 
 
 def _decode(answer: httpx.Response) -> Any:
@@ -125,7 +131,7 @@ def _decode(answer: httpx.Response) -> Any:
 
 
 class EventReader:
-    """Lines of a stream to events."""
+    """Parses the lines of a stream into events."""
 
     def __init__(self) -> None:
         self.is_done = False
@@ -134,7 +140,7 @@ class EventReader:
         """The event in a line, if there is one.
 
         Raises:
-            OcrError: the document has failed midway, or the line is not of this API.
+            OcrError: the document failed midway, or the line does not follow this API.
         """
         if not line.startswith(_DATA):
             return None
@@ -148,11 +154,13 @@ class EventReader:
                 raise from_answer(200, frame)
             return read_event(frame)
         except (ValueError, TypeError, AttributeError) as error:
-            raise BadAnswerError("The stream is not an OCR service's.") from error
+            raise BadAnswerError("The stream does not follow the OCR API.") from error
 
     def finish(self) -> None:
-        """Raises:
-        ConnectionLostError: the stream has ended before its end.
+        """Check that the stream was complete.
+
+        Raises:
+            ConnectionLostError: it ended early.
         """
         if not self.is_done:
             raise ConnectionLostError("The stream broke off.", was_sent=True)

@@ -124,11 +124,12 @@ async def run_service(
 async def run_host(
     settings: Settings, router_port: int, drain_s: float = 0.1
 ) -> AsyncIterator[tuple[OcrHost, httpx.AsyncClient]]:
-    host = OcrHost(settings, Routers(f"http://127.0.0.1:{router_port}"), "127.0.0.1")
-    host._drain_s = drain_s
+    engine = settings.engine.model_copy(update={"drain_s": drain_s})
+    hosted = settings.model_copy(update={"engine": engine})
+    host = OcrHost(hosted, Routers(f"http://127.0.0.1:{router_port}"), "127.0.0.1")
     await host.start()
     try:
-        async with connect(host._server.port, 30) as client:
+        async with connect(host.port, 30) as client:
             yield host, client
     finally:
         await host.stop()

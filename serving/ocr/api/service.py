@@ -1,4 +1,4 @@
-"""The parts of one OCR service process, put together, started and stopped."""
+"""Assembles, starts and stops the parts of one OCR service process."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ from serving.telemetry.router_metrics import Reading
 
 _DOCUMENTS = Refusals(
     own_code="too_many_documents",
-    own_message="You have as many documents open as one tenant may; wait until one has ended, or submit jobs.",
+    own_message="You have as many open documents as one tenant may have; wait for one to end, or submit jobs.",
     full_code="overloaded",
-    full_message="The service reads as many documents as it can; try again shortly.",
+    full_message="The service is reading as many documents as it can; try again shortly.",
     retry_after_s=2.0,
 )
 _SUBMISSIONS = Refusals(
     own_code="too_many_submissions",
-    own_message="You are submitting as many jobs at once as one tenant may; wait until one has been taken in.",
+    own_message="You are submitting as many jobs at once as one tenant may; wait until one has been accepted.",
     full_code="overloaded",
-    full_message="The service takes as many jobs in as it can; try again shortly.",
+    full_message="The service is receiving as many jobs as it can; try again shortly.",
     retry_after_s=2.0,
 )
 
@@ -52,14 +52,14 @@ class OcrService:
     """Everything behind the routes."""
 
     def __init__(self, settings: Settings, routers: Routers) -> None:
-        """Raises SettingsError when the secret that keys are sealed with cannot be had."""
+        """Assemble the parts; raises SettingsError when the secret cannot be read or created."""
         self.settings = settings
         ocr = settings.ocr
         self.service_id = uuid.uuid4().hex[:12]
         self.documents = Shares(ocr.max_documents, ocr.tenant_share, _DOCUMENTS)
-        """Documents that clients wait for."""
+        """Slots for documents whose clients are waiting."""
         self.submissions = Shares(ocr.max_submissions, ocr.tenant_share, _SUBMISSIONS)
-        """Documents that are being taken in for jobs."""
+        """Slots for job documents that are being received."""
         self.metrics = OcrMetrics(self._read_gauges)
         self.renderer = Renderer(ocr.render)
         self.storage = Storage(ocr)
@@ -70,7 +70,7 @@ class OcrService:
         self._reader = PageReader(
             routers.choose,
             ocr.read,
-            # As many as pages can be with the router: none waits for a connection of another tenant's.
+            # One for each page that can be in flight, so that no tenant waits for another's connections.
             max_connections=(ocr.max_documents + ocr.jobs.running) * ocr.pages_in_parallel,
             sign_credit=self.key_sealer.signer.sign,
         )
@@ -81,8 +81,8 @@ class OcrService:
         jobs = JobDatabase(self._database, ocr.jobs.keep_results_s, migrates=migrates)
         self.store = JobStore(jobs, ocr.jobs.max_open_per_tenant)
         leases = JobLeases(jobs, ocr.jobs.lease_s, self.service_id)
-        sweeper = JobSweeper(jobs, ocr, settings.router.limits, self.storage)
-        self.runner = JobRunner(leases, sweeper, self.pipeline, self.key_sealer, ocr)
+        self.sweeper = JobSweeper(jobs, ocr, settings.router.limits, self.storage)
+        self.runner = JobRunner(leases, self.sweeper, self.pipeline, self.key_sealer, ocr)
         self._running = contextlib.AsyncExitStack()
 
     async def start(self) -> None:
@@ -102,7 +102,7 @@ class OcrService:
         self.runner.start()
 
     async def identify(self, request: Request) -> Caller:
-        """Whose request this is.
+        """The tenant behind a request.
 
         Raises:
             ServingError: the router refuses the key, or no router answers.
@@ -111,7 +111,7 @@ class OcrService:
         return await self.callers.identify(authorization, self._read_signed_tenant(request))
 
     def _read_signed_tenant(self, request: Request) -> SignedTenant | None:
-        """The tenant that a router of this stack has signed for this very request."""
+        """The tenant that a router of this stack has signed for this request; None without a valid signature."""
         value = request.headers.get(TENANT_HEADER)
         if value is None:
             return None
@@ -125,11 +125,11 @@ class OcrService:
 
     @contextlib.asynccontextmanager
     async def admitting(self, request: Request, caller: Caller, *, is_job: bool = False) -> AsyncIterator[None]:
-        """A place for a request whose body has not been read yet.
+        """Hold a slot for a request whose body has not been read yet.
 
         Raises:
-            RateLimitError: the caller's tenant holds as much as it may: places, or room for documents or results.
-            OverloadedError: there is nothing left for anybody.
+            RateLimitError: the tenant has used its share of the slots, or of the space for documents or results.
+            OverloadedError: all of it is used.
         """
         with (self.submissions if is_job else self.documents).hold(caller) as held:
             try:
@@ -138,13 +138,13 @@ class OcrService:
                     self.storage.check_results(caller)
                 held.take(1)
             except ServingError:
-                # A client that is still sending would see a reset instead of the answer.
+                # Otherwise a client that is still sending would see a reset instead of the answer.
                 await discard_body(request.receive, self.settings.router.limits)
                 raise
             yield
 
     async def close(self, drain_s: float) -> None:
-        """Pages of jobs that are under way have `drain_s`; what is left of the jobs is for others."""
+        """Stop; pages of jobs in flight have `drain_s` to finish, unfinished jobs are left to other services."""
         await self.runner.close(drain_s)
         await self._running.aclose()
 
@@ -162,5 +162,5 @@ class OcrService:
 
 
 async def _find_nobody(job_ids: Collection[str]) -> Mapping[str, str]:
-    """Whose documents lie there is asked when the database is there; how many, before anybody sends more."""
+    """For the scan at startup, which must count files before the database may be reachable; owners follow later."""
     return {}

@@ -1,7 +1,7 @@
-"""A request's document into a file, and its options: from a form, from JSON, or from where a URL of it points.
+"""Receives a request's document into a file, with its options: from a form, from JSON, or from a URL.
 
-A form's file goes to the disk piece by piece. JSON is held in memory while it is decoded, so its size has a limit of
-its own, and so have all of them together.
+A form's file is written to disk piece by piece. JSON is held in memory while it is decoded, so there is a limit on each
+JSON body and one on all of them together.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _MAX_FIELDS = 16
 _MAX_FIELD_BYTES = 16 * 1024
 _MAX_FORM_OVERHEAD = 64 * 1024
 _HELD_BODIES = 4
-"""JSON bodies of the largest size that may be held at once."""
+"""How many JSON bodies of maximum size may be held at once."""
 _BODIES_HELD = Refusals(
     own_code="too_many_bodies",
-    own_message="Your JSON requests hold as much memory as one tenant may; send fewer at once, or the documents as"
-    " multipart/form-data.",
+    own_message="Your JSON requests use as much memory as one tenant may use; send fewer at once, or send the documents"
+    " as multipart/form-data.",
     full_code="overloaded",
-    full_message="The service holds as many requests as it can; try again shortly, or send the document as"
+    full_message="The service is holding as many requests as it can; try again shortly, or send the document as"
     " multipart/form-data.",
     retry_after_s=2.0,
 )
@@ -55,7 +55,7 @@ _ACCEPT = "application/pdf, image/*"
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """What came in. The file is the holder's: it goes when the context that gave it ends, unless it was moved."""
+    """A received document. The file is deleted when the context that yielded this ends, unless it was moved."""
 
     file: Path
     size_bytes: int
@@ -65,7 +65,7 @@ class Submission:
 
 
 class UploadReceiver:
-    """Takes requests in. One per process."""
+    """Receives requests. One per process."""
 
     def __init__(
         self,
@@ -77,24 +77,24 @@ class UploadReceiver:
         self._settings = settings
         self._limits = limits
         self._storage = storage
-        self._bodies = Shares(
+        self.bodies = Shares(
             _HELD_BODIES * limits.max_body_bytes, settings.tenant_share, _BODIES_HELD, least=limits.max_body_bytes
         )
-        self._fetcher = Fetcher(settings.remote_documents, _ACCEPT, _AGENT, check_address)
+        self.fetcher = Fetcher(settings.remote_documents, _ACCEPT, _AGENT, check_address)
 
     async def start(self) -> None:
-        await self._fetcher.start()
+        await self.fetcher.start()
 
     async def close(self) -> None:
-        await self._fetcher.close()
+        await self.fetcher.close()
 
     @contextlib.asynccontextmanager
     async def receive(self, request: Request, caller: Caller) -> AsyncIterator[Submission]:
-        """The document and options of a caller's request.
+        """Receive the document and the options of a request.
 
         Raises:
-            ServingError: what is wrong with it.
-            ClientGoneError: the client left while sending.
+            ServingError: the request is invalid, or a limit is reached.
+            ClientGoneError: the client disconnected while sending.
         """
         async with self._storage.receiving(caller) as file:
             try:
@@ -106,12 +106,14 @@ class UploadReceiver:
                     options = await self._receive_json(request, caller, sink)
                 else:
                     raise InvalidRequestError(
-                        "Send application/json or multipart/form-data.", param="content-type", code="invalid_body"
+                        "The content-type must be application/json or multipart/form-data.",
+                        param="content-type",
+                        code="invalid_body",
                     )
             finally:
                 await file.close()
             if not sink.size_bytes:
-                raise InvalidRequestError("There is no document in this request.", param="document")
+                raise InvalidRequestError("The document is missing or empty.", param="document")
             yield Submission(file.path, sink.size_bytes, sink.digest.hexdigest(), options)
 
     async def _receive_form(self, request: Request, boundary: bytes, sink: _Sink) -> ReadOptions:
@@ -128,18 +130,18 @@ class UploadReceiver:
         except MultipartParseError as error:
             if not body.is_whole:
                 await discard_body(request.receive, self._limits)
-            raise InvalidRequestError("The body is not a valid form.", code="invalid_body") from error
+            raise InvalidRequestError("The body is not a valid multipart form.", code="invalid_body") from error
         except ServingError:
             # A client that is still sending would see a reset instead of the answer.
             if not body.is_whole:
                 await discard_body(request.receive, self._limits)
             raise
         if not form.is_whole:
-            raise InvalidRequestError("The form ends before it should.", code="invalid_body")
+            raise InvalidRequestError("The multipart form is truncated.", code="invalid_body")
         return read_form_options(form.decoded())
 
     async def _receive_json(self, request: Request, caller: Caller, sink: _Sink) -> ReadOptions:
-        with self._bodies.hold(caller) as held:
+        with self.bodies.hold(caller) as held:
             body = await read_body(request.scope, request.receive, self._limits, held)
             given = await asyncio.to_thread(decode_json, body, self._limits)
             del body
@@ -175,13 +177,13 @@ class UploadReceiver:
         remote = self._settings.remote_documents
         if not remote.enabled:
             raise InvalidRequestError(
-                "Documents are not fetched from URLs here; send a data: URL, or the file as multipart/form-data.",
+                "Fetching documents from URLs is disabled; send a data: URL, or the file as multipart/form-data.",
                 param=param,
             )
         try:
             async with (
                 asyncio.timeout(remote.timeout_s),
-                contextlib.aclosing(self._fetcher.fetch(url)) as parts,
+                contextlib.aclosing(self.fetcher.fetch(url)) as parts,
             ):
                 async for part in parts:
                     await sink.write(part)
@@ -192,7 +194,7 @@ class UploadReceiver:
 
 
 class UploadBody:
-    """A request's body, bounded in size and slowness."""
+    """A request's body, with limits on its size and its slowness."""
 
     def __init__(self, request: Request, limits: LimitSettings, max_document_bytes: int) -> None:
         self._receive = request.receive
@@ -215,7 +217,7 @@ class UploadBody:
 
 
 class _Sink:
-    """The file that a document goes to."""
+    """The file that a document is written to."""
 
     def __init__(self, out: StoredFile, max_bytes: int) -> None:
         self._out = out
@@ -224,8 +226,10 @@ class _Sink:
         self.digest = hashlib.sha256()
 
     async def write(self, data: bytes) -> None:
-        """Raises:
-        ServingError: it is too large, or there is no room for it.
+        """Append bytes.
+
+        Raises:
+            ServingError: the document is too large, or there is no space for it.
         """
         self.size_bytes += len(data)
         if self.size_bytes > self._max_bytes:
@@ -236,7 +240,7 @@ class _Sink:
 
 @dataclass(slots=True)
 class _Form:
-    """What python-multipart calls, and what became of it. Errors of ours pass through the parser."""
+    """The callbacks for python-multipart, and their results. The parser does not catch our errors."""
 
     sink: _Sink
     fields: dict[str, bytearray] = field(default_factory=dict)
@@ -260,7 +264,7 @@ class _Form:
         }
 
     async def write_out(self) -> None:
-        """Put on the disk what has come of the file."""
+        """Write the received part of the file to disk."""
         if self._pending:
             pending, self._pending = self._pending, []
             await self.sink.write(b"".join(pending))
@@ -268,11 +272,11 @@ class _Form:
     def decoded(self) -> dict[str, str]:
         """The fields as text."""
         if not self.has_file:
-            raise InvalidRequestError("The form has no file part named file.", param="file")
+            raise InvalidRequestError("The form has no part named file.", param="file")
         try:
             return {name: bytes(value).decode() for name, value in self.fields.items()}
         except UnicodeDecodeError as error:
-            raise InvalidRequestError("A field of the form is not UTF-8.", code="invalid_body") from error
+            raise InvalidRequestError("A field of the form is not valid UTF-8.", code="invalid_body") from error
 
     def _begin_part(self) -> None:
         self._disposition = b""
@@ -298,11 +302,16 @@ class _Form:
         name = parameters.get(b"name", b"").decode("utf-8", "replace")
         if name == "file":
             if self.has_file:
-                raise InvalidRequestError("One document at a time: the form has two parts named file.", param="file")
+                raise InvalidRequestError(
+                    "The form has several parts named file; send one document per request.", param="file"
+                )
             self.has_file, self._field = True, None
             return
         if not name or name in self.fields or len(self.fields) >= _MAX_FIELDS:
-            raise InvalidRequestError("A form has one file part named file, and each option once.", param=name[:100])
+            raise InvalidRequestError(
+                "The form has an unnamed, repeated or surplus part; send one named file, and each option once.",
+                param=name[:100],
+            )
         self.fields[name] = bytearray()
         self._field = name
 
@@ -313,11 +322,13 @@ class _Form:
         value = self.fields[self._field]
         value += data[start:end]
         if len(value) > _MAX_FIELD_BYTES:
-            raise InvalidRequestError(f"A field may have {_MAX_FIELD_BYTES} bytes at most.", param=self._field[:100])
+            raise InvalidRequestError(
+                f"The field is too long; at most {_MAX_FIELD_BYTES} bytes are allowed.", param=self._field[:100]
+            )
 
     def _end(self) -> None:
         self.is_whole = True
 
 
 def _too_large(max_bytes: int) -> BodyTooLargeError:
-    return BodyTooLargeError(f"The document may have {max_bytes} bytes at most.", param="document")
+    return BodyTooLargeError(f"The document is too large; at most {max_bytes} bytes are allowed.", param="document")

@@ -1,10 +1,10 @@
-"""Reads jobs, each under its lease, by turns between their tenants (`job_turns`).
+"""Reads jobs, each under its lease, in turns between tenants (`turns`).
 
-What happens when a service dies with pages in flight: pages whose answers were stored stay, and are not asked for
-again. The requests of the others end with their connections: the router has the engines abort them and records them as
-aborted, with what they had used by then; or their answers were whole and only not stored yet. Whoever takes the job
-over, after `lease_s` at most, asks for these pages again, under the same request ids, and has the router take off what
-they were charged before.
+When a service dies with pages in flight, the pages that were stored remain and are not requested again. The requests
+for the others end with their connections: the router has the engines abort them and records them as aborted, with what
+they had used by then; or their answers were complete but not stored yet. The service that takes the job over, after
+`lease_s` at most, requests these pages again under the same request ids, and the router deducts what they were charged
+before.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ logger = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
 _MAX_TAKES = 20
-"""A job that has ended so many services without a page to show for it is not tried again."""
+"""A job that was taken over this often without any page being stored fails: it may be crashing the services."""
 
 _MAX_LEFT = 1000
-"""Jobs left for another turn of which is remembered what they have cost."""
+"""How many jobs' rendering costs are remembered between their turns."""
 
 
 @dataclass(slots=True)
 class _RunningJob:
-    """A job that is being read."""
+    """A job that this process is reading."""
 
     owner: str
     since_s: float
     num_done: int = 0
     """Pages stored in this turn."""
     stop: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set, no further page is begun, and the job is left for another turn."""
+    """When set, no further page is started, and the job waits for another turn."""
     task: asyncio.Task[None] = field(init=False)
 
 
@@ -76,25 +76,25 @@ class JobRunner:
         self._turns = JobTurns(settings.jobs.turn_s)
         self._reading: dict[str, _RunningJob] = {}
         self._efforts: OrderedDict[str, Effort] = OrderedDict()
-        """Of jobs that were left for another turn: a document does not get more time for being read in turns."""
+        """Rendering costs of jobs between their turns, so that turns do not raise a document's limit."""
         self._tasks: list[asyncio.Task[None]] = []
         self.counts: dict[str, int] = {}
-        """Jobs by status, as the database had them a moment ago."""
+        """Number of jobs by status, at the last poll."""
         self.lag_s = 0.0
-        """How long the oldest queued job has waited."""
+        """Age of the oldest queued job in seconds, at the last poll."""
 
     def start(self) -> None:
         self._tasks = [asyncio.create_task(self._take_forever()), asyncio.create_task(self._sweeper.sweep_forever())]
 
     def stop_taking(self) -> None:
-        """No job and no page is begun any more."""
+        """Start no further job and no further page."""
         for reading in self._reading.values():
             reading.stop.set()
         for task in self._tasks:
             task.cancel()
 
     async def close(self, drain_s: float) -> None:
-        """Take no more; pages under way have `drain_s`. Jobs that have not ended are left for others."""
+        """Stop; pages in flight have `drain_s` to finish. Unfinished jobs are left to other services."""
         self.stop_taking()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         tasks = [reading.task for reading in self._reading.values()]
@@ -105,19 +105,24 @@ class JobRunner:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     @property
+    def num_reading(self) -> int:
+        """Number of jobs that this process is reading."""
+        return len(self._reading)
+
+    @property
     def is_well(self) -> bool:
         return not any(task.done() for task in self._tasks)
 
     def find_file(self, job_id: str) -> Path:
-        """Where a job's document is."""
+        """The path of a job's document."""
         return self._sweeper.storage.documents / job_id
 
     def wake(self) -> None:
-        """There is a new job."""
+        """Look for jobs now: there is a new one."""
         self._wake.set()
 
     def abandon(self, job_id: str) -> None:
-        """A job was cancelled or deleted: end what is under way for it here."""
+        """Stop reading a job that was cancelled or deleted."""
         reading = self._reading.get(job_id)
         if reading is not None:
             reading.task.cancel()
@@ -133,7 +138,7 @@ class JobRunner:
                 await self._make_room()
                 self.counts, self.lag_s = await self._sweeper.count_states()
             except ServingError as error:
-                logger.warning("jobs cannot be looked for: %s", error)
+                logger.warning("cannot look for jobs: %s", error)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), self._settings.jobs.poll_s)
 
@@ -146,7 +151,7 @@ class JobRunner:
             reading.task = asyncio.create_task(self._read_to_end(job, reading.stop))
 
     async def _make_room(self) -> None:
-        """Have jobs give their places up for tenants that wait: at their next page, or later by the next call."""
+        """Ask jobs to yield their slots, after the current page, to tenants that wait for one."""
         if len(self._reading) < self._settings.jobs.running:
             return
         held = [
@@ -159,7 +164,7 @@ class JobRunner:
                 self._reading[job_id].stop.set()
 
     async def _read_to_end(self, job: JobRow, stop: asyncio.Event) -> None:
-        """One job, until it has ended, is no longer ours, or gives its place up."""
+        """Read a job until it has ended, its lease is lost, or it yields its slot."""
         reading = asyncio.create_task(self._read(job, stop))
         try:
             while not reading.done():
@@ -169,7 +174,7 @@ class JobRunner:
             failure = reading.result()
             if stop.is_set() and failure is None and await self._count_left(job):
                 await self._leases.leave(job.job_id, is_orderly=True)
-                logger.info("job left for its next turn", extra={"job": job.job_id, "owner": job.owner})
+                logger.info("job waits for its next turn", extra={"job": job.job_id, "owner": job.owner})
             else:
                 await self._persist(self._leases.finish, job.job_id, failure)
                 if not self._settings.jobs.keep_documents_s:
@@ -177,7 +182,7 @@ class JobRunner:
                 error = failure and failure.code
                 logger.info("job read", extra={"job": job.job_id, "owner": job.owner, "error": error})
         except LeaseLostError:
-            logger.info("job lost to another service, cancelled or deleted", extra={"job": job.job_id})
+            logger.info("job was cancelled, deleted or taken over by another service", extra={"job": job.job_id})
         except asyncio.CancelledError:
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
@@ -185,7 +190,7 @@ class JobRunner:
                 await self._leases.leave(job.job_id, is_orderly=False)
             raise
         except Exception:
-            logger.exception("job %s cannot be read; it is tried again after its lease", job.job_id)
+            logger.exception("job %s cannot be read; it is retried when its lease has expired", job.job_id)
         finally:
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
@@ -196,24 +201,25 @@ class JobRunner:
         return len(set(job.pages) - await self._leases.read_done(job.job_id))
 
     async def _read(self, job: JobRow, stop: asyncio.Event) -> PageFailure | None:
-        """Read what is left of a job; gives the failure that ended all of it.
+        """Read the pages of a job that are still missing; returns the failure that ended the whole job, if any.
 
         Raises:
-            LeaseLostError: it is no longer ours.
+            LeaseLostError: this service no longer has the lease.
         """
         if job.num_takes > _MAX_TAKES + job.num_done:
-            return PageFailure("job_given_up", "Services that read this job have ended too often.")
+            return PageFailure("job_given_up", "The service stopped too often while it read this job.")
         try:
             api_key = self._key_sealer.open(job.sealed_key)
             options = read_options(job.options)
         except SettingsError as error:
             logger.error("job %s: %s", job.job_id, error)
-            return PageFailure("key_unreadable", "The service's secret has changed since this job was made.")
-        except InvalidRequestError as error:  # a version with other options took it in
+            message = "The service's secret has changed since this job was submitted; submit it again."
+            return PageFailure("key_unreadable", message)
+        except InvalidRequestError as error:  # submitted to a version with other options
             return as_failure(error)
         document = self._find_document(job)
         if not await asyncio.to_thread(document.file.exists):
-            return PageFailure("document_missing", "The job's document is no longer there.")
+            return PageFailure("document_missing", "The job's document no longer exists; submit it again.")
         charged = await self._find_charged(job)
         done = await self._leases.read_done(job.job_id)
         request = ReadRequest(
@@ -242,7 +248,7 @@ class JobRunner:
         )
 
     async def _find_charged(self, job: JobRow) -> Mapping[int, int]:
-        """What pages were charged while another service had the job, in nanodollars."""
+        """What pages were charged while another service held the job: nanodollars by page index."""
         if job.num_takes == 1:
             return {}
         await asyncio.sleep(self._settings.jobs.settle_s)
@@ -263,7 +269,7 @@ class JobRunner:
         return None
 
     def _note_page(self, job_id: str) -> None:
-        """Who waits for a place may have waited for a page of this job."""
+        """Count a stored page. A tenant that waits for a slot may have waited for this job's first page."""
         reading = self._reading.get(job_id)
         if reading is not None:
             reading.num_done += 1
@@ -271,11 +277,11 @@ class JobRunner:
                 self._wake.set()
 
     async def _persist(self, write: Callable[..., Awaitable[None]], *arguments: object) -> None:
-        """Write it, however long the database is away: what was read has been paid for."""
+        """Retry a write until the database is available: the page has been paid for."""
         while True:
             try:
                 await write(*arguments)
                 return
             except OverloadedError as error:
-                logger.warning("a job's state cannot be written, trying again: %s", error)
+                logger.warning("cannot write a job's state, retrying: %s", error)
                 await asyncio.sleep(_RETRY_S)

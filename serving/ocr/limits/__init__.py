@@ -1,1 +1,1 @@
-"""What one tenant may hold of the service: turns, shares, disk."""
+"""Limits on what one tenant may use of the service: turns, shares, disk space."""

@@ -1,8 +1,8 @@
-"""Shares of something that there is only so much of: places, memory, disk. Pure.
+"""Fair shares of a limited resource: slots, memory, disk space. Pure.
 
-A tenant may hold a part of what the other tenants leave, and always a least amount: whoever takes all that it can get
-leaves the other part free, and the next one leaves a part of that. Where nobody tells tenants apart, a share would only
-keep the one user from what is there, and everybody may hold the whole.
+A tenant may hold a fixed part of what the other tenants leave free, and always a minimum. A tenant that takes all it
+can therefore leaves something for the next, which again leaves a part of that. Without authentication there is only
+one tenant; a share would merely keep resources idle, so it may hold everything.
 """
 
 from __future__ import annotations
@@ -18,52 +18,54 @@ from serving.errors import OverloadedError, RateLimitError
 
 
 class Holder(Protocol):
-    """Who holds something; `Caller` is one."""
+    """The tenant behind a request; `Caller` implements this."""
 
     @property
     def owner(self) -> str: ...
 
     @property
     def is_one_of_many(self) -> bool:
-        """Whether a share is kept for other tenants."""
+        """Whether tenants are told apart, so that a share must be left for others."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Refusals:
-    """What is said to whom there is no room for. Codes name the reason in the metrics, too."""
+    """The two refusals of a resource. The codes also label the refusals in the metrics."""
 
     own_code: str
     own_message: str
-    """To a tenant that holds its share: what it can do."""
+    """For a tenant that holds its full share: says what it can do about it."""
     full_code: str
     full_message: str
-    """To anybody when everything is taken."""
+    """For any tenant, when everything is taken."""
     retry_after_s: float
 
 
 @dataclass(slots=True)
 class Shares:
-    """Counts what is held, by tenant."""
+    """Counts what each tenant holds."""
 
     total: float
     tenant_share: float
-    """Part (0 to 1) of what others leave that one tenant may hold."""
+    """Part (0 to 1) of what others leave free that one tenant may hold."""
     refusals: Refusals
     least: float = 1
-    """What a tenant may hold however little the others leave."""
+    """A tenant may always hold this much, however little the others leave."""
     _held: Counter[str] = field(default_factory=Counter)
     num_held: int = 0
-    """By all together."""
+    """Total over all tenants."""
 
     def hold(self, holder: Holder) -> Holding:
-        """A context that gives back what was taken in it: `with shares.hold(caller) as held: held.take(1)`."""
+        """A context that releases what was taken in it: `with shares.hold(caller) as held: held.take(1)`."""
         return Holding(self, holder)
 
     def check(self, holder: Holder, amount: int = 1) -> None:
-        """Raises:
-        RateLimitError: the tenant would hold more than its share.
-        OverloadedError: there is not so much left.
+        """Check whether a tenant may hold this much more.
+
+        Raises:
+            RateLimitError: the tenant would hold more than its share.
+            OverloadedError: not enough is left.
         """
         mine = self._held[holder.owner]
         if mine + amount > self._allowed(holder):
@@ -72,14 +74,14 @@ class Shares:
             raise OverloadedError(self.refusals.full_message, self.refusals.retry_after_s, code=self.refusals.full_code)
 
     def add(self, owner: str, amount: int) -> None:
-        """Count what is held, whether it fits or not; less with a negative amount."""
+        """Count an amount as held, whether it fits or not; a negative amount releases."""
         self.num_held += amount
         self._held[owner] += amount
         if not self._held[owner]:
             del self._held[owner]
 
     def replace(self, held: Mapping[str, int]) -> None:
-        """What is held now, by tenant, in the place of all that was counted."""
+        """Replace all counts with these amounts by tenant."""
         self._held = Counter(held)
         self.num_held = self._held.total()
 
@@ -92,7 +94,7 @@ class Shares:
 
 @dataclass(slots=True)
 class Holding:
-    """What one request holds; given back when its context ends."""
+    """What one request holds; released when its context ends."""
 
     _shares: Shares
     _holder: Holder
@@ -110,7 +112,7 @@ class Holding:
 
         Raises:
             RateLimitError: the tenant would hold more than its share.
-            OverloadedError: there is not so much left.
+            OverloadedError: not enough is left.
         """
         self._shares.check(self._holder, amount)
         self._shares.add(self._holder.owner, amount)

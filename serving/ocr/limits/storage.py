@@ -1,10 +1,11 @@
-"""What an OCR service keeps on the disk and in the database, and the bounds on both: in all, and for each tenant.
+"""Accounting of what an OCR service stores on disk and in the database, with limits in total and per tenant.
 
-Documents lie in two folders: those that are being taken in or read (`uploads`), and those of jobs (`documents`).
-Results of jobs are in the database. A bound that is reached refuses new documents and loses nothing that was taken in.
+Documents are in two folders: `uploads` while they are received or read, `documents` for those of jobs. Results of jobs
+are in the database. When a limit is reached new documents are refused; nothing that was accepted is lost.
 
-Services that share the folder each count what they see: their own files at once, those of others and of earlier runs
-when they look (`look`), at the start and now and then. So the bounds can be passed by what comes in between two looks.
+Services that share the folder count for themselves: their own files immediately, those of other services and of earlier
+runs when they scan the folder (`look`), at startup and periodically. The limits can therefore be exceeded by what other
+services receive between two scans.
 """
 
 from __future__ import annotations
@@ -31,30 +32,30 @@ _OWN_CODE = "tenant_storage_full"
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 _DOCUMENTS = Refusals(
     own_code=_OWN_CODE,
-    own_message="Your documents take as much disk as one tenant's may; wait until jobs have ended, or delete some.",
+    own_message="Your documents use all the disk space that one tenant may use; wait for jobs to end, or delete some.",
     full_code=FULL,
-    full_message="The service has no room for further documents; try again later.",
+    full_message="The service has no disk space for further documents; try again later.",
     retry_after_s=_RETRY_S,
 )
 _RESULTS = Refusals(
     own_code=_OWN_CODE,
-    own_message="Results of your jobs take as much room as one tenant's may; delete jobs that you have fetched.",
+    own_message="The results of your jobs use all of the space that one tenant may use; delete jobs you have fetched.",
     full_code=FULL,
-    full_message="The service has no room for further results of jobs; try again later.",
+    full_message="The service has no space for further results of jobs; try again later.",
     retry_after_s=_RETRY_S,
 )
 
 FindOwners = Callable[[Collection[str]], Awaitable[Mapping[str, str]]]
-"""From the ids of jobs to their owners, those that there are."""
+"""Maps job ids to the owners of those jobs that exist."""
 
 
 @dataclass(slots=True)
 class _File:
     owner: str
-    """Empty when nobody knows."""
+    """Empty when it is not known."""
     size_bytes: int
     is_growing: bool = False
-    """Whether this process writes it."""
+    """Whether this process is still writing it."""
 
 
 class Storage:
@@ -73,48 +74,48 @@ class Storage:
 
     @property
     def num_document_bytes(self) -> int:
-        """On the disk, as far as it is known."""
+        """Bytes on disk, as far as known."""
         return self._on_disk.num_held
 
     @property
     def num_result_bytes(self) -> int:
-        """In the database, as it was when somebody looked."""
+        """Bytes in the database at the last scan."""
         return self._results.num_held
 
     @property
     def used_ratios(self) -> dict[str, float]:
-        """Part of each bound that is used."""
+        """Used fraction of each limit."""
         return {
             "documents": self._on_disk.num_held / self._on_disk.total,
             "results": self._results.num_held / self._results.total,
         }
 
     def make_folders(self) -> None:
-        """Raises OSError when they cannot be used."""
+        """Create the folders; raises OSError when they cannot be used."""
         for folder in (self.uploads, self.documents):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
-    def check_documents(self, holder: Holder) -> None:
-        """Whether a document may be taken in, as long as nobody knows how large it is.
+    def check_documents(self, holder: Holder, num_bytes: int = 1) -> None:
+        """Check whether a document may be stored; without its size, whether there is any space left.
 
         Raises:
-            RateLimitError: the tenant's documents take as much disk as they may.
-            OverloadedError: those of all do.
+            RateLimitError: the tenant's documents have reached their limit.
+            OverloadedError: all documents together have.
         """
-        self._on_disk.check(holder)
+        self._on_disk.check(holder, num_bytes)
 
     def check_results(self, holder: Holder) -> None:
-        """Whether a job may be added.
+        """Check whether a job may be added.
 
         Raises:
-            RateLimitError: results of the tenant's jobs take as much room as they may.
-            OverloadedError: those of all do.
+            RateLimitError: the results of the tenant's jobs have reached their limit.
+            OverloadedError: all results together have.
         """
         self._results.check(holder)
 
     @contextlib.asynccontextmanager
     async def receiving(self, holder: Holder) -> AsyncIterator[StoredFile]:
-        """A new file for a document that comes in; it goes when the context ends, unless it was moved.
+        """A new file for an incoming document, deleted when the context ends unless it was moved.
 
         Raises:
             OverloadedError: the disk is full.
@@ -129,18 +130,18 @@ class Storage:
             await self.remove(path)
 
     def grow(self, path: Path, holder: Holder, num_bytes: int) -> None:
-        """Make room for what is to be written.
+        """Count bytes that are about to be written.
 
         Raises:
-            RateLimitError: the tenant's documents take as much disk as they may.
-            OverloadedError: those of all do.
+            RateLimitError: the tenant's documents have reached their limit.
+            OverloadedError: all documents together have.
         """
         self._on_disk.check(holder, num_bytes)
         self._on_disk.add(holder.owner, num_bytes)
         self._files[path].size_bytes += num_bytes
 
     async def move(self, path: Path, to: Path) -> None:
-        """Raises OverloadedError when the disk is full."""
+        """Rename a file; raises OverloadedError when the disk is full."""
         with refusing_full_disk():
             await asyncio.to_thread(path.rename, to)
         file = self._files.pop(path)
@@ -148,12 +149,12 @@ class Storage:
         self._files[to] = file
 
     async def remove(self, path: Path) -> None:
-        """A file that is not there is none the less gone."""
+        """Delete a file, if it exists."""
         await asyncio.to_thread(path.unlink, missing_ok=True)
         self._forget(path)
 
     async def look(self, find_owners: FindOwners) -> None:
-        """Count what lies in the folders: files of other services and of earlier runs come and go unheard.
+        """Scan the folders, where other services and earlier runs add and remove files too.
 
         Raises:
             OSError: a folder cannot be read.
@@ -177,7 +178,7 @@ class Storage:
             self._on_disk.add(owner, size_bytes)
 
     def see_results(self, sizes: Mapping[str, int]) -> None:
-        """What the results of jobs take in the database now, in bytes by owner."""
+        """Record the sizes of job results in the database, in bytes by owner."""
         self._results.replace(sizes)
 
     def _forget(self, path: Path) -> None:
@@ -187,7 +188,7 @@ class Storage:
 
 
 class StoredFile:
-    """A document that is being written."""
+    """A document's file while it is written."""
 
     def __init__(self, storage: Storage, holder: Holder, path: Path, handle: int) -> None:
         self.path = path
@@ -196,38 +197,40 @@ class StoredFile:
         self._out = os.fdopen(handle, "wb")
 
     async def write(self, data: bytes) -> None:
-        """Raises:
-        RateLimitError: the tenant's documents take as much disk as they may.
-        OverloadedError: those of all do, or the disk is full.
+        """Append bytes.
+
+        Raises:
+            RateLimitError: the tenant's documents have reached their limit.
+            OverloadedError: all documents together have, or the disk is full.
         """
         self._storage.grow(self.path, self._holder, len(data))
         with refusing_full_disk():
             await asyncio.to_thread(self._out.write, data)
 
     async def close(self) -> None:
-        """Raises OverloadedError when the disk is full. Closing again does nothing."""
+        """Close the file; raises OverloadedError when the disk is full. Closing again does nothing."""
         with refusing_full_disk():
             await asyncio.to_thread(self._out.close)
 
 
 @contextlib.contextmanager
 def refusing_full_disk() -> Iterator[None]:
-    """A disk, or a quota of it, that is full is no fault of the service's or the request's.
+    """Turn the OSError of a full disk or an exhausted quota into a refusal.
 
     Raises:
-        OverloadedError: in the place of such an OSError; others pass.
+        OverloadedError: the disk is full. Other errors are not changed.
     """
     try:
         yield
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise
-        logger.error("there is no room on the disk of the OCR service's documents: %s", error)
+        logger.error("no space left on the disk with the OCR service's documents: %s", error)
         raise OverloadedError(_DOCUMENTS.full_message, _RETRY_S, code=FULL) from error
 
 
 def _list_sizes(folders: Collection[Path]) -> dict[Path, int]:
-    """Files in folders, in bytes."""
+    """Sizes of the files in some folders, in bytes."""
     found = {}
     for folder in folders:
         with os.scandir(folder) as entries:

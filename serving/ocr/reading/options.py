@@ -17,30 +17,35 @@ _FORM_FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 
 def read_options(given: Mapping[str, Any]) -> ReadOptions:
-    """Options from a JSON body, or from `options_to_json`. Null is as good as missing.
+    """Parse options from a JSON body, or from `options_to_json`. Null counts as missing.
 
     Raises:
         InvalidRequestError: `param` names the option that is wrong.
     """
     unknown = sorted(set(given) - _FIELDS.keys() - {"document"})
     if unknown:
-        raise InvalidRequestError(f"There is no option {unknown[0][:100]!r}.", param=unknown[0][:100])
+        raise InvalidRequestError(f"Unknown option {unknown[0][:100]!r}; remove it.", param=unknown[0][:100])
     try:
         return ReadOptions(**{name: given[name] for name in _FIELDS if given.get(name) is not None})
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
-        _refuse(name, "given; it is the name of a model" if first["type"] == "missing" else _describe(_FIELDS[name]))
+        _refuse(
+            name,
+            "given: the name of a model that GET /v1/models lists"
+            if first["type"] == "missing"
+            else _describe(_FIELDS[name]),
+        )
 
 
 def read_form_options(fields: Mapping[str, str]) -> ReadOptions:
-    """Options from form fields, where everything is text. Empty ones are as good as missing.
+    """Parse options from form fields, where everything is text. Empty fields count as missing.
 
     Raises:
         InvalidRequestError: as `read_options` does.
     """
     if fields.get("document"):
-        _refuse("document", "left out of a form, whose file part it is")
+        _refuse("document", "left out of a form; send the document as the part named file")
     given: dict[str, Any] = {name: text for name, text in fields.items() if text != ""}
     for name in given.keys() & _FIELDS.keys():
         kind, text = _find_choice(_FIELDS[name]).get("type"), given[name]
@@ -52,31 +57,31 @@ def read_form_options(fields: Mapping[str, str]) -> ReadOptions:
 
 
 def without_stream(options: ReadOptions) -> ReadOptions:
-    """The options for a job.
+    """The options of a job, without those that only apply to streams.
 
     Raises:
         InvalidRequestError: they ask for a stream.
     """
     if options.stream:
-        _refuse("stream", "false for a job; GET its pages as they come")
+        _refuse("stream", "false for a job; fetch its pages as they finish")
     return replace(options, include_page_images=False)
 
 
 def options_to_json(options: ReadOptions) -> dict[str, Any]:
-    """Options as they are stored and shown with a job."""
+    """Options as they are stored, and returned with a job."""
     found = asdict(options)
     del found["stream"], found["include_page_images"]
     return found
 
 
 def _find_choice(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A field's schema, without the null that it may be as well."""
+    """A field's schema without the alternative null."""
     found: Mapping[str, Any] = next((part for part in schema.get("anyOf", ()) if part["type"] != "null"), schema)
     return found
 
 
 def _describe(schema: Mapping[str, Any]) -> str:
-    """What a field must be, from its JSON schema."""
+    """Describe the values of a field, from its JSON schema."""
     choice = _find_choice(schema)
     if "enum" in choice:
         return f"one of {', '.join(choice['enum'])}"

@@ -1,1 +1,1 @@
-"""Pages drawn by processes of their own."""
+"""Renders pages in separate processes."""

@@ -1,7 +1,7 @@
-"""Fonts of this machine, for PDFs that do not bring theirs along.
+"""Checks for system fonts, which PDFs that embed none are rendered with.
 
-PDFium has substitutes for Latin text of its own. Other scripts it draws with a font of the system's whose header claims
-the script; without one the page stays blank where the text is, and nobody is told.
+PDFium has built-in substitutes for Latin text. For other scripts it uses a system font whose header claims the script;
+without one the text is left blank, without an error.
 """
 
 from __future__ import annotations
@@ -16,32 +16,30 @@ from typing import BinaryIO
 logger = logging.getLogger(__name__)
 
 FOLDERS = ("/usr/share/fonts", "/usr/share/X11/fonts/Type1", "/usr/share/X11/fonts/TTF", "/usr/local/share/fonts")
-"""Where PDFium looks on Linux."""
+"""The folders that PDFium searches on Linux."""
 _SUFFIXES = frozenset({".ttf", ".ttc", ".otf"})
 _SCRIPTS = {17: "Japanese", 18: "simplified Chinese", 19: "Korean", 20: "traditional Chinese"}
 """Bits of ulCodePageRange1 in the table OS/2 (OpenType)."""
 _CODE_PAGES_AT = 78
-"""Where that number is in its table."""
+"""Offset of ulCodePageRange1 in its table."""
 _ADVICE = "on Debian: apt-get install fonts-noto-cjk fonts-dejavu-core fonts-liberation"
 
 
 def warn_of_missing_fonts(folders: Sequence[str] = FOLDERS) -> None:
-    """Log what text this machine cannot draw. Reads the header of every font there is."""
+    """Log which scripts this machine cannot render. Reads the header of every installed font."""
     drawn = find_scripts(folders)
     missing = [script for script in _SCRIPTS.values() if drawn is not None and script not in drawn]
     if drawn is None:
-        logger.warning(
-            "there are no fonts: of PDFs that do not bring their own, all but Latin text is blank; %s", _ADVICE
-        )
+        logger.warning("no fonts are installed: PDFs that embed none are rendered with Latin text only; %s", _ADVICE)
     elif missing:
         names = ", ".join(missing)
         logger.warning(
-            "there are no fonts for %s: such text of PDFs without fonts of their own is blank; %s", names, _ADVICE
+            "no fonts are installed for %s: such text is left blank in PDFs that embed no fonts; %s", names, _ADVICE
         )
 
 
 def find_scripts(folders: Sequence[str]) -> set[str] | None:
-    """East Asian scripts that some font claims to have; None when there are no fonts at all."""
+    """East Asian scripts that some font claims to support; None when no fonts are installed."""
     found: set[str] | None = None
     for folder in folders:
         for where, _, names in os.walk(folder, followlinks=True):
@@ -52,7 +50,7 @@ def find_scripts(folders: Sequence[str]) -> set[str] | None:
 
 
 def read_scripts(file: Path) -> set[str]:
-    """What a font, or a collection of them, claims; nothing when it is damaged."""
+    """Scripts that a font or font collection claims to support; none when the file is damaged."""
     scripts = set[str]()
     try:
         with file.open("rb") as font:
@@ -65,7 +63,7 @@ def read_scripts(file: Path) -> set[str]:
 
 
 def _find_fonts(font: BinaryIO) -> Iterator[int]:
-    """Where in the file each font begins."""
+    """Offsets at which the fonts of a file begin."""
     kind, _, num_fonts = struct.unpack(">4sII", font.read(12))
     if kind != b"ttcf":
         yield 0

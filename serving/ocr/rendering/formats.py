@@ -1,4 +1,4 @@
-"""What a document is, told by its content. Pure."""
+"""Detects the format of a document from its content. Pure."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from enum import StrEnum
 from serving.errors import InvalidRequestError
 
 HEAD_BYTES = 4096
-"""So much of a document's beginning says what it is."""
+"""How much of a document's beginning is needed to detect its format."""
 _PDF_WITHIN = 1024
-"""Readers of PDF take a header that begins so late (ISO 32000-1, annex H.3, note 13)."""
+"""PDF readers accept a header within this many bytes (ISO 32000-1, annex H.3, note 13)."""
 
 
 class DocumentFormat(StrEnum):
@@ -39,16 +39,16 @@ _KNOWN = "PDF, JPEG, PNG, WebP, TIFF, GIF and BMP"
 
 
 def find_format(head: bytes, param: str | None = "document") -> DocumentFormat:
-    """The format of a document; what its name or media type claims does not matter.
+    """The format of a document, whatever its name or media type claims.
 
-    The first bytes decide before anything further in, so that a file that is two things at once is one here.
+    The first bytes take precedence over later ones, so that a file that is valid in two formats has one here.
 
     Args:
-        head: its first `HEAD_BYTES`, or all of it.
-        param: the field it came in, for the error.
+        head: the document's first `HEAD_BYTES`, or all of it if shorter.
+        param: the request field to name in the error.
 
     Raises:
-        InvalidRequestError: a format that is not read, with a word of advice for Office files.
+        InvalidRequestError: the format is not supported; the message has advice for Office files.
     """
     for signature, found in _SIGNATURES:
         if head.startswith(signature):
@@ -58,15 +58,15 @@ def find_format(head: bytes, param: str | None = "document") -> DocumentFormat:
     is_archive = head.startswith(_ARCHIVE)
     if head.startswith(_OFFICE) or (is_archive and any(part in head for part in _OFFICE_PARTS)):
         raise InvalidRequestError(
-            "Office documents are not read; save the document as PDF and send that.",
+            "Office documents are not supported; save the document as PDF and send that.",
             param=param,
             code="unsupported_document",
         )
-    # Bytes 6 to 9 of a bitmap are reserved, and zero in every one; "BM" alone begins many a text.
+    # Bytes 6 to 9 of a bitmap are reserved and always zero; "BM" alone starts many texts.
     if head[:2] == b"BM" and head[6:10] == b"\x00\x00\x00\x00":
         return DocumentFormat.BMP
     if not is_archive and b"%PDF-" in head[: _PDF_WITHIN + len(b"%PDF-")]:
         return DocumentFormat.PDF
     raise InvalidRequestError(
-        f"This is no document that can be read ({_KNOWN}).", param=param, code="unsupported_document"
+        f"The document's format is not supported; send one of {_KNOWN}.", param=param, code="unsupported_document"
     )

@@ -1,11 +1,11 @@
-"""A bounded pool of processes that draw pages, one page at a time each.
+"""A bounded pool of processes that render pages, each one page at a time.
 
-A worker that dies, hangs or grows too large takes its page with it and nothing else: the next page gets a new worker.
-A document stays in its file and only the pages under way are in memory, so its length costs nothing.
+A worker that dies, hangs or uses too much memory loses its own page and nothing else: the next page gets a new worker.
+Documents stay in files and only the pages in progress are in memory, so long documents need no more memory.
 
-Nobody pays for drawing, so it is shared out instead: tenants take turns (`turns`), the kernel bounds the CPU time of a
-page, and a document that has used too much, or lost too many pages, is given up. CPU time is that of the worker's
-process, so what others do on the machine is not counted.
+Rendering is not charged for, so it is shared fairly instead: tenants take turns (`limits.turns`), the kernel limits the
+CPU time of a page, and a document that has used too much, or lost too many pages, is given up. CPU time is that of the
+worker process, so other load on the machine does not count.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ from serving.settings.ocr import RenderSettings
 
 _LINE_BYTES = 2**20
 _START_CPU_S = 2
-"""CPU seconds for a worker's start, beside those of its first request."""
+"""CPU seconds for a worker's startup, in addition to those of its first request."""
 _DEATH_S = 5.0
-"""From the end of a worker's pipes to that of its process, at most."""
+"""How long a worker process may take to end after its pipes have closed."""
 _KEPT_VARIABLES = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL")
-"""Of the environment, where a service keeps secrets that no document should get near."""
+"""Environment variables that workers inherit; the service's others may be secrets."""
 _ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1"}
-"""For numpy, which would take a part of a worker's bounded memory for each of the machine's cores."""
+"""Keeps numpy from reserving part of a worker's limited memory for each core of the machine."""
 
 
 @dataclass(slots=True)
 class Effort:
-    """What drawing one document has taken so far."""
+    """What rendering one document has cost so far."""
 
     cpu_s: float = 0.0
-    """Of the workers' processes."""
+    """CPU seconds of the worker processes."""
     num_lost: int = 0
-    """Pages whose worker was killed or died."""
+    """Pages whose worker died or was killed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class OpenedDocument:
     format: DocumentFormat
     num_pages: int
     tenant: str
-    """Whose turn it is when a page is drawn."""
+    """The tenant on whose turn pages are rendered."""
     effort: Effort = field(default_factory=Effort, compare=False)
 
 
@@ -73,35 +73,35 @@ class DrawnPage:
     height: int
 
     def as_url(self) -> str:
-        """A `data:` URL of it."""
+        """The image as a `data:` URL."""
         return f"data:{self.media_type};base64,{pybase64.b64encode(self.data).decode()}"
 
 
 class Renderer:
-    """The pool. Use it inside one event loop and `close` it; workers start when they are needed."""
+    """The pool. Use it inside one event loop and `close` it; workers are started on demand."""
 
     def __init__(self, settings: RenderSettings) -> None:
-        self._settings = settings
-        self._queue = TurnQueue(settings.workers, settings.tenant_cpu_s_per_minute)
+        self.settings = settings
+        self.queue = TurnQueue(settings.workers, settings.tenant_cpu_s_per_minute)
         self.cpu_s = 0.0
-        """That all workers have used so far."""
-        self._idle: list[_Worker] = []
+        """CPU seconds that all workers have used so far."""
+        self._idle: list[RenderWorker] = []
         self._is_closed = False
 
     @property
     def num_waiting(self) -> int:
-        """Documents and pages that wait for their turn."""
-        return self._queue.num_waiting
+        """Number of documents and pages that wait for their turn."""
+        return self.queue.num_waiting
 
     async def open(self, file: Path, tenant: str) -> OpenedDocument:
-        """Find out what a document is and how many pages it has, when its tenant's turn has come.
+        """Detect a document's format and count its pages, once it is the tenant's turn.
 
         Args:
-            file: must stay while pages are drawn.
-            tenant: whose it is.
+            file: must exist while pages are rendered.
+            tenant: the document's owner.
 
         Raises:
-            InvalidRequestError: a format that is not read.
+            InvalidRequestError: the format is not supported.
             RenderError: it is encrypted or damaged, or took too long.
         """
         kind = find_format(await asyncio.to_thread(_read_head, file))
@@ -114,21 +114,22 @@ class Renderer:
     async def draw(
         self, document: OpenedDocument, page: int, dpi: int | None = None, part: Box | None = None
     ) -> DrawnPage:
-        """Draw one page, or a part of it, when its tenant's turn has come.
+        """Render one page, or a part of it, once it is the tenant's turn.
 
         Args:
-            document: as `open` gave it.
+            document: from `open`.
             page: counted from 0.
-            dpi: pixels per inch of a PDF page; None for the settings'. Images have pixels of their own.
-            part: in pixels of the drawn page.
+            dpi: pixels per inch for PDF pages; None uses the settings. Images have pixels of their own.
+            part: in pixels of the rendered page.
 
         Raises:
-            RenderError: it cannot be drawn, took too long, or ended its worker; or its document has cost too much.
+            RenderError: the page cannot be rendered, took too long or crashed its worker; or its document has reached
+                its limits.
         """
         request: dict[str, Any] = {
             "page": page,
-            "dpi": dpi or self._settings.dpi,
-            "max_pixels": self._settings.max_page_pixels,
+            "dpi": dpi or self.settings.dpi,
+            "max_pixels": self.settings.max_page_pixels,
         }
         if part is not None:
             request["part"] = (part.left, part.top, part.right, part.bottom)
@@ -137,15 +138,15 @@ class Renderer:
         return DrawnPage(data, answer["media_type"], answer["width"], answer["height"])
 
     async def close(self) -> None:
-        """End all workers that are idle; those at work end with their pages."""
+        """Stop idle workers; busy ones stop after their page."""
         self._is_closed = True
         while self._idle:
             await self._idle.pop().kill()
 
     async def _ask(self, request: dict[str, Any], tenant: str, effort: Effort) -> tuple[dict[str, Any], bytes]:
         self._check_effort(effort)
-        async with self._queue.place(tenant):
-            self._check_effort(effort)  # others of its pages were drawn meanwhile
+        async with self.queue.place(tenant):
+            self._check_effort(effort)  # other pages of it were rendered meanwhile
             async with self._worker() as worker:
                 try:
                     answer, data = await self._ask_worker(worker, request)
@@ -156,39 +157,43 @@ class Renderer:
                     cpu_s = worker.measure_cpu_s()
                     effort.cpu_s += cpu_s
                     self.cpu_s += cpu_s
-                    self._queue.charge(tenant, cpu_s)
+                    self.queue.charge(tenant, cpu_s)
         if "code" in answer:
             raise RenderError(answer["message"], param="document", code=answer["code"])
         return answer, data
 
-    async def _ask_worker(self, worker: _Worker, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
-        """Raises:
-        RenderError: the worker is lost.
+    async def _ask_worker(self, worker: RenderWorker, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+        """Send a request to a worker.
+
+        Raises:
+            RenderError: the worker died or did not answer in time.
         """
         try:
-            async with asyncio.timeout(self._settings.page_timeout_s):
-                answer, data = await worker.ask(request, self._settings.page_cpu_s)
+            async with asyncio.timeout(self.settings.page_timeout_s):
+                answer, data = await worker.ask(request, self.settings.page_cpu_s)
         except TimeoutError as error:
-            message = f"It could not be drawn within {self._settings.page_timeout_s:g} seconds."
+            message = f"The page could not be rendered within {self.settings.page_timeout_s:g} seconds."
             raise RenderError(message, param="document", code="render_timeout") from error
         except (OSError, asyncio.IncompleteReadError, ValueError) as error:
             if await worker.has_used_up_its_time():
-                message = f"It could not be drawn within {self._settings.page_cpu_s} seconds of CPU time."
+                message = f"The page could not be rendered within {self.settings.page_cpu_s} seconds of CPU time."
                 raise RenderError(message, param="document", code="render_timeout") from error
-            message = "The process that drew it has died, probably of the document."
+            message = "The process that rendered the page crashed, probably because of the document."
             raise RenderError(message, param="document", code="render_failed") from error
         worker.is_healthy = True
         return answer, data
 
     def _check_effort(self, effort: Effort) -> None:
-        """Raises:
-        RenderError: the document has cost too much already.
+        """Check a document's limits.
+
+        Raises:
+            RenderError: the document has reached one of them.
         """
-        settings = self._settings
+        settings = self.settings
         if effort.num_lost >= settings.max_lost_pages:
-            reason = f"{effort.num_lost} of its pages could not be drawn in the time that a page has"
+            reason = f"{effort.num_lost} of its pages could not be rendered within the limits of a page"
         elif effort.cpu_s >= settings.document_cpu_s:
-            reason = f"drawing it has taken the {settings.document_cpu_s:g} seconds of CPU time that a document has"
+            reason = f"rendering it has used the {settings.document_cpu_s:g} seconds of CPU time that a document has"
         else:
             return
         raise RenderError(
@@ -198,22 +203,24 @@ class Renderer:
         )
 
     @contextlib.asynccontextmanager
-    async def _worker(self) -> AsyncIterator[_Worker]:
-        """A worker for one request. It is kept only when it has answered: whoever is cancelled in the middle leaves a
-        worker behind that is still busy."""
-        worker = self._take_idle() or await _Worker.start(self._settings.worker_memory_bytes)
+    async def _worker(self) -> AsyncIterator[RenderWorker]:
+        """A worker for one request.
+
+        It is reused only if it has answered: a request that is cancelled leaves its worker busy.
+        """
+        worker = self._take_idle() or await RenderWorker.start(self.settings.worker_memory_bytes)
         worker.is_healthy = False
         try:
             yield worker
         finally:
-            is_fresh = worker.num_requests < self._settings.pages_per_worker
+            is_fresh = worker.num_requests < self.settings.pages_per_worker
             if worker.is_healthy and is_fresh and not self._is_closed:
                 self._idle.append(worker)
             else:
                 await asyncio.shield(worker.kill())
 
-    def _take_idle(self) -> _Worker | None:
-        """One that is still alive."""
+    def _take_idle(self) -> RenderWorker | None:
+        """An idle worker that is still alive."""
         while self._idle:
             worker = self._idle.pop()
             if worker.process.returncode is None:
@@ -221,8 +228,8 @@ class Renderer:
         return None
 
 
-class _Worker:
-    """One process and its pipes."""
+class RenderWorker:
+    """A worker process and its pipes."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
@@ -230,12 +237,12 @@ class _Worker:
         self.is_healthy = False
         self._seen_cpu_s = 0.0
         self._reported_cpu_s = 0.0
-        """Up to here `measure_cpu_s` has told."""
+        """CPU seconds that `measure_cpu_s` has reported."""
         self._bound_cpu_s = 0
-        """Where the kernel ends the process."""
+        """CPU seconds after which the kernel kills the process."""
 
     @classmethod
-    async def start(cls, memory_bytes: int) -> _Worker:
+    async def start(cls, memory_bytes: int) -> RenderWorker:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-I", "-m", "serving.ocr.rendering.worker", str(memory_bytes)),
             stdin=asyncio.subprocess.PIPE,
@@ -243,16 +250,16 @@ class _Worker:
             stderr=asyncio.subprocess.DEVNULL,
             limit=_LINE_BYTES,
             env=_ONE_THREAD | {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ},
-            start_new_session=True,  # Ctrl-C is for the service, which ends its workers itself
+            start_new_session=True,  # Ctrl-C is for the service, which stops its workers itself
         )
         return cls(process)
 
     async def ask(self, request: dict[str, Any], max_cpu_s: int) -> tuple[dict[str, Any], bytes]:
-        """What it answers, and the image that belongs to that.
+        """Send a request and return the answer with its image.
 
         Args:
             request: see `serving.ocr.rendering.worker`.
-            max_cpu_s: CPU seconds after which the kernel ends it, up to one second more.
+            max_cpu_s: CPU seconds after which the kernel kills the worker, give or take one second.
         """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -265,32 +272,34 @@ class _Worker:
         return answer, await self.process.stdout.readexactly(answer.get("size_bytes", 0))
 
     def measure_cpu_s(self) -> float:
-        """CPU seconds since the last call, or since the process began."""
+        """CPU seconds since the last call, or since the process started."""
         used_cpu_s = self._read_cpu_s()
         since_cpu_s = used_cpu_s - self._reported_cpu_s
         self._reported_cpu_s = used_cpu_s
         return since_cpu_s
 
     async def has_used_up_its_time(self) -> bool:
-        """Whether the kernel has ended it for the CPU time of its request."""
+        """Whether the kernel has killed the worker because its request exceeded the CPU time."""
         self._read_cpu_s()
         try:
             async with asyncio.timeout(_DEATH_S):
                 return await self.process.wait() == -signal.SIGXCPU
-        except TimeoutError:  # it has closed its pipes and lives
+        except TimeoutError:  # it has closed its pipes but is alive
             return False
 
     def _limit_cpu(self, max_cpu_s: int) -> None:
-        """The kernel counts in whole seconds, from the start of the process on."""
+        """Set the kernel's limit, which counts whole seconds since the process started."""
         if self.num_requests == 1:
             max_cpu_s += _START_CPU_S
         self._bound_cpu_s = math.ceil(self._read_cpu_s()) + max_cpu_s
-        if self.process.returncode is None:  # else its number may be another's by now
+        if self.process.returncode is None:  # otherwise its pid may belong to another process
             resource.prlimit(self.process.pid, resource.RLIMIT_CPU, (self._bound_cpu_s, resource.RLIM_INFINITY))
 
     def _read_cpu_s(self) -> float:
-        """CPU seconds of the process so far; of one that has ended, what it was allowed if it died of that, else what
-        was last seen."""
+        """CPU seconds of the process so far.
+
+        For a process that has ended: its limit if that is why it was killed, or else the last measurement.
+        """
         if self.process.returncode == -signal.SIGXCPU:
             self._seen_cpu_s = float(self._bound_cpu_s)
         elif self.process.returncode is None:

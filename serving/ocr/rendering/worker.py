@@ -1,14 +1,14 @@
-"""The process that opens documents of strangers and draws their pages.
+"""The process that opens untrusted documents and renders their pages.
 
-It has no secrets, writes no files, is bounded in memory by the kernel, and may be killed at any time. Requests come on
-stdin as lines of JSON; each is answered on stdout by a line of JSON, with `size_bytes` of an image file after it. The
-document is a file that is opened anew for each page: nothing of it stays, however many pages it has.
+It has no secrets and writes no files, the kernel limits its memory, and it may be killed at any time. Requests arrive
+on stdin as lines of JSON; each is answered on stdout by a line of JSON, followed by `size_bytes` of an image file. The
+document's file is opened again for each page, so that nothing of it stays in memory.
 
     {"file": "/tmp/x", "format": "pdf"}                                             -> {"num_pages": 50}
     {"file": "/tmp/x", "format": "pdf", "page": 0, "dpi": 144, "max_pixels": 50000000}
         -> {"width": 1190, "height": 1684, "media_type": "image/png", "size_bytes": 81234}
-    the same with "part": [left, top, right, bottom], in pixels of the drawn page   -> only that part of it
-    whatever cannot be done                                                         -> {"code": ..., "message": ...}
+    the same with "part": [left, top, right, bottom], in pixels of the page         -> only that part of it
+    any request that fails                                                          -> {"code": ..., "message": ...}
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from serving.plugin.images.repairs import read_tolerantly
 _POINTS_PER_INCH = 72
 _PILLOW_FORMATS = {"jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "tiff": "TIFF", "gif": "GIF", "bmp": "BMP"}
 _AS_THEY_ARE = frozenset({"jpeg", "png", "webp"})
-"""Single pictures that go on byte for byte when nothing needs to be turned or taken out."""
+"""Image formats that are passed on unchanged when the image needs no rotation or cropping."""
 _REPAIRED = frozenset({"jpeg", "png"})
-"""Those of which a part may be spared."""
+"""Formats in which minor damage is repaired."""
 _LARGE_PNG_BYTES = 12 * 2**20
 _JPEG_QUALITY = 95
 _WHITE = (255, 255, 255)
 
 
 class PageError(Exception):
-    """A document or page that cannot be drawn; the message is for its owner."""
+    """A document or page that cannot be rendered; the message is for its owner."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -50,22 +50,22 @@ class PageError(Exception):
 
 
 def main() -> None:
-    """Serve until stdin ends."""
+    """Answer requests until stdin ends."""
     memory_bytes = int(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # What a library prints must not stand between the answers.
+    # Anything that a library prints must not get between the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     warnings.simplefilter("ignore")
-    Image.MAX_IMAGE_PIXELS = None  # a request has a limit of its own
+    Image.MAX_IMAGE_PIXELS = None  # each request has its own limit
     for line in sys.stdin.buffer:
         answer(json.loads(line), answers)
 
 
 def answer(request: dict[str, Any], answers: BinaryIO) -> None:
-    """Do what is asked for, and tell."""
+    """Carry out a request and write the answer."""
     picture = b""
     reply: dict[str, Any]
     try:
@@ -77,19 +77,22 @@ def answer(request: dict[str, Any], answers: BinaryIO) -> None:
     except PageError as error:
         reply = {"code": error.code, "message": str(error)}
     except MemoryError:
-        reply = {"code": "page_too_large", "message": "The page needs more memory than it may have."}
-    except Exception:  # noqa: BLE001  decoders of strangers' files raise whatever they like
-        reply = {"code": "damaged_document", "message": "The document is damaged or not what it seems to be."}
+        reply = {"code": "page_too_large", "message": "The page needs more memory than rendering may use; lower dpi."}
+    except Exception:  # noqa: BLE001  decoders raise anything on malformed files
+        reply = {
+            "code": "damaged_document",
+            "message": "The document is damaged, or its content does not match its format.",
+        }
     answers.write(json.dumps(reply).encode() + b"\n")
     answers.write(picture)
     answers.flush()
 
 
 def count_pages(file: Path, name: str) -> int:
-    """Pages of a document; the frames of a GIF or WebP are no pages.
+    """The number of pages; frames of a GIF or WebP do not count as pages.
 
     Raises:
-        PageError: it cannot be opened.
+        PageError: the document cannot be opened.
     """
     if name == "pdf":
         with open_pdf(file) as document:
@@ -100,16 +103,16 @@ def count_pages(file: Path, name: str) -> int:
 
 
 def count_frames(source: Path | io.BytesIO, name: str) -> int:
-    """Of a picture."""
+    """The number of frames that count as pages of an image."""
     with Image.open(source, formats=[_PILLOW_FORMATS[name]]) as image:
         return int(getattr(image, "n_frames", 1)) if name == "tiff" else 1
 
 
 def draw(request: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
-    """An image file of one page, and its size and media type.
+    """Render one page: its image file, and the answer that describes it.
 
     Raises:
-        PageError: it cannot be drawn.
+        PageError: the page cannot be rendered.
     """
     file, name = Path(request["file"]), request["format"]
     if name == "pdf":
@@ -120,7 +123,7 @@ def draw(request: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
 
 
 def draw_picture(source: Path | io.BytesIO, request: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
-    """As `draw`, of what is no PDF."""
+    """As `draw`, for images."""
     name = request["format"]
     with Image.open(source, formats=[_PILLOW_FORMATS[name]]) as opened:
         if name == "tiff":
@@ -128,34 +131,34 @@ def draw_picture(source: Path | io.BytesIO, request: dict[str, Any]) -> tuple[by
         size = shown_size(opened)
         check_pixels(*size, request["max_pixels"])
         if name in _AS_THEY_ARE and is_plain(opened) and size == opened.size and "part" not in request:
-            opened.load()  # a damaged one shall fail here, not in the engine
+            opened.load()  # damage should be found here, not in the engine
             data = source.read_bytes() if isinstance(source, Path) else source.getvalue()
             return data, describe(opened, f"image/{name}")
         return encode_part(show(opened, _WHITE), request)
 
 
 def encode_part(image: Image.Image, request: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
-    """A drawn page, or the part of it that was asked for."""
+    """Encode a rendered page, or the requested part of it."""
     return encode(image.crop(request["part"]) if "part" in request else image)
 
 
 def draw_pdf_page(file: Path, page: int, dpi: int, max_pixels: int) -> Image.Image:
-    """Forms are drawn as they are filled; scripts are never run: this build of PDFium has no interpreter."""
+    """Render a page of a PDF. Forms appear as filled in; scripts never run: this build of PDFium has no interpreter."""
     with open_pdf(file) as document:
         width, height = document.get_page_size(page)  # in points
         scale = dpi / _POINTS_PER_INCH
         if not (math.isfinite(width) and math.isfinite(height) and width > 0 and height > 0):
-            raise PageError("damaged_page", "The page has no size.")
+            raise PageError("damaged_page", "The page has no valid size.")
         check_pixels(math.ceil(width * scale), math.ceil(height * scale), max_pixels)
         document.init_forms()
         return to_rgb(document[page].render(scale=scale).to_pil(), _WHITE)
 
 
 def open_pdf(file: Path) -> Any:
-    """A context with the document in it.
+    """A context manager for an opened PDF.
 
     Raises:
-        PageError: it is encrypted or damaged.
+        PageError: the PDF is encrypted or damaged.
     """
     import pypdfium2
 
@@ -168,18 +171,20 @@ def open_pdf(file: Path) -> Any:
 
 
 def check_pixels(width: int, height: int, max_pixels: int) -> None:
-    """Refuse a page before its memory is taken."""
+    """Refuse a page that is too large before memory is allocated for it."""
     if width * height > max_pixels:
-        raise PageError("page_too_large", f"The page has {width} x {height} pixels; {max_pixels} pixels are allowed.")
+        raise PageError(
+            "page_too_large", f"The page has {width} x {height} pixels; at most {max_pixels} are allowed, lower dpi."
+        )
 
 
 def is_plain(image: Image.Image) -> bool:
-    """Whether it is one picture that stands upright."""
+    """Whether an image has a single frame that needs no rotation."""
     return int(getattr(image, "n_frames", 1)) == 1 and image.getexif().get(0x0112, 1) == 1
 
 
 def encode(image: Image.Image) -> tuple[bytes, dict[str, Any]]:
-    """Without loss, unless that would make a very large file, as of a photograph."""
+    """Encode losslessly, unless the file would be very large, as for photographs."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)
     if buffer.tell() <= _LARGE_PNG_BYTES:
@@ -190,7 +195,7 @@ def encode(image: Image.Image) -> tuple[bytes, dict[str, Any]]:
 
 
 def describe(image: Image.Image, media_type: str) -> dict[str, Any]:
-    """What is told of a page beside its bytes."""
+    """The answer for a page, beside its bytes."""
     return {"width": image.width, "height": image.height, "media_type": media_type}
 
 

@@ -13,7 +13,7 @@ from support.ocr_service import RunningService, frame, reads, run_host, run_serv
 from support.papers import office_file, write_pdf
 from support.router_stack import Exchange, answers, eventually, streams
 
-from unit.ocr.jobs.test_jobs import make_keys
+from unit.ocr.jobs.test_jobs import change_jobs, make_keys
 
 PRICE = (80 * 30 + 10 * 100) / 10**9
 LOOPED = streams(frame("la la", finish_reason="length", stop_reason="repetition"), tail())
@@ -72,7 +72,7 @@ async def test_every_page_retry_and_refusal_is_counted_once(tmp_path: Path) -> N
         assert (await service.upload(office_file(), headers=acme)).status_code == 400
         assert (await service.upload(pdf, pages="5", headers=acme)).status_code == 400
         assert (await service.upload(pdf)).status_code == 401
-        runner = service.host._service.runner
+        runner = service.host.service.runner
         assert await eventually(lambda: runner.counts.get("completed") == 1, 5)
         found = await scrape(service)
         routers = read_metrics(service.router.app.render_metrics().decode())
@@ -120,9 +120,8 @@ async def test_two_services_that_read_one_job_count_each_page_once(tmp_path: Pat
     async with run_service(tmp_path, reads(pause_s=0.3), jobs={"lease_s": 1}, pages_in_parallel=2) as service:
         job = (await service.upload(pdf, "/v1/ocr/jobs")).json()
         assert await eventually(lambda: len(service.engine.asked) == 2, 20)
-        first = service.host._service.runner
         # The lease goes to another while pages are under way, as if this process had stood still for so long.
-        first._leases._service_id = "gone"
+        await change_jobs(service.settings.billing, lease_owner="gone")
         async with run_host(service.settings, service.router.port) as (host, _):
             other = RunningService(host, service.client, service.router, service.engine, service.settings)
             done = await service.wait_for(job["id"], "completed")

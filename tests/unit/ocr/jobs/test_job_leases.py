@@ -186,8 +186,9 @@ async def test_a_tenants_own_chats_are_no_tries_of_its_pages(
             "ocr": OcrSettings(secret=secret, directory=tmp_path),
         }
     )
-    books = JobDatabase(Database(settings.billing), 60.0)
-    job = await JobStore(books, 10).add("job-1", dataclasses.replace(NEW, owner="anonymous"))
+    own = Database(settings.billing)
+    jobs = JobDatabase(own, 60.0)
+    job = await JobStore(jobs, 10).add("job-1", dataclasses.replace(NEW, owner="anonymous"))
     request_id = "job-1-p1-t1"
     signer = CreditSigner(b"shared" if is_service else b"guessed")
     headers = {"x-request-id": request_id, CREDIT_HEADER: signer.sign(request_id, 0)}
@@ -201,5 +202,5 @@ async def test_a_tenants_own_chats_are_no_tries_of_its_pages(
         ledger = router.app.accounts.ledger
         assert ledger is not None
         assert await ledger.flush(20)
-        assert await JobLeases(books, 5.0, "service").read_charged(job) == charged
-    await books._database.close()
+        assert await JobLeases(jobs, 5.0, "service").read_charged(job) == charged
+    await own.close()

@@ -35,6 +35,13 @@ def make_keys(folder: Path, *tenants: str) -> tuple[Path, list[dict[str, str]]]:
     return file, [{"authorization": f"Bearer {text}"} for text, _ in made]
 
 
+async def change_jobs(settings: BillingSettings, **values: Any) -> None:
+    database = Database(settings)
+    async with database.engine.begin() as connection:
+        await connection.execute(update(JOBS).values(values))
+    await database.close()
+
+
 async def rows_of(settings: BillingSettings, table: Any) -> list[Any]:
     database = Database(settings)
     async with database.reading() as connection:
@@ -152,8 +159,7 @@ async def test_a_service_that_stood_still_for_a_lease_reads_its_job_once(tmp_pat
     async with run_service(tmp_path, reads(pause_s=0.8), pages_in_parallel=2, jobs={"lease_s": 60}) as service:
         job = (await service.upload(blank_pdf(tmp_path, 6), "/v1/ocr/jobs")).json()
         assert await eventually(lambda: len(service.engine.asked) > 2, 20)
-        async with service.host._service._database.engine.begin() as connection:
-            await connection.execute(update(JOBS).values(lease_until_ns=0))  # nobody else has taken it
+        await change_jobs(service.settings.billing, lease_until_ns=0)  # nobody else has taken it
         done = await service.wait_for(job["id"], "completed", "failed")
         assert (done["status"], done["pages_done"], len(service.engine.asked)) == ("completed", 6, 6)
 
@@ -165,7 +171,7 @@ async def test_a_job_is_seen_followed_and_cancelled_at_the_other_service(
         run_service(tmp_path, reads(pause_s=0.15), billing=billing, pages_in_parallel=1) as service,
         run_host(service.settings, service.router.port) as (host, other),
     ):
-        await host._service.runner.close(0)  # the other one reads nothing itself
+        await host.service.runner.close(0)  # the other one reads nothing itself
         job = (await service.upload(blank_pdf(tmp_path, 40), "/v1/ocr/jobs")).json()
         path = f"/v1/ocr/jobs/{job['id']}"
         seen: list[int] = []
@@ -179,8 +185,8 @@ async def test_a_job_is_seen_followed_and_cancelled_at_the_other_service(
         cancelled = (await other.post(f"{path}/cancel")).json()
         assert (cancelled["status"], (await service.client.get(path)).json()["status"]) == ("cancelled",) * 2
         # Who reads it learns of it with the next page or a third of its lease later, and asks no more.
-        runner = service.host._service.runner
-        assert await eventually(lambda: not runner._reading, 5)
+        runner = service.host.service.runner
+        assert await eventually(lambda: runner.num_reading == 0, 5)
         num_asked = len(service.engine.asked)
         await asyncio.sleep(0.4)
         assert len(service.engine.asked) == num_asked < 40
@@ -195,7 +201,7 @@ async def test_a_service_that_stops_leaves_its_job_to_the_next(tmp_path: Path) -
     async with run_service(tmp_path, reads(pause_s=0.1), settings=settings) as service:
         assert (await service.client.get("/v1/ocr/jobs")).status_code == 200, "the database is there"
         async with run_host(settings, service.router.port, drain_s=5) as (_, client):
-            await service.host._service.runner.close(0)  # only the other one reads
+            await service.host.service.runner.close(0)  # only the other one reads
             form = {"model": "nano"}
             answer = await client.post("/v1/ocr/jobs", data=form, files={"file": ("x", blank_pdf(tmp_path, 12))})
             job_id = answer.json()["id"]
@@ -223,11 +229,11 @@ async def test_a_page_that_fails_is_reported_with_the_others(tmp_path: Path) -> 
 
 
 async def test_old_jobs_are_swept(tmp_path: Path) -> None:
-    async with run_service(tmp_path, jobs={"keep_results_s": 1}) as service:
+    async with run_service(tmp_path) as service:
         job = (await service.upload(blank_pdf(tmp_path, 1), "/v1/ocr/jobs")).json()
         await service.wait_for(job["id"], "completed")
-        await asyncio.sleep(1.1)
-        await service.host._service.runner._sweeper.sweep()
+        await change_jobs(service.settings.billing, expires_ns=1)
+        await service.host.service.sweeper.sweep()
         assert (await service.client.get(f"/v1/ocr/jobs/{job['id']}")).status_code == 404
 
 

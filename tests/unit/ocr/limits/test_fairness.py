@@ -6,7 +6,8 @@ import asyncio
 import base64
 import contextlib
 import itertools
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from support.papers import slow_pdf, write_pdf
 from support.router_stack import Script, eventually
 
 from serving.ocr.host import OcrHost
-from serving.ocr.rendering import pool as renderer_module
+from serving.ocr.rendering.pool import Renderer, RenderWorker
 from serving.settings.billing import BillingSettings
 from unit.ocr.jobs.test_jobs import make_keys
 
@@ -38,22 +39,26 @@ class Drawing:
 @pytest.fixture
 def drawing(monkeypatch: pytest.MonkeyPatch) -> Drawing:
     found = Drawing()
-    waiting: dict[int, int] = {}
-    queue, begin = renderer_module.Renderer._ask, renderer_module._Worker.ask
+    seen: ContextVar[int] = ContextVar("seen")
+    begin = RenderWorker.ask
 
-    async def queued(renderer: Any, request: dict[str, Any], *rest: Any) -> Any:
-        waiting[id(request)] = found.num_slow
-        return await queue(renderer, request, *rest)
+    def counted(queue: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def queued(*arguments: Any) -> Any:
+            seen.set(found.num_slow)
+            return await queue(*arguments)
+
+        return queued
 
     async def begun(worker: Any, request: dict[str, Any], *rest: Any) -> Any:
         if Path(request["file"]).stat().st_size > SLOW_BYTES:  # noqa: ASYNC240  of a local file
             found.num_slow += 1
         else:
-            found.waits.append(found.num_slow - waiting[id(request)])
+            found.waits.append(found.num_slow - seen.get())
         return await begin(worker, request, *rest)
 
-    monkeypatch.setattr(renderer_module.Renderer, "_ask", queued)
-    monkeypatch.setattr(renderer_module._Worker, "ask", begun)
+    for name in ("open", "draw"):
+        monkeypatch.setattr(Renderer, name, counted(getattr(Renderer, name)))
+    monkeypatch.setattr(RenderWorker, "ask", begun)
     return found
 
 
@@ -149,8 +154,8 @@ async def test_the_jobs_of_one_tenant_do_not_hold_all_places(
             hosts.append((await more.enter_async_context(run_host(service.settings, service.router.port)))[0])
         for _ in range(6):
             assert (await service.upload(long, "/v1/ocr/jobs", headers=hostile)).status_code == 202
-        runners = [host._service.runner for host in hosts]
-        assert await eventually(lambda: all(len(runner._reading) == 2 for runner in runners), 30)
+        runners = [host.service.runner for host in hosts]
+        assert await eventually(lambda: all(runner.num_reading == 2 for runner in runners), 30)
         job = (await service.upload(short, "/v1/ocr/jobs", headers=other)).json()
         done = await service.wait_for(job["id"], "completed", "failed", headers=other)
         assert (done["status"], done["pages_done"], done["pages_failed"]) == ("completed", 2, 0)
@@ -221,7 +226,7 @@ async def test_slow_uploads_of_one_tenant_leave_places_to_others(path: str, code
     pdf = write_pdf(tmp_path / "x.pdf", 1, (50, 50)).read_bytes()
     places = {"max_documents": 4, "max_submissions": 4}
     async with served(tmp_path, **places) as (service, hostile, other), contextlib.AsyncExitStack() as uploads:
-        inside = service.host._service
+        inside = service.host.service
         for _ in range(4):
             await uploads.enter_async_context(SlowUpload(service.host, path, hostile, FORM, b"--x"))
         assert await eventually(lambda: inside.documents.num_held + inside.submissions.num_held == 2, 10)
@@ -242,7 +247,7 @@ async def test_json_of_one_tenant_leaves_memory_to_others(tmp_path: Path) -> Non
     pdf = base64.b64encode(write_pdf(tmp_path / "x.pdf", 1, (50, 50)).read_bytes()).decode()
     body = {"model": "nano", "document": {"type": "file", "file": pdf}}
     async with served(tmp_path) as (service, hostile, other), contextlib.AsyncExitStack() as uploads:
-        bodies = service.host._service.uploads._bodies
+        bodies = service.host.service.uploads.bodies
         bodies.least, bodies.total = 1000, 4000
         for _ in range(3):
             await uploads.enter_async_context(SlowUpload(service.host, "/v1/ocr", hostile, JSON, b"[" * 900))
@@ -256,7 +261,7 @@ async def test_who_is_alone_may_have_every_place(tmp_path: Path) -> None:
     """Without keys everybody is the same tenant, which must not be kept from half of the service."""
     pdf = write_pdf(tmp_path / "x.pdf", 1, (50, 50)).read_bytes()
     async with run_service(tmp_path, max_documents=2) as service, contextlib.AsyncExitStack() as uploads:
-        inside = service.host._service
+        inside = service.host.service
         await uploads.enter_async_context(SlowUpload(service.host, "/v1/ocr", {}, FORM, b"--x"))
         assert await eventually(lambda: inside.documents.num_held == 1, 10)
         assert (await service.upload(pdf)).status_code == 200

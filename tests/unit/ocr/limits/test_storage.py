@@ -48,7 +48,7 @@ async def find_owners(job_ids: Collection[str]) -> Mapping[str, str]:
 
 def room(storage: Storage, holder: Holder, num_bytes: int) -> str:
     try:
-        storage._on_disk.check(holder, num_bytes)
+        storage.check_documents(holder, num_bytes)
     except ServingError as error:
         return f"{error.http_status} {error.code}"
     return ""
@@ -144,7 +144,7 @@ async def test_a_full_disk_refuses_uploads_and_is_no_failure(
                 assert (answer.status_code, answer.json()["error"]["code"]) == (503, "storage_full"), answer.text
                 assert "retry-after" in answer.headers
         assert (await service.upload(pdf, path)).status_code in (200, 202)
-        assert await eventually(lambda: service.host._service.documents.num_held == 0, 5)
+        assert await eventually(lambda: service.host.service.documents.num_held == 0, 5)
 
 
 def padded_pdf(folder: Path, size_bytes: int) -> bytes:
@@ -166,7 +166,7 @@ async def test_documents_of_one_tenant_do_not_fill_the_disk(tmp_path: Path) -> N
     settings = build_service_settings(tmp_path, **bounds)
     data = padded_pdf(tmp_path, 10 * KIB)
     async with run_service(tmp_path, reads(), settings=settings, keys_file=keys_file) as service:
-        await service.host._service.runner.close(0)  # jobs wait
+        await service.host.service.runner.close(0)  # jobs wait
         mine = [await submit(service, data, acme) for _ in range(6)]
         assert [status for status, _ in mine] == [202] * 4 + [429] * 2
         assert mine[5][1] == "tenant_storage_full"
@@ -176,7 +176,7 @@ async def test_documents_of_one_tenant_do_not_fill_the_disk(tmp_path: Path) -> N
         async with run_host(settings, service.router.port) as (host, client):
             after = RunningService(host, client, service.router, service.engine, settings)
             # The next service finds them, and reads them while it refuses more.
-            storage = host._service.storage
+            storage = host.service.storage
             keys = {job_id: acme for _, job_id in mine[:4]} | {job_id: other for _, job_id in theirs}
             for job_id, key in keys.items():
                 assert (await after.wait_for(job_id, "completed", "failed", headers=key))["pages_failed"] == 0
@@ -198,7 +198,7 @@ async def test_all_documents_together_have_a_bound(tmp_path: Path) -> None:
         assert found["serving_ocr_storage_used_ratio"][("documents",)] == 0.75
         assert found["serving_ocr_refusals_total"] == {("storage_full",): 1}
         left.unlink()
-        await service.host._service.runner._sweeper.look()
+        await service.host.service.sweeper.look()
         assert (await service.upload(padded_pdf(tmp_path, 20 * KIB), headers=acme)).status_code == 200
 
 
@@ -206,7 +206,7 @@ async def test_results_have_a_bound_and_deleting_jobs_helps(tmp_path: Path) -> N
     keys_file, (acme, other) = make_keys(tmp_path, "acme", "other")
     bounds = {"max_result_bytes": 20 * KIB, "max_document_bytes": 5 * KIB}
     async with run_service(tmp_path, reads("x" * 6000), keys_file=keys_file, **bounds) as service:
-        look = service.host._service.runner._sweeper.look
+        look = service.host.service.sweeper.look
         data = padded_pdf(tmp_path, 2 * KIB)
         ids = []
         for _ in range(2):
@@ -215,7 +215,7 @@ async def test_results_have_a_bound_and_deleting_jobs_helps(tmp_path: Path) -> N
             assert (await service.wait_for(job_id, "completed", headers=acme))["pages_done"] == 1
             ids.append(job_id)
         await look()
-        assert 12_000 < service.host._service.storage.num_result_bytes < 14_000
+        assert 12_000 < service.host.service.storage.num_result_bytes < 14_000
         assert await submit(service, data, acme) == (429, "tenant_storage_full")
         assert (await service.upload(data, headers=acme)).status_code == 200  # nothing of it is kept
         status, job_id = await submit(service, data, other)

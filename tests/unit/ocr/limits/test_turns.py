@@ -94,7 +94,7 @@ async def test_places_are_handed_on_by_turns_and_to_nobody_who_has_left() -> Non
     gate.set()
     await asyncio.gather(*tasks, return_exceptions=True)
     assert begun == ["a", "a", "c", "a", "a"]
-    assert (queue.num_waiting, queue._num_free) == (0, 1)
+    assert (queue.num_waiting, queue.num_free) == (0, 1)
 
 
 async def test_who_leaves_in_the_moment_of_being_handed_a_place_gives_it_on() -> None:
@@ -110,4 +110,4 @@ async def test_who_leaves_in_the_moment_of_being_handed_a_place_gives_it_on() ->
         await asyncio.sleep(0)
     leaves.cancel()
     await asyncio.gather(leaves, stays, return_exceptions=True)
-    assert (begun, queue._num_free) == (["c"], 1)
+    assert (begun, queue.num_free) == (["c"], 1)

@@ -47,14 +47,14 @@ def answering(data: bytes, pause_s: float = 0.0) -> Handler:
 
 @contextlib.asynccontextmanager
 async def service_that_fetches(
-    folder: Path, *hosts: str, check_address: Callable[[str], bool] = is_loopback, **remote: Any
+    folder: Path, *hosts: str, check_address: Callable[[str], bool] = is_loopback, most: int = 10**8, **remote: Any
 ) -> AsyncIterator[RunningService]:
     settings = RemoteImageSettings(enabled=True, hosts=hosts, **{"timeout_s": 2.0, **remote})
-    async with run_service(folder, remote_documents=settings.model_dump()) as service:
-        uploads = service.host._service.uploads
-        await uploads._fetcher.close()
-        uploads._fetcher = Fetcher(settings, "application/pdf", "test", check_address)
-        await uploads._fetcher.start()
+    async with run_service(folder, remote_documents=settings.model_dump(), max_document_bytes=most) as service:
+        uploads = service.host.service.uploads
+        await uploads.fetcher.close()
+        uploads.fetcher = Fetcher(settings, "application/pdf", "test", check_address)
+        await uploads.fetcher.start()
         yield service
 
 
@@ -81,7 +81,7 @@ async def test_nothing_is_fetched_unless_the_operator_says_so(tmp_path: Path, pd
         for path in ("/v1/ocr", "/v1/ocr/jobs", "/v1/ocr/quote"):
             refused = await ask(service, f"http://127.0.0.1:{port}/x.pdf", path)
             assert refused.status_code == 400
-            assert "not fetched from URLs here" in refused.json()["error"]["message"]
+            assert "Fetching documents from URLs is disabled" in refused.json()["error"]["message"]
 
 
 async def test_a_document_is_fetched_and_read(tmp_path: Path, pdf: bytes) -> None:
@@ -189,11 +189,9 @@ async def test_a_fetched_document_is_one_like_any_other(tmp_path: Path) -> None:
     async def answer(request: web.Request) -> web.StreamResponse:
         return await answering(office_file() if request.path == "/office" else bytes(4000))(request)
 
-    async with serve(answer) as port, service_that_fetches(tmp_path, f"127.0.0.1:{port}") as service:
+    async with serve(answer) as port, service_that_fetches(tmp_path, f"127.0.0.1:{port}", most=2048) as service:
         office = await ask(service, f"http://127.0.0.1:{port}/office")
         assert office.json()["error"]["code"] == "unsupported_document"
-        uploads = service.host._service.uploads
-        uploads._settings = uploads._settings.model_copy(update={"max_document_bytes": 2048})
         assert (await ask(service, f"http://127.0.0.1:{port}/large")).status_code == 413
 
 

@@ -82,9 +82,12 @@ def test_a_damaged_font_has_nothing(length: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fonts", "told"),
     [
-        ({}, "there are no fonts: "),
-        ({"latin": ()}, "there are no fonts for Japanese, simplified Chinese, Korean, traditional Chinese: "),
-        ({"ja": ("Japanese",), "ko": ("Korean",)}, "there are no fonts for simplified Chinese, traditional Chinese: "),
+        ({}, "no fonts are installed: "),
+        ({"latin": ()}, "no fonts are installed for Japanese, simplified Chinese, Korean, traditional Chinese: "),
+        (
+            {"ja": ("Japanese",), "ko": ("Korean",)},
+            "no fonts are installed for simplified Chinese, traditional Chinese: ",
+        ),
         ({"all": tuple(SCRIPTS)}, None),
     ],
 )

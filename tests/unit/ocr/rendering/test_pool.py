@@ -145,7 +145,7 @@ async def test_a_hanging_worker_is_killed(tmp_path: Path) -> None:
         document = await renderer.open(write_pdf(tmp_path / "x", 1), "acme")
         (pid,) = worker_pids()
         os.kill(pid, signal.SIGSTOP)
-        renderer._settings = renderer._settings.model_copy(update={"page_timeout_s": 0.1})
+        renderer.settings = renderer.settings.model_copy(update={"page_timeout_s": 0.1})
         with pytest.raises(RenderError) as failed:
             await renderer.draw(document, 0)
         assert failed.value.code == "render_timeout"
@@ -203,7 +203,7 @@ async def test_a_page_has_only_so_much_cpu_time_however_long_it_may_take(tmp_pat
             await renderer.draw(document, 0)
         assert (failed.value.code, "CPU time" in failed.value.message) == ("render_timeout", True)
         assert 1 <= document.effort.cpu_s <= 5
-        assert renderer._queue._turns._allowances["acme"].level_cpu_s <= 59
+        assert renderer.queue.find_allowance("acme") <= 59
         fine = await renderer.open(write_pdf(tmp_path / "fine", 1), "acme")
         assert (await draw_codes(renderer, fine)) == [""]
 
@@ -212,7 +212,7 @@ async def test_what_waits_for_a_worker_has_no_time_running(tmp_path: Path) -> No
     """A page's time begins with its turn: others' slow pages do not use it up."""
     async with rendering(page_timeout_s=2) as renderer:
         document = await renderer.open(write_pdf(tmp_path / "x", 1, (50, 50)), "acme")
-        async with renderer._queue.place("other"):
+        async with renderer.queue.place("other"):
             page = asyncio.create_task(renderer.draw(document, 0))
             await asyncio.sleep(2.2)
             assert not page.done()
@@ -223,7 +223,7 @@ async def test_a_document_that_loses_its_workers_is_given_up(tmp_path: Path) -> 
     (tmp_path / "x").write_bytes(slow_pdf(9, 10**7))
     async with rendering(max_lost_pages=2) as renderer:
         document = await renderer.open(tmp_path / "x", "acme")
-        renderer._settings = renderer._settings.model_copy(update={"page_timeout_s": 0.4})
+        renderer.settings = renderer.settings.model_copy(update={"page_timeout_s": 0.4})
         codes = await draw_codes(renderer, document)
     assert codes == ["render_timeout"] * 2 + ["document_too_costly"] * 7
 
@@ -232,7 +232,7 @@ async def test_a_document_that_was_given_up_waits_for_no_turn(tmp_path: Path) ->
     async with rendering(max_lost_pages=2) as renderer:
         document = await renderer.open(write_pdf(tmp_path / "x", 1), "acme")
         document.effort.num_lost = 2
-        async with renderer._queue.place("other"):
+        async with renderer.queue.place("other"):
             with pytest.raises(RenderError) as failed:
                 await renderer.draw(document, 0)
     assert failed.value.code == "document_too_costly"
