@@ -1,1 +1,1 @@
-"""Documents that are read while nobody waits."""
+"""Documents that are read in the background."""

@@ -1,4 +1,4 @@
-"""The jobs' tables in the ledger's database, SQLite or PostgreSQL: transactions, and what all that use them share."""
+"""Access to the job tables in the ledger's database (SQLite or PostgreSQL): transactions and shared queries."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ from serving.ocr.jobs.model import NS, JobRow, read_job
 
 
 class JobDatabase:
-    """Every transaction that writes begins with a write, which SQLite lets wait for others. Methods raise
-    OverloadedError when the database cannot be used."""
+    """Connections to the job tables. Methods raise OverloadedError when the database is unavailable.
+
+    Every writing transaction begins with a write: SQLite makes those wait for each other instead of failing.
+    """
 
     def __init__(self, database: Database, keep_results_s: float, *, migrates: bool = True) -> None:
-        """Args:
-        database: need not be there yet.
-        keep_results_s: how long a job that has ended is kept.
-        migrates: whether it brings the database to this version's schema, as soon as it can.
+        """Nothing is connected yet.
+
+        Args:
+            database: need not be reachable yet.
+            keep_results_s: how long a job is kept after it has ended, in seconds.
+            migrates: whether to bring the database to this version's schema on first use.
         """
         self._database = database
         self._keep_results_s = keep_results_s
@@ -35,7 +39,7 @@ class JobDatabase:
         self._preparing = asyncio.Lock()
 
     async def find_one(self, where: ColumnElement[bool]) -> JobRow:
-        """Raises JobNotFoundError when there is none."""
+        """The job that matches; raises JobNotFoundError when none does."""
         async with self.reading() as connection:
             row = (await connection.execute(select(JOBS).where(where))).one_or_none()
         if row is None:
@@ -43,19 +47,19 @@ class JobDatabase:
         return read_job(row)
 
     def ended(self, status: str) -> dict[str, Any]:
-        """What changes in a job that ends now: its key goes."""
+        """The changes to a job's row when it ends now. They include deleting its API key."""
         now_ns = time.time_ns()
         ending = {"status": status, "finished_ns": now_ns, "expires_ns": now_ns + round(self._keep_results_s * NS)}
         return ending | {"sealed_key": "", "lease_owner": "", "lease_until_ns": 0}
 
     async def empty_log(self) -> None:
-        """SQLite's log still holds what was deleted until it is folded into the file."""
+        """Fold SQLite's write-ahead log into the database: until then it still contains what was deleted."""
         if self._database.is_sqlite:
             await asyncio.to_thread(_fold_log, str(self._database.url.database))
 
     @contextlib.asynccontextmanager
     async def writing(self) -> AsyncIterator[AsyncConnection]:
-        """A transaction. IntegrityError passes."""
+        """A writing transaction. IntegrityError is not translated."""
         async with self._usable():
             await self._prepare()
             async with self._database.engine.begin() as connection:
@@ -75,7 +79,8 @@ class JobDatabase:
         except IntegrityError:
             raise
         except (SQLAlchemyError, OSError, TimeoutError) as error:
-            raise OverloadedError("The jobs' database cannot be used now.", 5.0, code="database_unavailable") from error
+            message = "The job database is unavailable; try again shortly."
+            raise OverloadedError(message, 5.0, code="database_unavailable") from error
 
     async def _prepare(self) -> None:
         async with self._preparing:

@@ -1,4 +1,4 @@
-"""API keys of jobs, which outlive the request that brought them: kept encrypted, and only until the job has ended."""
+"""Encryption of the API keys that jobs keep beyond the request that submitted them, until they have ended."""
 
 from __future__ import annotations
 
@@ -18,37 +18,39 @@ _CONTEXT = b"serving.ocr.jobs.model"
 
 
 class KeySealer:
-    """Seals keys with a secret of the settings', or with one in a file that only this user can read."""
+    """Encrypts keys with the secret in the settings, or with one in a file that only this user can read."""
 
     def __init__(self, secret: SecretStr | None, folder: Path) -> None:
-        """Raises:
-        SettingsError: the file cannot be made, or others can read it.
+        """Use the given secret, or the one in `folder`, which is created if missing.
+
+        Raises:
+            SettingsError: the file cannot be created, or others can read it.
         """
         given = secret.get_secret_value().encode() if secret is not None else _read_secret(folder / "secret")
         self._fernet = Fernet(base64.urlsafe_b64encode(hashlib.sha256(_CONTEXT + given).digest()))
         self.signer = CreditSigner(given)
-        """Tells routers that a word is a service's of theirs."""
+        """Signs credits, so that routers trust them."""
 
     def seal(self, api_key: str | None) -> str:
-        """Text for the database; empty without a key."""
+        """The encrypted key as text for the database; empty without a key."""
         return self._fernet.encrypt(api_key.encode()).decode() if api_key is not None else ""
 
     def open(self, sealed: str) -> str | None:
-        """The key again.
+        """Decrypt a key.
 
         Raises:
-            SettingsError: it was sealed with another secret.
+            SettingsError: it was encrypted with another secret.
         """
         if not sealed:
             return None
         try:
             return self._fernet.decrypt(sealed.encode()).decode()
         except InvalidToken as error:
-            raise SettingsError("the job's key was sealed with another secret than ocr.secret is now") from error
+            raise SettingsError("the job's API key was encrypted with another ocr.secret than this one") from error
 
 
 def _read_secret(file: Path) -> bytes:
-    """The file's content; made with a random one when it is not there. Of two that make it, the first wins."""
+    """The file's content. A missing file is created with random content; the first of several processes wins."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         new = file.with_name(f".secret-{os.getpid()}")
@@ -60,7 +62,9 @@ def _read_secret(file: Path) -> bytes:
         finally:
             new.unlink()
         if file.stat().st_mode & 0o077:
-            raise SettingsError(f"{file}: others can read it; chmod 600 it, or delete it when no jobs are open")
+            raise SettingsError(
+                f"{file}: other users can read it; run chmod 600 on it, or delete it when no jobs are open"
+            )
         return file.read_bytes()
     except OSError as error:
-        raise SettingsError(f"{file}: cannot be made or read: {error.strerror}") from error
+        raise SettingsError(f"{file}: cannot be created or read: {error.strerror}") from error

@@ -1,7 +1,7 @@
-"""Jobs as services read them: each under a lease, which every write for it names.
+"""Jobs from the point of view of the services that read them: each is held under a lease, which guards every write.
 
-`store_page` puts a page in and counts it in one transaction, which does nothing when the lease has gone to another or
-the job was cancelled or deleted. So a page counts once, whoever reads it.
+`store_page` inserts a page and counts it in one transaction, which changes nothing when another service has the lease
+or the job was cancelled or deleted. A page therefore counts once, whichever services have read it.
 """
 
 from __future__ import annotations
@@ -24,31 +24,33 @@ from serving.ocr.reading.pages import PageFailure
 from serving.ocr.reading.results import PageResult, build_error
 
 _CLOCKS_S = 600.0
-"""By so much a router's clock may be behind a service's."""
+"""How far a router's clock may be behind a service's."""
 
 _MAX_CANDIDATES = 8
-"""Tenants, and jobs of each, that are tried before it is another poll's turn."""
+"""How many tenants, and how many jobs of each, one poll tries."""
 
 
 class LeaseLostError(Exception):
-    """The job is no longer this service's to read: cancelled, deleted, or taken over."""
+    """The job was cancelled, deleted or taken over by another service."""
 
 
 class JobLeases:
-    """What one life of a service holds. Methods raise OverloadedError when the database cannot be used."""
+    """The leases of one service process. Methods raise OverloadedError when the database is unavailable."""
 
     def __init__(self, jobs: JobDatabase, lease_s: float, service_id: str) -> None:
-        """Args:
-        jobs: the tables.
-        lease_s: how long a job stays this service's without a word of it.
-        service_id: names this life of the service.
+        """No lease is held yet.
+
+        Args:
+            jobs: the job tables.
+            lease_s: how long a lease is valid without renewal, in seconds.
+            service_id: identifies this process; a restarted service has another one.
         """
         self._jobs = jobs
         self._lease_s = lease_s
         self._service_id = service_id
 
     async def survey(self, held: Collection[str] = ()) -> list[OwnerJobs]:
-        """Tenants with open jobs. Those that are `held` here are being read, whatever became of their leases."""
+        """Tenants with open jobs. Jobs in `held` count as running even when their leases have expired."""
         is_free = and_(JOBS.c.lease_until_ns < time.time_ns(), JOBS.c.job_id.not_in(held))
         wanted = (
             select(
@@ -65,11 +67,10 @@ class JobLeases:
         return [OwnerJobs(owner, total - int(free), int(free), oldest or 0) for owner, total, free, oldest in rows]
 
     async def take(self, turns: JobTurns, held: Collection[str] = ()) -> JobRow | None:
-        """A job that nobody reads, now this service's; None when there is none. Of the tenant whose turn it is the
-        oldest one.
+        """Lease the oldest free job of the tenant whose turn it is; None when no job is free.
 
-        Those that are `held` here stay what they are: when their lease has passed while this process stood still, and
-        no other has taken them, the next write renews it.
+        Jobs in `held` are left alone: if their leases expired while this process was suspended and no other service
+        has taken them, the next write renews the lease.
         """
         for tenant in turns.rank(await self.survey(held))[:_MAX_CANDIDATES]:
             free = and_(JOBS.c.status.in_(OPEN), JOBS.c.lease_until_ns < time.time_ns(), JOBS.c.job_id.not_in(held))
@@ -84,7 +85,7 @@ class JobLeases:
         return None
 
     async def _take(self, job_id: str, free: ColumnElement[bool]) -> bool:
-        """Of two services that have seen a job, one gets it."""
+        """Try to lease a job; of several services that try, one succeeds."""
         values = {
             "status": RUNNING,
             "lease_owner": self._service_id,
@@ -97,14 +98,16 @@ class JobLeases:
         return bool(done.rowcount)
 
     async def read_done(self, job_id: str) -> set[int]:
-        """Pages of a job that are in the database."""
+        """Indices of a job's pages that are stored."""
         async with self._jobs.reading() as connection:
             found = await connection.execute(select(JOB_PAGES.c.page).where(JOB_PAGES.c.job_id == job_id))
             return set(found.scalars())
 
     async def read_charged(self, job: JobRow) -> Mapping[int, int]:
-        """What requests for pages of a job were charged so far, by page, in nanodollars, as far as the ledger is in
-        the same database."""
+        """What requests for a job's pages were charged so far: nanodollars by page index.
+
+        Only known when the ledger is in the same database.
+        """
         wanted = and_(
             REQUESTS.c.tenant_id == job.owner,
             REQUESTS.c.arrived_ns >= job.created_ns - round(_CLOCKS_S * NS),
@@ -121,15 +124,15 @@ class JobLeases:
         return charged
 
     async def renew(self, job_id: str) -> None:
-        """Raises LeaseLostError when the job is no longer this service's."""
+        """Extend a lease; raises LeaseLostError when this service no longer has it."""
         async with self._jobs.writing() as connection:
             await self._update_own(connection, job_id, {"lease_until_ns": self._lease_end()})
 
     async def store_page(self, job_id: str, result: PageResult) -> None:
-        """Put a page in and count it, both or neither.
+        """Insert a page and count it in one transaction.
 
         Raises:
-            LeaseLostError: the job is no longer this service's.
+            LeaseLostError: this service no longer has the lease.
         """
         used, text = result.usage, result.page.model_dump_json()
         changes = {
@@ -156,10 +159,10 @@ class JobLeases:
             await connection.execute(insert(JOB_PAGES).values(row))
 
     async def finish(self, job_id: str, failure: PageFailure | None = None) -> None:
-        """The job has ended; its key goes.
+        """Mark a job as completed, or as failed, and delete its API key.
 
         Raises:
-            LeaseLostError: it is no longer this service's.
+            LeaseLostError: this service no longer has the lease.
         """
         changes = self._jobs.ended(FAILED if failure is not None else COMPLETED)
         changes["error"] = build_error(failure).model_dump_json() if failure is not None else ""
@@ -167,12 +170,12 @@ class JobLeases:
             await self._update_own(connection, job_id, changes)
 
     async def leave(self, job_id: str, *, is_orderly: bool) -> None:
-        """Give a job back before it has ended, so that it can be taken again at once.
+        """Release a lease before the job has ended, so that the job can be leased again immediately.
 
         Args:
-            job_id: of a job of this service's.
-            is_orderly: whether every page that was begun has been stored. Then the turn does not count as a take, after
-                which whoever takes the job again would have to ask what pages were charged.
+            job_id: a job that this service holds.
+            is_orderly: whether every page that was started has been stored. Then this turn is not counted in
+                `num_takes`, and the next service need not look up what pages were charged.
         """
         changes = {"lease_until_ns": 0, "lease_owner": "", "num_takes": JOBS.c.num_takes - int(is_orderly)}
         with contextlib.suppress(LeaseLostError):

@@ -1,4 +1,4 @@
-"""What a job is: its states, what is submitted, and its row. Pure. Money is nanodollars, times nanoseconds."""
+"""A job's states, its submission and its database row. Pure. Amounts are nanodollars, times nanoseconds since 1970."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NS = 10**9
 
 @dataclass(frozen=True, slots=True)
 class NewJob:
-    """What is submitted."""
+    """A submission."""
 
     owner: str
     model: str
@@ -36,7 +36,7 @@ class NewJob:
 
 @dataclass(frozen=True, slots=True)
 class JobRow:
-    """A row."""
+    """A job as it is stored."""
 
     job_id: str
     owner: str
@@ -81,19 +81,21 @@ def new_job_id() -> str:
 
 
 def find_page(job_id: str, request_id: str) -> int | None:
-    """The page, counted from 0, that a request in the ledger was for; None when it was not this job's, or no service's
-    of ours."""
+    """The index of the page that a request in the ledger was for.
+
+    None when the request was for another job, or was not made by a service of this stack.
+    """
     found = re.fullmatch(rf"{re.escape(SERVICE_MARK + job_id)}-p([0-9]{{1,9}})-t[0-9.a-f]+", request_id)
     return int(found[1]) - 1 if found is not None else None
 
 
 def dump(value: Any) -> str:
-    """JSON as the tables hold it."""
+    """JSON text for the tables."""
     return orjson.dumps(value).decode()
 
 
 def read_job(row: Any) -> JobRow:
-    """A row of the database."""
+    """Parse a row of the database."""
     usage = PageUsage(row.prompt_tokens, row.completion_tokens, row.image_tokens, row.cost_nanodollars)
     return JobRow(
         job_id=row.job_id,

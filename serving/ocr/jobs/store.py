@@ -1,4 +1,4 @@
-"""Jobs as their owners deal with them: submitted, looked at, cancelled, deleted. The same in SQLite and PostgreSQL."""
+"""Jobs from the point of view of their owners: submit, look up, cancel, delete. The same in SQLite and PostgreSQL."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ _ZEROS = (
 
 
 class JobStore:
-    """Jobs of others are not there. Methods raise OverloadedError when the database cannot be used."""
+    """Finds an owner's own jobs only. Methods raise OverloadedError when the database is unavailable."""
 
     def __init__(self, jobs: JobDatabase, max_open_per_tenant: int) -> None:
         self._jobs = jobs
         self._max_open = max_open_per_tenant
 
     async def add(self, job_id: str, new: NewJob) -> JobRow:
-        """A new job; the one that is there already when the owner has used the idempotency key before.
+        """Add a job, or return the existing one when the owner has used the idempotency key before.
 
         Raises:
-            RateLimitError: the owner has too many open.
-            InvalidRequestError: the key was used for something else.
+            RateLimitError: the owner has too many open jobs.
+            InvalidRequestError: the key was used for a different submission.
         """
         now_ns = time.time_ns()
         row = {
@@ -70,16 +70,17 @@ class JobStore:
         return await self.find(job_id, new.owner)
 
     async def find_repeated(self, owner: str, idempotency_key: str, digest: str) -> JobRow:
-        """The job that an idempotency key has made.
+        """The job that was submitted with an idempotency key.
 
         Raises:
-            JobNotFoundError: none.
-            InvalidRequestError: something else was submitted with it.
+            JobNotFoundError: no job was.
+            InvalidRequestError: the key was used for a different submission.
         """
         job = await self._jobs.find_one(and_(JOBS.c.owner == owner, JOBS.c.idempotency_key == idempotency_key))
         if job.digest != digest:
             raise InvalidRequestError(
-                "This Idempotency-Key was used with another document or other options.", code="idempotency_key_reused"
+                "This Idempotency-Key was used for a different document or different options; use a new one.",
+                code="idempotency_key_reused",
             )
         return job
 
@@ -88,20 +89,20 @@ class JobStore:
         count = (await connection.execute(select(func.count()).where(open_))).scalar_one()
         if count > self._max_open:
             raise RateLimitError(
-                f"You have {self._max_open} jobs open, which is as many as may be; wait for some.",
+                f"You have {self._max_open} open jobs, the most that one tenant may have; wait for some to end.",
                 30.0,
                 code="too_many_jobs",
             )
 
     async def find(self, job_id: str, owner: str) -> JobRow:
-        """Raises JobNotFoundError for one that is not there, or another's."""
+        """A job; raises JobNotFoundError when it does not exist or has another owner."""
         return await self._jobs.find_one(and_(JOBS.c.job_id == job_id, JOBS.c.owner == owner))
 
     async def list_jobs(self, owner: str, limit: int, after: str | None) -> tuple[list[JobRow], bool]:
-        """An owner's jobs, newest first, and whether there are more.
+        """A page of an owner's jobs, newest first, and whether more follow.
 
         Raises:
-            JobNotFoundError: `after` is none of them.
+            JobNotFoundError: `after` is not one of them.
         """
         where: ColumnElement[bool] = JOBS.c.owner == owner
         if after is not None:
@@ -114,7 +115,7 @@ class JobStore:
         return [read_job(row) for row in rows[:limit]], len(rows) > limit
 
     async def list_pages(self, job_id: str, owner: str, limit: int, after: int) -> tuple[list[OcrPage], bool]:
-        """Pages in the order in which they were done, from the one after `seq` on."""
+        """Pages in the order in which they finished, starting after the one whose `seq` is `after`."""
         await self.find(job_id, owner)
         where = and_(JOB_PAGES.c.job_id == job_id, JOB_PAGES.c.seq > after)
         wanted = select(JOB_PAGES.c.seq, JOB_PAGES.c.result).where(where).order_by(JOB_PAGES.c.seq).limit(limit + 1)
@@ -124,14 +125,14 @@ class JobStore:
         return pages, len(rows) > limit
 
     async def cancel(self, job_id: str, owner: str) -> JobRow:
-        """End a job that has not ended; pages that are done stay, the key goes."""
+        """Cancel a job that has not ended. Finished pages are kept; the API key is deleted."""
         where = and_(JOBS.c.job_id == job_id, JOBS.c.owner == owner, JOBS.c.status.in_(OPEN))
         async with self._jobs.writing() as connection:
             await connection.execute(update(JOBS).where(where).values(self._jobs.ended(CANCELLED)))
         return await self.find(job_id, owner)
 
     async def delete(self, job_id: str, owner: str) -> None:
-        """A job with all that was read. The document's file is the caller's to remove."""
+        """Delete a job and its results. The caller removes the document's file."""
         async with self._jobs.writing() as connection:
             where = and_(JOBS.c.job_id == job_id, JOBS.c.owner == owner)
             if not (await connection.execute(delete(JOBS).where(where))).rowcount:

@@ -1,4 +1,4 @@
-"""Removes what is no longer to be kept: jobs and results that are old, documents that nobody needs, broken uploads."""
+"""Deletes expired jobs and their results, documents that are no longer needed, and abandoned uploads."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ logger = logging.getLogger(__name__)
 
 _SWEEP_S = 30.0
 _MAX_IDS = 500
-"""In one statement."""
+"""Per SQL statement."""
 _YOUNG_S = 600.0
-"""A file may be there so long before its job is."""
+"""A file may exist this long before its job does."""
 
 
 class JobSweeper:
-    """One per process; several do no harm to each other."""
+    """One per process. Several can run on the same database and folder."""
 
     def __init__(self, jobs: JobDatabase, settings: OcrSettings, limits: LimitSettings, storage: Storage) -> None:
         self._jobs = jobs
@@ -45,18 +45,18 @@ class JobSweeper:
             try:
                 await self.sweep()
             except (ServingError, OSError) as error:
-                logger.warning("old jobs cannot be removed, trying again: %s", error)
+                logger.warning("cannot remove old jobs, retrying: %s", error)
             try:
                 await self.look()
             except (ServingError, OSError) as error:
-                logger.warning("what is stored cannot be counted, trying again: %s", error)
+                logger.warning("cannot count what is stored, retrying: %s", error)
             await asyncio.sleep(_SWEEP_S)
 
     async def look(self) -> None:
-        """Count what documents and results take, whoever has put them there.
+        """Count the space that documents and results use, including those of other services.
 
         Raises:
-            OverloadedError: the database cannot be used; documents are counted all the same.
+            OverloadedError: the database is unavailable; documents are counted nevertheless.
             OSError: a folder cannot be read.
         """
         await self.storage.look(self._find_owners)
@@ -66,7 +66,7 @@ class JobSweeper:
         self.storage.see_results({owner: int(num_bytes) for owner, num_bytes in rows})
 
     async def _find_owners(self, job_ids: Collection[str]) -> dict[str, str]:
-        """Owners of jobs, by id; none while the database is away."""
+        """Owners of jobs, by job id; none while the database is unavailable."""
         owners: dict[str, str] = {}
         ids = list(job_ids)
         with contextlib.suppress(ServingError):
@@ -78,10 +78,10 @@ class JobSweeper:
         return owners
 
     async def sweep(self) -> None:
-        """Once.
+        """Delete once what need not be kept any longer.
 
         Raises:
-            OverloadedError: the database cannot be used.
+            OverloadedError: the database is unavailable.
             OSError: a file cannot be removed.
         """
         documents, uploads = self.storage.documents, self.storage.uploads
@@ -98,7 +98,7 @@ class JobSweeper:
             await self.storage.remove(uploads / name)
 
     async def count_states(self) -> tuple[dict[str, int], float]:
-        """Jobs by status, and how long the oldest queued one has waited, in seconds."""
+        """Number of jobs by status, and the age of the oldest queued one in seconds."""
         oldest = select(func.min(JOBS.c.created_ns)).where(JOBS.c.status == QUEUED)
         async with self._jobs.reading() as connection:
             rows = (await connection.execute(select(JOBS.c.status, func.count()).group_by(JOBS.c.status))).all()
@@ -107,16 +107,16 @@ class JobSweeper:
         return counts, max(0.0, (time.time_ns() - first_ns) / NS) if first_ns else 0.0
 
     async def _end_old(self) -> None:
-        """Fail jobs that have been open for longer than they may."""
+        """Fail jobs that have been open for longer than `max_age_s`."""
         before_ns = time.time_ns() - round(self._settings.max_age_s * NS)
-        failure = PageFailure("job_expired", "The job did not end within its time.")
+        failure = PageFailure("job_expired", "The job did not end within the time that a job has.")
         changes = self._jobs.ended(FAILED) | {"error": build_error(failure).model_dump_json()}
         where = and_(JOBS.c.status.in_(OPEN), JOBS.c.created_ns < before_ns)
         async with self._jobs.writing() as connection:
             await connection.execute(update(JOBS).where(where).values(changes))
 
     async def _delete_expired(self) -> list[str]:
-        """Delete what has been kept for long enough; gives the ids."""
+        """Delete expired jobs and return their ids."""
         async with self._jobs.writing() as connection:
             expired = and_(JOBS.c.expires_ns > 0, JOBS.c.expires_ns < time.time_ns())
             gone = list((await connection.execute(delete(JOBS).where(expired).returning(JOBS.c.job_id))).scalars())
@@ -127,7 +127,7 @@ class JobSweeper:
         return gone
 
     async def _find_needed(self, job_ids: Sequence[str]) -> set[str]:
-        """Of these jobs, those whose document is still wanted."""
+        """Those of the jobs whose document is still needed."""
         kept_ns = time.time_ns() - round(self._settings.keep_documents_s * NS)
         wanted = or_(JOBS.c.status.in_(OPEN), JOBS.c.finished_ns > kept_ns)
         async with self._jobs.reading() as connection:
@@ -136,7 +136,7 @@ class JobSweeper:
 
 
 def _list_old(folder: Path, before_s: float) -> Sequence[str]:
-    """Names of files that were written before a time."""
+    """Names of files that were last written before a time."""
     names = []
     for file in folder.glob("*"):
         with contextlib.suppress(FileNotFoundError):

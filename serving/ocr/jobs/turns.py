@@ -1,8 +1,8 @@
-"""Whose job is read next, and whose gives its place up meanwhile. Pure, the clock passed in.
+"""Decides which tenant's job is read next, and which running job yields its slot. Pure, with the clock passed in.
 
-Places go to the tenant with the fewest jobs running, whichever service runs them; of several to the one whose turn here
-was longest ago. A job that runs gives its place up between two pages, and goes on from there when its turn comes again:
-at once when its tenant has two more running than one that waits, after `turn_s` when it has one more.
+A slot goes to the tenant with the fewest running jobs over all services; among several, to the one whose last turn at
+this service was longest ago. A running job yields its slot between two pages and continues there on its next turn:
+immediately when its tenant has two more jobs running than a tenant that waits, after `turn_s` when it has one more.
 """
 
 from __future__ import annotations
@@ -17,55 +17,55 @@ _MAX_REMEMBERED = 10_000
 
 @dataclass(frozen=True, slots=True)
 class OwnerJobs:
-    """A tenant's open jobs, as the database has them."""
+    """Numbers of a tenant's open jobs in the database."""
 
     owner: str
     num_running: int
-    """That some service reads."""
+    """Jobs that some service is reading."""
     num_free: int
-    """That nobody reads."""
+    """Jobs that no service is reading."""
     oldest_ns: int
-    """When the oldest of the free ones was made, since the epoch."""
+    """When the oldest free job was created, in nanoseconds since 1970."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeldJob:
-    """A job that this service reads."""
+    """A job that this service is reading."""
 
     job_id: str
     owner: str
     since_s: float
     can_leave: bool = True
-    """Whether a page of it is done: a job must get on in each of its turns."""
+    """Whether a page of it is done: a job must make progress in each of its turns."""
     is_leaving: bool = False
-    """Whether it has been told to give its place up."""
+    """Whether it was asked to yield its slot."""
 
 
 @dataclass(slots=True)
 class JobTurns:
-    """Remembers who had a turn at this service, and when."""
+    """Remembers when each tenant last had a turn at this service."""
 
     turn_s: float
     _last_s: OrderedDict[str, float] = field(default_factory=OrderedDict)
 
     def note(self, owner: str, now_s: float) -> None:
-        """A job of this tenant begins or goes on."""
+        """Record that a job of this tenant starts or continues."""
         self._last_s[owner] = now_s
         self._last_s.move_to_end(owner)
         if len(self._last_s) > _MAX_REMEMBERED:
             self._last_s.popitem(last=False)
 
     def rank(self, tenants: Iterable[OwnerJobs]) -> list[OwnerJobs]:
-        """Tenants that have a job nobody reads, the one whose turn it is first."""
+        """Tenants that have a free job, in the order of their turns."""
         return sorted(
             (each for each in tenants if each.num_free),
             key=lambda each: (each.num_running, self._last_s.get(each.owner, -math.inf), each.oldest_ns),
         )
 
     def choose_leaving(self, held: Sequence[HeldJob], tenants: Sequence[OwnerJobs], now_s: float) -> list[str]:
-        """Jobs of this service that are to give their places up, where all places are taken.
+        """Ids of jobs that should yield their slots, when all slots are taken.
 
-        Places of those that are leaving already are as good as given to the tenants that come first.
+        The slots of jobs that are leaving already count as assigned to the tenants that are first in turn.
         """
         num_running = Counter({each.owner: each.num_running for each in tenants})
         num_free = Counter({each.owner: each.num_free for each in tenants})
@@ -74,7 +74,7 @@ class JobTurns:
         is_leaving = [job for job in held if job.is_leaving]
         chosen: list[str] = []
         while waiting := sorted((owner for owner in ranked if num_free[owner]), key=num_running.__getitem__):
-            owner = waiting[0]  # of several with as many running the one ranked first: sorting keeps their order
+            owner = waiting[0]  # the sort is stable: among equals the one ranked first
             if is_leaving:
                 job = is_leaving.pop()
             else:
