@@ -1,1 +1,1 @@
-"""From a document to its pages' texts, through the router."""
+"""Reads the pages of a document through the router."""

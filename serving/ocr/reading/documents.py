@@ -1,7 +1,7 @@
-"""A document's pages, several at a time: drawn in a worker process, read through the router, told as they come.
+"""Reads a document's pages, several in parallel: each is rendered in a worker process and read through the router.
 
-A page holds its picture only while it is with the router, and what is told waits in a queue of bounded length, so a
-document of a thousand pages and a client that reads slowly cost no more memory than a short one.
+A page's image is held only while the router has it, and events wait in a queue of bounded length. A document of a
+thousand pages, or a client that reads slowly, therefore needs no more memory than a short document.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ from serving.settings.ocr import OcrSettings
 
 _QUEUED_EVENTS = 256
 _MAX_PICTURES = 20
-"""That a stream shows of one document; nobody looks at more, and they are large."""
+"""Page images sent per stream: more would rarely be looked at, and they are large."""
 _MAX_PICTURE_BYTES = 4 * 2**20
 _FOR_ALL = frozenset({401, 403, 404})
-"""Statuses of the router that every other page of the document would get as well."""
+"""Statuses of the router that every other page of the document would get too."""
 _QUOTA = "insufficient_quota"
 
 
 @dataclass(frozen=True, slots=True)
 class PageEnded:
-    """Whoever tells its owner of it, or stores it, has it counted (`Pipeline.count`)."""
+    """A page has ended. The consumer calls `Pipeline.count` once it has delivered or stored it."""
 
     result: PageResult
     seconds: float
-    """From the page's turn to its end."""
+    """From the start of rendering to the end of the page."""
 
 
 PipelineEvent = PageStarted | PageImage | PageDelta | PageEnded
-"""All but the last are the API's own."""
+"""All but the last are the API's own events."""
 
 
 class Observer(Protocol):
-    """Hears what pages come to: the metrics."""
+    """Receives measurements; implemented by the metrics."""
 
     def see_render(self, seconds: float) -> None: ...
 
@@ -63,7 +63,7 @@ class Observer(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Run:
-    """One request while it is carried out."""
+    """The state of one request while it runs."""
 
     request: ReadRequest
     figure_bytes_left: int
@@ -71,18 +71,18 @@ class _Run:
 
 
 def is_for_all(failure: PageFailure | None) -> bool:
-    """Whether a failure is the document's, so that asking for its other pages is of no use."""
+    """Whether every other page of the document would fail for the same reason."""
     return failure is not None and (failure.status in _FOR_ALL or failure.code == _QUOTA)
 
 
 def wants_page_image(request: ReadRequest, index: int, image: DrawnPage) -> bool:
-    """Whether a stream shows this page as it was drawn."""
+    """Whether the stream sends this page's image."""
     is_wanted = request.options.stream and request.options.include_page_images
     return is_wanted and index in request.pages[:_MAX_PICTURES] and len(image.data) <= _MAX_PICTURE_BYTES
 
 
 class Pipeline:
-    """Reads documents. One per process; documents share its renderer and its connections."""
+    """Reads documents. One per process; all documents share its renderer and connections."""
 
     def __init__(self, renderer: Renderer, reader: PageReader, settings: OcrSettings, observer: Observer) -> None:
         self._renderer = renderer
@@ -91,10 +91,10 @@ class Pipeline:
         self._observer = observer
 
     async def read(self, request: ReadRequest) -> AsyncGenerator[PipelineEvent]:
-        """All pages, their events in the order in which they happen; each page ends once.
+        """Read all pages and yield their events as they happen; every page ends exactly once.
 
-        When one page has failed for a reason that is the document's, those that have not begun fail with the same.
-        Whoever stops listening (`aclose`) ends what is under way.
+        When a page fails for a reason that applies to the whole document, pages that have not started fail with the
+        same reason. Closing the generator cancels what is in flight.
         """
         run = _Run(request, self._settings.max_figure_bytes)
         waiting = iter(request.pages)
@@ -124,7 +124,7 @@ class Pipeline:
             await asyncio.gather(*workers, return_exceptions=True)
 
     def count(self, ended: PageEnded) -> None:
-        """Of a page that its owner knows of: one that was read for nobody is none."""
+        """Record metrics for a finished page. Pages that could not be delivered or stored are not counted."""
         result = ended.result
         self._observer.see_page(is_failed=result.is_failed, num_retries=result.page.retries, seconds=ended.seconds)
 
@@ -162,8 +162,11 @@ class Pipeline:
     async def _cut_figures(
         self, run: _Run, index: int, reading: PageReading, dimensions: Dimensions
     ) -> list[tuple[Box, str]]:
-        """Figures as base64; one that cannot be cut out is left out, and so are those that the document has no room
-        for any more: where a model puts figures is not known to be sane."""
+        """Figures with their images as base64.
+
+        Figures that cannot be cut out, or exceed the document's budget of bytes, are left out: the boxes come from the
+        model and may be anywhere.
+        """
         blocks = parse_layout(reading.text, dimensions.width, dimensions.height)
         figures = []
         for box in find_figures(blocks, self._settings.max_figures):
@@ -176,7 +179,7 @@ class Pipeline:
 
 
 async def _next(events: asyncio.Queue[PipelineEvent], workers: Sequence[asyncio.Task[None]]) -> PipelineEvent | None:
-    """The next event, None after the last. Raises what a worker has failed with."""
+    """The next event; None after the last one. Raises the exception of a task that failed."""
     while events.empty():
         busy = [task for task in workers if not task.done()]
         for task in workers:

@@ -1,8 +1,8 @@
-"""One page in, its text out: a client of the OpenAI API that tries again when that helps.
+"""Reads one page: a client of the OpenAI API that retries where a retry can help.
 
-A page whose answer has fallen into a repetition (`finish_reason` "length", `stop_reason` "repetition") is read again
-in another resolution mode; one that was refused for the moment, or lost midway, is asked for again. All tries are
-paid for, once each: what a page was charged before a service was lost with it is set off.
+A page on which the model started to repeat itself (`finish_reason` "length", `stop_reason` "repetition") is read again
+in another resolution mode. A request that was refused temporarily, or whose answer broke off, is repeated. Every
+attempt is charged, but only once: what a page was charged before its service died is deducted.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from serving.settings.ocr import ReadSettings
 NANO_PER_DOLLAR = 10**9
 
 _REPETITION = "repetition"
-_PASSING = frozenset({408, 409, 429, 500, 502, 503, 504})
-"""Answers that another try may change."""
+_TRANSIENT = frozenset({408, 409, 429, 500, 502, 503, 504})
+"""Statuses that are worth a retry."""
 _FIRST_PAUSE_S = 0.25
 _MAX_FRAME_BYTES = 2**20
 _DATA = b"data:"
 _DONE = b"[DONE]"
 _FRAMING = re.compile("<｜(?:begin▁of▁sentence|end▁of▁sentence|▁pad▁)｜>")
-"""Special tokens that are no part of a page. vLLM leaves out the one that ends an answer, other servers may not."""
+"""Special tokens that are not part of a page. vLLM omits the one that ends an answer; other servers may not."""
 
 
 @dataclass(frozen=True, slots=True)
 class PageUsage:
-    """What was used; money in whole nanodollars, so that sums are exact."""
+    """Tokens and cost of a page; the cost is in whole nanodollars so that sums are exact."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -59,20 +59,20 @@ class PageUsage:
 
 @dataclass(frozen=True, slots=True)
 class PageFailure:
-    """Why a page has no text."""
+    """Why a page failed."""
 
     code: str
     message: str
     status: int | None = None
-    """Of the router's answer, None when there was none."""
+    """HTTP status of the router's answer; None when there was no answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class TryStarted:
-    """A try begins: whatever deltas came before it no longer count."""
+    """An attempt starts. It invalidates all earlier deltas."""
 
     number: int
-    """From 1."""
+    """Counted from 1."""
     mode: str | None
 
 
@@ -83,16 +83,16 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class PageReading:
-    """The end of a page: its text, or the failure and the text of the last try as far as it came."""
+    """The end of a page: its text, or the failure with the text of the last attempt as far as it got."""
 
     text: str
     usage: PageUsage
-    """Of all tries that told it; one that broke off midway tells none. Its cost has the question's credit in it."""
+    """Sum over all attempts that reported usage; one that broke off reports none. Includes the page's credit."""
     num_tries: int
     mode: str | None
-    """That the last try was read in, as the router says, else as it was asked for."""
+    """Resolution mode of the last attempt: as reported by the router, or else as requested."""
     is_cut: bool = False
-    """Whether the answer was ended by a limit on its length."""
+    """Whether the answer ended because it reached a limit on its length."""
     failure: PageFailure | None = None
 
 
@@ -101,7 +101,7 @@ Event = TryStarted | Delta | PageReading
 
 @dataclass(slots=True)
 class _Try:
-    """What one request has brought so far."""
+    """The result of one request so far."""
 
     texts: list[str] = field(default_factory=list)
     usage: PageUsage = field(default_factory=PageUsage)
@@ -110,15 +110,15 @@ class _Try:
     finish_reason: str | None = None
     stop_reason: Any = None
     failure: PageFailure | None = None
-    is_passing: bool = False
-    """Whether another try may mend the failure."""
+    is_transient: bool = False
+    """Whether another attempt may succeed."""
     wait_s: float | None = None
-    """That the router asked for."""
+    """Wait that the router asked for (`Retry-After`)."""
     is_refused: bool = False
-    """Whether nothing was tried, since the tenant or the stack has too much to do."""
+    """Whether the request was refused because the tenant or the stack is busy, and nothing was attempted."""
 
-    def fail(self, code: str, message: str, *, status: int | None = None, is_passing: bool) -> None:
-        self.failure, self.is_passing = PageFailure(code, message, status), is_passing
+    def fail(self, code: str, message: str, *, status: int | None = None, is_transient: bool) -> None:
+        self.failure, self.is_transient = PageFailure(code, message, status), is_transient
 
     @property
     def has_looped(self) -> bool:
@@ -136,12 +136,14 @@ class PageReader:
         max_connections: int = 64,
         sign_credit: SignCredit | None = None,
     ) -> None:
-        """Args:
-        base_url: of the router, without `/v1`; or what chooses one for a try.
-        settings: tries and times.
-        max_connections: requests at once; pages beyond it wait.
-        sign_credit: makes routers believe that a request is a page's, and what that was charged before; without it
-            they take it for any client's.
+        """Nothing is connected yet.
+
+        Args:
+            base_url: the router's, without `/v1`; or a function that chooses one for each attempt.
+            settings: limits on attempts and times.
+            max_connections: concurrent requests; further pages wait.
+            sign_credit: signs what a page was charged before, which also proves to the router that the request comes
+                from a service of its stack. Without it the router treats the request as any client's.
         """
         self._sign_credit = sign_credit
         self._choose_router = base_url if callable(base_url) else lambda: base_url
@@ -162,7 +164,7 @@ class PageReader:
         await self._session.close()
 
     async def read(self, image: DrawnPage, request: ReadRequest, index: int) -> AsyncGenerator[Event]:
-        """Read one page; the last event is its PageReading. Whoever stops listening (`aclose`) ends the request."""
+        """Read one page; the last event is its PageReading. Closing the generator cancels the request."""
         deadline_s = asyncio.get_running_loop().time() + self._settings.page_timeout_s
         url = image.as_url()
         mode: str | None = request.options.mode
@@ -190,22 +192,22 @@ class PageReader:
     def _plan(
         self, attempt: _Try, mode: str | None, tried_modes: list[str], number: int, deadline_s: float
     ) -> tuple[float, str | None] | None:
-        """The pause before the next try and its mode; None when this one was the last.
+        """The pause before the next attempt, and its mode; None when this attempt was the last.
 
-        `number` counts the tries that were no mere refusals: those cost nothing, and end with the page's time.
+        `number` excludes refusals: they cost nothing, and are limited by the page's time only.
         """
         if attempt.failure is None and attempt.has_looped:
-            attempt.fail("repetition", "The model kept repeating itself on this page.", is_passing=True)
+            attempt.fail("repetition", "The model kept repeating itself on this page.", is_transient=True)
             if attempt.mode is not None:
                 tried_modes.append(attempt.mode)
             mode = find_other_mode(attempt.mode, tried_modes)
             if mode is None:
                 return None
             pause_s = 0.0
-        elif attempt.failure is None or not attempt.is_passing:
+        elif attempt.failure is None or not attempt.is_transient:
             return None
         else:
-            # Pages that were refused together must not come back together.
+            # Random, so that pages that were refused together do not all retry together.
             own_s = _FIRST_PAUSE_S * 2 ** max(0, number - 1) * random.uniform(0.5, 1.0)
             pause_s = own_s if attempt.wait_s is None else attempt.wait_s + own_s
         left_s = deadline_s - asyncio.get_running_loop().time()
@@ -216,12 +218,12 @@ class PageReader:
     async def _ask(
         self, body: bytes, headers: Mapping[str, str], attempt: _Try, deadline_s: float
     ) -> AsyncGenerator[str]:
-        """One request; what it brings goes into `attempt`, pieces of text are given on at once."""
+        """Send one request: yields pieces of text as they arrive, and stores the rest in `attempt`."""
         assert self._session is not None
         url = self._choose_router().rstrip("/") + "/v1/chat/completions"
         try:
             async with asyncio.timeout_at(deadline_s):
-                content = io.BytesIO(body)  # bytes would be sent in one go, however many, with the event loop held
+                content = io.BytesIO(body)  # aiohttp would send bytes in one write and block the event loop
                 async with self._session.post(url, data=content, headers=headers, allow_redirects=False) as answer:
                     if answer.status != 200:
                         _note_refusal(
@@ -236,16 +238,16 @@ class PageReader:
                             attempt.texts.append(text)
                             yield text
                     if attempt.failure is None and not is_done:
-                        attempt.fail("connection_lost", "The answer broke off.", is_passing=True)
+                        attempt.fail("connection_lost", "The answer broke off.", is_transient=True)
         except TimeoutError:
             is_over = asyncio.get_running_loop().time() >= deadline_s
-            attempt.fail("timeout", "The page was not read in time.", is_passing=not is_over)
+            attempt.fail("timeout", "The page was not read within its time limit.", is_transient=not is_over)
         except (aiohttp.ClientError, OSError):
             attempt.fail(
-                "connection_lost", "The router could not be reached, or the answer broke off.", is_passing=True
+                "connection_lost", "The router could not be reached, or its answer broke off.", is_transient=True
             )
         except ValueError:
-            attempt.fail("bad_answer", "The answer is not the OpenAI API's.", is_passing=False)
+            attempt.fail("bad_answer", "The router's answer is not one of the OpenAI API.", is_transient=False)
 
     def _build_headers(self, request: ReadRequest, index: int, number: int, credit_nanodollars: int) -> dict[str, str]:
         headers = {"content-type": "application/json"}
@@ -258,7 +260,7 @@ class PageReader:
 
 
 def find_other_mode(mode: str | None, tried: list[str]) -> str | None:
-    """Where to try a page that looped: the next one with more tokens, then ones with fewer."""
+    """The mode in which to retry a page with repetitions: first those with more tokens, then those with fewer."""
     modes: tuple[str, ...] = RESOLUTION_MODES
     start = modes.index(mode) if mode in modes else len(modes) - 1
     order = (*modes[start + 1 :], *reversed(modes[:start]))
@@ -266,7 +268,7 @@ def find_other_mode(mode: str | None, tried: list[str]) -> str | None:
 
 
 def build_body(url: str, request: ReadRequest, mode: str | None) -> bytes:
-    """The chat request that reads the page at this URL in a mode; None leaves the mode to the server."""
+    """The chat request that reads the page at this URL. With a mode of None the server chooses."""
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": request.prompt}]
     body: dict[str, Any] = {
         "model": request.options.model,
@@ -274,8 +276,8 @@ def build_body(url: str, request: ReadRequest, mode: str | None) -> bytes:
         "temperature": 0.0,
         "stream": True,
         "stream_options": {"include_usage": True},
-        # Marks of boxes are special tokens, and in some tokenizers the cells of tables. Another stack's router may
-        # leave them out unless it is told.
+        # Box markup consists of special tokens, and in some tokenizers table cells do too. Other servers omit special
+        # tokens by default.
         "skip_special_tokens": False,
     }
     if mode is not None:
@@ -291,17 +293,17 @@ def _note_refusal(attempt: _Try, status: int, headers: Mapping[str, str], body: 
         code, message = str(error["code"] or error["type"]), str(error["message"])
     except (ValueError, KeyError, TypeError):
         code, message = "bad_answer", f"The router answered {status}."
-    # An empty purse (429 as well) is not filled by waiting.
-    attempt.fail(code, message, status=status, is_passing=status in _PASSING and code != "insufficient_quota")
+    # An exhausted budget is a 429 too, but waiting does not help.
+    attempt.fail(code, message, status=status, is_transient=status in _TRANSIENT and code != "insufficient_quota")
     attempt.wait_s = read_retry_after(headers)
-    attempt.is_refused = attempt.is_passing and status in (429, 503) and attempt.wait_s is not None
+    attempt.is_refused = attempt.is_transient and status in (429, 503) and attempt.wait_s is not None
 
 
 def _take_frame(line: bytes, attempt: _Try) -> str:
-    """The text in a line of the stream; the rest of what it says goes into `attempt`.
+    """The text in one line of the stream. Everything else in the line is stored in `attempt`.
 
     Raises:
-        ValueError: it is not what the OpenAI API streams.
+        ValueError: the line does not follow the OpenAI API.
     """
     if not line.startswith(_DATA) or line[len(_DATA) :].strip() == _DONE:
         return ""
@@ -309,7 +311,7 @@ def _take_frame(line: bytes, attempt: _Try) -> str:
         frame = orjson.loads(line[len(_DATA) :])
         if frame.get("error") is not None:
             error = frame["error"]
-            attempt.fail(str(error.get("code")), str(error.get("message")), is_passing=True)
+            attempt.fail(str(error.get("code")), str(error.get("message")), is_transient=True)
             return ""
         if isinstance(frame.get("usage"), dict):
             _take_usage(frame["usage"], attempt)
@@ -337,5 +339,5 @@ def _take_usage(usage: dict[str, Any], attempt: _Try) -> None:
 
 
 def _read_nanodollars(usage: dict[str, Any], name: str) -> int:
-    """The router's figure is a whole number of nanodollars, written as a float of dollars."""
+    """The router sends whole nanodollars as a float of dollars."""
     return round(float(usage.get(name) or 0) * NANO_PER_DOLLAR)

@@ -1,6 +1,6 @@
-"""What the pages of a document would cost: each is drawn, and the router asked with the request that would read it.
+"""Quotes what reading a document would cost: each page is rendered, and the router quotes the request to read it.
 
-No engine hears of it. A page is quoted for one try; one that has to be read again costs so much more.
+No engine is involved. The quote covers one attempt per page; a page that has to be read again costs more.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from serving.settings.ocr import OcrSettings
 
 @dataclass(frozen=True, slots=True)
 class PageQuote:
-    """One page: what it would cost, or why it would fail."""
+    """What one page would cost, or why it would fail."""
 
     index: int
     dimensions: Dimensions | None
@@ -32,7 +32,7 @@ class PageQuote:
 
 
 class Quoter:
-    """Asks for quotes. One per process; documents share its renderer and its connections."""
+    """Obtains quotes. One per process; all documents share its renderer and connections."""
 
     def __init__(self, renderer: Renderer, callers: Callers, settings: OcrSettings) -> None:
         self._renderer = renderer
@@ -40,10 +40,10 @@ class Quoter:
         self._settings = settings
 
     async def quote(self, request: ReadRequest) -> list[PageQuote]:
-        """All pages, in their order.
+        """Quotes of all pages, in their order.
 
         Raises:
-            ServingError: what would befall every page: a key or model that the router does not take, or no router.
+            ServingError: every page would fail: the router refuses the key or the model, or is unavailable.
         """
         waiting = iter(request.pages)
         found: list[PageQuote] = []
@@ -79,11 +79,11 @@ class Quoter:
         try:
             return PageQuote(index, dimensions, quote_from_json(answer))
         except ValueError as error:
-            raise InternalError("What the router answers is no quote.", 502, code="bad_answer") from error
+            raise InternalError("The router's answer is not a quote.", 502, code="bad_answer") from error
 
 
 def build_quote(model: str, pages: Sequence[PageQuote], document: DocumentFacts) -> DocumentQuote:
-    """In the shape of a chat request's quote: the sums, and the pages that they come from."""
+    """The API's answer: the sums, and the pages that they come from."""
     quotes = [page.quote for page in pages if page.quote is not None]
     return DocumentQuote(
         **quote_to_json(model, sum_quotes(quotes)),

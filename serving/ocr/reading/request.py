@@ -1,4 +1,4 @@
-"""What is to be read and how, in one value that goes from the API, or a job, down to each page."""
+"""The request to read a document: one value that is passed from the API, or from a job, down to each page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from serving.settings.ocr import OcrSettings
 
 @dataclass(frozen=True, slots=True)
 class ReadRequest:
-    """Pages of one document, and how they are to be read."""
+    """Which pages of a document to read, and how."""
 
     document: OpenedDocument
     pages: Sequence[int]
@@ -21,15 +21,15 @@ class ReadRequest:
     options: ReadOptions
     prompt: str
     request_id: str
-    """Requests to the router are known by this, the page's number and that of the attempt."""
+    """Ids of requests to the router consist of this, the page's number and the number of the attempt."""
     api_key: str | None = field(default=None, repr=False)
     """Sent to the router with every page."""
     charged: Mapping[int, int] = field(default_factory=dict)
-    """What pages were charged before, by index, in nanodollars. They are not charged that again."""
+    """What pages were charged before: nanodollars by page index. This is deducted from further charges."""
     stop: asyncio.Event = field(default_factory=asyncio.Event)
-    """When set, no further page is begun; those under way are finished."""
+    """When set, no further page is started; those in flight are finished."""
 
 
 def choose_prompt(options: ReadOptions, settings: OcrSettings) -> str:
-    """The prompt of the options, or the usual one of their format."""
+    """The prompt in the options, or else the default of their format."""
     return options.prompt or (settings.text_prompt if options.format == "text" else settings.markdown_prompt)

@@ -1,4 +1,4 @@
-"""From what was read of a page to the API's shapes. Pure."""
+"""Turns what was read of a page into the API's shapes. Pure."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 
 @dataclass(frozen=True, slots=True)
 class PageResult:
-    """One page that is done with."""
+    """A finished page."""
 
     page: OcrPage
     usage: PageUsage
-    """With the exact cost, which the page has in dollars."""
+    """With the exact cost, which `page` has as a float."""
     failure: PageFailure | None
 
     @property
@@ -43,19 +43,19 @@ class PageResult:
 
 
 def measure(document: OpenedDocument, image: DrawnPage, dpi: int) -> Dimensions:
-    """Of a page that was drawn at `dpi`, where it has no pixels of its own."""
+    """The dimensions of a page that was rendered at `dpi`, which images ignore."""
     is_pdf = document.format is DocumentFormat.PDF
     return Dimensions(width=image.width, height=image.height, dpi=dpi if is_pdf else None)
 
 
 def find_figures(blocks: Sequence[LayoutBlock], max_figures: int) -> list[Box]:
-    """Boxes of a page's figures, in order and each once; figures without one, or without area, cannot be cut out."""
+    """Boxes of a page's figures, in order and without duplicates. Figures without box or area are left out."""
     boxes = dict.fromkeys(box for block in blocks if block.label.lower() in FIGURES for box in block.boxes)
     return [box for box in boxes if box.right > box.left and box.bottom > box.top][:max_figures]
 
 
 def name_figure(index: int, box: Box, figures: Sequence[Box]) -> str | None:
-    """The id of a figure that was cut out; None for one that was not."""
+    """The id of a figure that was cut out; None if it was not."""
     return f"page-{index + 1}-figure-{figures.index(box) + 1}" if box in figures else None
 
 
@@ -66,14 +66,14 @@ def build_page(
     form: PageFormat,
     figures: Sequence[tuple[Box, str]] | None = None,
 ) -> PageResult:
-    """A page that was read, or failed while it was.
+    """The result for a page that was read, or that failed while it was read.
 
     Args:
         index: counted from 0.
-        reading: what came of it.
-        dimensions: of the page as it was sent.
-        form: markdown, text or layout.
-        figures: boxes and pictures (base64) of figures that were cut out; None when nobody wants them.
+        reading: what was read.
+        dimensions: those of the image that was sent.
+        form: the format that was asked for.
+        figures: boxes and images (base64) of figures that were cut out; None when they were not requested.
     """
     blocks = parse_layout(reading.text, dimensions.width, dimensions.height)
     boxes = [box for box, _ in figures or ()]
@@ -100,7 +100,7 @@ def build_page(
 
 
 def build_unread_page(index: int, failure: PageFailure, charged_nanodollars: int = 0) -> PageResult:
-    """A page that did not come so far that it could be read, though it may have been charged for once."""
+    """The result for a page that failed before it could be read. It may have been charged by an earlier service."""
     usage = PageUsage(cost_nanodollars=charged_nanodollars)
     page = OcrPage(
         index=index, number=index + 1, status="failed", usage=_build_page_usage(usage), error=build_error(failure)
@@ -109,7 +109,7 @@ def build_unread_page(index: int, failure: PageFailure, charged_nanodollars: int
 
 
 def build_usage(usage: PageUsage, num_pages: int, num_failed: int) -> OcrUsage:
-    """Totals; `num_pages` counts the failed ones too."""
+    """Totals of a document; `num_pages` includes failed pages."""
     return OcrUsage(
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
@@ -122,7 +122,7 @@ def build_usage(usage: PageUsage, num_pages: int, num_failed: int) -> OcrUsage:
 
 
 def build_error(failure: PageFailure) -> ErrorDetail:
-    """In OpenAI's shape."""
+    """A failure in the shape of OpenAI's errors."""
     status = failure.status or 500
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     if failure.code == "insufficient_quota":
@@ -131,12 +131,12 @@ def build_error(failure: PageFailure) -> ErrorDetail:
 
 
 def build_document(document: OpenedDocument, size_bytes: int) -> DocumentFacts:
-    """What a document was found to be."""
+    """Facts about an opened document."""
     return DocumentFacts(format=document.format.value, num_pages=document.num_pages, size_bytes=size_bytes)
 
 
 def as_failure(error: ServingError) -> PageFailure:
-    """What an error of ours means for a page."""
+    """The failure of a page that an error causes."""
     return PageFailure(error.code or error.type, error.message, error.http_status)
 
 

@@ -1,4 +1,4 @@
-"""The routers that pages are sent to, and whose key a request brings: both told by the routers themselves."""
+"""The service's client of the routers: which routers there are, whose key a request carries, models and quotes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from serving.errors import AuthenticationError, NoReplicaError, ServingError, fr
 from serving.ocr_api.signed_tenant import SignedTenant
 
 _KNOWN_S = 10.0
-"""How long an answer about a key stands; a page's request is checked by the router again, whatever stands here."""
+"""How long an answer about a key is cached. The router checks the key of every page again in any case."""
 _MAX_KNOWN = 10_000
 _TIMEOUT = aiohttp.ClientTimeout(total=10, sock_connect=5)
 _MAX_ANSWER_BYTES = 64 * 1024
@@ -31,35 +31,35 @@ _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
 class Routers:
-    """One address, or as many as the directory knows of."""
+    """The routers' addresses: one from the settings, or all that the directory lists."""
 
     def __init__(self, *urls: str) -> None:
         self._urls: Sequence[str] = urls
         self._turns = itertools.count()
 
     def update(self, urls: Sequence[str]) -> None:
-        """Those that there are now. None leaves the last ones: a directory that was lost knows none for a second."""
+        """Replace the addresses. An empty list is ignored: a directory that restarts knows no routers for a moment."""
         self._urls = urls or self._urls
 
     def choose(self) -> str:
-        """The next one's turn; an address of nobody while none is known, where tries fail and come again."""
+        """The next address in turn. While none is known, one that refuses connections, so that requests are retried."""
         return self._urls[next(self._turns) % len(self._urls)] if self._urls else "http://127.0.0.1:9"
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks the service."""
+    """The tenant behind a request."""
 
     owner: str
-    """Of jobs: the tenant's id, or a key's fingerprint where the router tells of no tenants."""
+    """Owns the jobs: the tenant's id, or the key's fingerprint when the router does not know tenants."""
     api_key: str | None
     is_one_of_many: bool = False
-    """Whether the router tells tenants apart, so that this one has to leave something to others."""
+    """Whether the router tells tenants apart, so that this one must leave a share to others."""
 
 
 @dataclass(frozen=True, slots=True)
 class _KeysOwner:
-    """Whose key it is, as a router said."""
+    """The owner of a key, as reported by a router."""
 
     owner: str
     is_one_of_many: bool
@@ -67,11 +67,16 @@ class _KeysOwner:
 
 
 class Callers:
-    """Asks a router whose key it is, so that no document of a stranger's is taken in. Use it as an async context."""
+    """Identifies callers, so that documents are accepted from known tenants only. Use it as an async context."""
 
     def __init__(self, routers: Routers, sign_credit: SignCredit | None = None) -> None:
-        """`sign_credit` makes routers believe that a question for a quote is a part of a document's, which they have
-        counted already; without it each counts as a request of the tenant's."""
+        """Nothing is connected yet.
+
+        Args:
+            routers: where to ask.
+            sign_credit: proves to routers that a quote is part of a document's, which they have counted already.
+                Without it each page's quote counts as a request of the tenant.
+        """
         self._routers = routers
         self._known: OrderedDict[str, _KeysOwner] = OrderedDict()
         self._sign_credit = sign_credit
@@ -79,7 +84,7 @@ class Callers:
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Callers:
-        # Without a bound of its own: one tenant's quotes must not keep others from being known.
+        # Without a limit on connections: one tenant's quotes must not delay the identification of others.
         self._session = aiohttp.ClientSession(timeout=_TIMEOUT, connector=aiohttp.TCPConnector(limit=0))
         return self
 
@@ -88,10 +93,10 @@ class Callers:
         await self._session.close()
 
     async def identify(self, authorization: str | None, signed: SignedTenant | None = None) -> Caller:
-        """Whose request this is: what a router of this stack has signed, or else what a router answers.
+        """The tenant that a router of this stack has signed, or else the one that a router reports for the key.
 
         Raises:
-            ServingError: the router's own refusal, or none of the routers answers.
+            ServingError: the router refuses the key, or no router answers.
         """
         api_key = _read_key(authorization)
         if signed is not None:
@@ -106,10 +111,10 @@ class Callers:
         return Caller(known.owner, api_key, known.is_one_of_many)
 
     async def needs_key(self) -> bool:
-        """Whether the router asks for keys at all.
+        """Whether the router requires API keys.
 
         Raises:
-            NoReplicaError: none of the routers answers.
+            NoReplicaError: no router answers.
         """
         if time.monotonic() - self._asked_s >= _KNOWN_S:
             status, _ = await self._fetch("/v1/models", None)
@@ -117,10 +122,10 @@ class Callers:
         return self._needs_key
 
     async def fetch_models(self, authorization: str | None) -> bytes:
-        """The router's list of models, as JSON: people choose from it.
+        """The router's list of models, as JSON.
 
         Raises:
-            ServingError: the router's own refusal, or none of the routers answers.
+            ServingError: the router refuses the key, or no router answers.
         """
         status, body = await self._fetch("/v1/models", _read_key(authorization))
         if status != 200:
@@ -128,10 +133,10 @@ class Callers:
         return body
 
     async def fetch_quote(self, api_key: str | None, body: bytes) -> dict[str, object]:
-        """What a chat request would cost, in the router's words.
+        """The router's quote for a chat request.
 
         Raises:
-            ServingError: the router's own refusal, or none of the routers answers.
+            ServingError: the router refuses the request, or no router answers.
         """
         signed: dict[str, str] = {}
         if self._sign_credit is not None:
@@ -146,21 +151,21 @@ class Callers:
     async def _ask(self, api_key: str | None, print_: str) -> _KeysOwner:
         status, body = await self._fetch("/v1/tenant", api_key)
         if status in _NO_SUCH_ROUTE:
-            # Another OpenAI server: it checks the key with every page.
+            # Another OpenAI-compatible server, which checks the key with every page.
             return _KeysOwner(f"key-{print_}", False, time.monotonic())
         found = _decode(body)
         if status != 200:
             raise _refusal(status, found)
-        # A router without keys says that everybody is the same tenant, and names no key.
+        # A router without keys reports one tenant for everybody, and no key.
         return _KeysOwner(str(found.get("id") or f"key-{print_}"), bool(found.get("key_id")), time.monotonic())
 
     async def _fetch(
         self, path: str, api_key: str | None, body: bytes | None = None, more: Mapping[str, str] = _NO_HEADERS
     ) -> tuple[int, bytes]:
-        """Status and body of one router's answer, to a POST where there is a body to send.
+        """Status and body of a router's answer; with a body the request is a POST.
 
         Raises:
-            NoReplicaError: none of them answers.
+            NoReplicaError: no router answers.
         """
         assert self._session is not None
         headers = {**more, **({"authorization": f"Bearer {api_key}"} if api_key is not None else {})}
@@ -170,7 +175,7 @@ class Callers:
         for _ in range(2):
             url = f"{self._routers.choose()}{path}"
             try:
-                content = io.BytesIO(body) if body is not None else None  # not in one go: it has a page in it
+                content = io.BytesIO(body) if body is not None else None  # not in one write: it contains a page
                 async with self._session.request(
                     method, url, data=content, headers=headers, allow_redirects=False
                 ) as answer:
