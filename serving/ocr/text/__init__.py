@@ -1,1 +1,1 @@
-"""What a model wrote, as layout, markdown and plain text."""
+"""Parses the model's answers into layout, markdown and plain text."""

@@ -1,15 +1,15 @@
-"""Grounded answers to blocks with boxes, while they stream. Pure.
+"""Parses grounded answers into blocks with boxes, incrementally. Pure.
 
-With `<|grounding|>` in its prompt the model writes a label and boxes before the text of each part of the page:
+With `<|grounding|>` in the prompt, the model writes a label and boxes before the text of each part of the page:
 
     <|ref|>title<|/ref|><|det|>[[88, 41, 912, 95]]<|/det|>
     # Annual report
 
-Coordinates run from 0 to 999 over the width and height of the page as it was sent, in every resolution mode: the
-published code (deepseek-ai/DeepSeek-OCR, `draw_bounding_boxes`) multiplies them with the size of the original image
-whether the view was squeezed, padded or tiled. So padding is nothing to be taken away here.
+Coordinates range from 0 to 999 over the width and height of the page as it was sent, in every resolution mode: the
+published code (deepseek-ai/DeepSeek-OCR, `draw_bounding_boxes`) scales them to the size of the original image whether
+the view was squeezed, padded or tiled. Padding therefore need not be subtracted here.
 
-What a model writes may be cut or malformed: nothing is ever raised, and no text outside of markup is lost.
+Answers may be truncated or malformed: the parser never raises, and loses no text outside of markup.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _MARKS = (_REF, _REF_END, _DET, _DET_END)
 _MARK = re.compile("|".join(re.escape(mark) for mark in _MARKS))
 _GROUP = re.compile(r"\[([^\[\]]*)\]")
 _NUMBER = re.compile(r"[^\d.+-]*([+-]?\d{1,6}(?:\.\d{0,6})?)[^\d.+-]*")
-"""With letters beside it now and then: `[[550, s 331, 652, 345]]`."""
+"""Numbers sometimes come with letters: `[[550, s 331, 652, 345]]`."""
 _LAST = 999
 """The largest coordinate."""
 _MAX_LABEL_CHARS = 1000
 _MAX_BOXES_CHARS = 20_000
 _MAX_GAP_CHARS = 16
-"""Between a label and its boxes, where only white space may stand."""
+"""Maximum white space between a label and its boxes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,21 +47,18 @@ class Box:
 @dataclass(frozen=True, slots=True)
 class LayoutBlock:
     label: str
-    """As the model wrote it (`title`, `text`, `table`, `image`, or what it was asked to find); empty for text that
-    no label came before."""
+    """As the model wrote it (`title`, `text`, `table`, `image`, or what it was asked to find); empty for text before
+    the first label."""
     boxes: tuple[Box, ...]
     text: str
-    """What follows up to the next block, without white space around it."""
+    """The text up to the next block, stripped of white space."""
 
 
 class LayoutParser:
-    """Takes the pieces of an answer. How it was cut into pieces makes no difference to the blocks."""
+    """Parses an answer from pieces. Where the answer was split does not affect the blocks."""
 
     def __init__(self, width: int, height: int) -> None:
-        """Args:
-        width: of the page in pixels, as it was sent.
-        height: of the page in pixels.
-        """
+        """Start a page of this width and height, in pixels of the image that was sent."""
         self._size = (width, height)
         self._pending = ""
         self._step: Callable[[bool], bool] = self._read_text
@@ -71,12 +68,12 @@ class LayoutParser:
         self._text: list[str] = []
 
     def feed(self, piece: str) -> list[LayoutBlock]:
-        """Blocks that have become complete with this piece: a block ends where the next one begins."""
+        """Blocks that this piece completes: a block ends where the next one begins."""
         self._pending += piece
         return self._run(is_end=False)
 
     def finish(self) -> list[LayoutBlock]:
-        """Blocks that the end of the answer completes. Markup that was cut off is dropped."""
+        """Blocks that the end of the answer completes. Truncated markup is dropped."""
         blocks = self._run(is_end=True)
         self._pending = ""
         self._close()
@@ -91,10 +88,10 @@ class LayoutParser:
         return blocks
 
     def _read_text(self, is_end: bool) -> bool:
-        """Steps take what they can from the pending text; False when they need more of it."""
+        """One step of the parser: consumes pending text, and returns False when it needs more."""
         found = _MARK.search(self._pending)
         if found is None:
-            # Of a mark that was cut off, `<` alone may as well be text.
+            # A truncated mark is dropped, but a single `<` may be text.
             num_held = _count_held(self._pending)
             if is_end and num_held == 1:
                 num_held = 0
@@ -113,7 +110,7 @@ class LayoutParser:
         found = _MARK.search(self._pending)
         written = self._pending if found is None else self._pending[: found.start()]
         if "\n" in written.strip() or (is_end and found is None and " " in written):
-            self._step = self._read_text  # the page itself says `<|ref|>`
+            self._step = self._read_text  # the page itself contains `<|ref|>`
             return True
         if found is None and len(self._pending) <= _MAX_LABEL_CHARS + len(_REF_END):
             if is_end:
@@ -161,7 +158,7 @@ class LayoutParser:
             self._drop(num_chars)
 
     def _part_text(self) -> None:
-        """Two words, or two numbers, with a mark between them are not one."""
+        """Separate words and numbers that only a mark separated."""
         if self._text and self._text[-1][-1].isalnum():
             self._text.append(" ")
 
@@ -176,13 +173,13 @@ class LayoutParser:
 
 
 def parse_layout(text: str, width: int, height: int) -> list[LayoutBlock]:
-    """The blocks of a whole answer to a page of so many pixels."""
+    """The blocks of a complete answer for a page of this size in pixels."""
     parser = LayoutParser(width, height)
     return give_tables_back([*parser.feed(text), *parser.finish()])
 
 
 def give_tables_back(blocks: Sequence[LayoutBlock]) -> list[LayoutBlock]:
-    """A model that puts a table's caption between its label and its markup means the table by the label."""
+    """Move markup to the table's block where the model wrote the caption between the table's label and its markup."""
     found = list(blocks)
     for index, (table, caption) in enumerate(itertools.pairwise(blocks)):
         start = caption.text.lower().find("<table")
@@ -193,9 +190,9 @@ def give_tables_back(blocks: Sequence[LayoutBlock]) -> list[LayoutBlock]:
 
 
 def read_boxes(text: str, width: int, height: int) -> tuple[Box, ...]:
-    """Boxes of `[[x1, y1, x2, y2], ...]` in pixels; groups that have not four numbers are left out.
+    """Parse `[[x1, y1, x2, y2], ...]` into boxes in pixels; groups without exactly four numbers are left out.
 
-    Coordinates are held to the page, and put in order.
+    Coordinates are clamped to the page and sorted.
     """
     boxes = []
     for group in _GROUP.findall(text):
@@ -209,6 +206,6 @@ def read_boxes(text: str, width: int, height: int) -> tuple[Box, ...]:
 
 
 def _count_held(text: str) -> int:
-    """Characters at the end that may be the beginning of a mark."""
+    """Number of characters at the end that may be the start of a mark."""
     start = text.rfind("<", max(0, len(text) - max(map(len, _MARKS)) + 1))
     return len(text) - start if start >= 0 and any(mark.startswith(text[start:]) for mark in _MARKS) else 0

@@ -1,4 +1,4 @@
-"""Blocks to markdown or plain text. Pure; never raises, whatever a model wrote."""
+"""Renders blocks as markdown or plain text. Pure; never raises, whatever the model wrote."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from serving.ocr.text.layout import Box, LayoutBlock
 from serving.ocr.text.tables import Cell, Table, split_tables, strip_markup
 
 _HEADINGS = {"title": "# ", "sub_title": "## "}
-"""Labels of the published model; it mostly writes the number signs itself."""
+"""Labels of the published model, which mostly writes the number signs itself."""
 _FIGURES = frozenset({"image", "figure"})
 _BLANK_LINES = re.compile(r"\n{3,}")
 _TAG_LIKE = re.compile(r"<(?=[A-Za-z/!?])")
@@ -20,11 +20,12 @@ _ENTITY_LIKE = re.compile(r"&(?=#?\w+;)")
 def render_markdown(
     blocks: Sequence[LayoutBlock], name_figure: Callable[[int, Box | None], str | None] | None = None
 ) -> str:
-    """One page.
+    """The markdown of one page.
 
     Args:
-        blocks: in the order of reading.
-        name_figure: from a figure, counted from 0 on the page, and its box to its address; one without is left out.
+        blocks: in reading order.
+        name_figure: returns the address of a figure, given its number on the page, counted from 0, and its box.
+            Figures for which it returns None are left out.
     """
     parts: list[str] = []
     num_figures = 0
@@ -42,20 +43,22 @@ def render_markdown(
 
 
 def render_text(blocks: Sequence[LayoutBlock]) -> str:
-    """One page without any markup; a table's rows are lines, with tabs between their cells."""
+    """One page without markup; table rows become lines with tabs between cells."""
     texts = (_to_text(block.text) for block in blocks)
     return _BLANK_LINES.sub("\n\n", "\n\n".join(text for text in texts if text)).strip()
 
 
 def format_tables(text: str) -> str:
-    """Every `<table>` as a markdown table, or as plain HTML when cells span several rows or columns, which markdown
-    cannot say. A table that was cut off is closed; its caption and what stands between its rows become paragraphs."""
+    """Convert each `<table>` to a markdown table, or to plain HTML when cells span rows or columns.
+
+    Truncated tables are closed. A caption, and text between rows, become paragraphs.
+    """
     parts = (part if isinstance(part, str) else f"\n\n{_format_table(part)}\n\n" for part in split_tables(text))
     return "".join(parts).strip()
 
 
 def _to_text(text: str) -> str:
-    """Text and tables on lines of their own."""
+    """Plain text, with each table on lines of its own."""
     found = ""
     for part in split_tables(text):
         piece = strip_markup(part).strip(" \t") if isinstance(part, str) else _to_lines(part)
@@ -92,7 +95,7 @@ def _to_pipes(rows: list[list[Cell]]) -> str:
 
 
 def _escape(text: str) -> str:
-    """What markdown would take for its own or for HTML."""
+    """Escape what markdown would interpret, HTML included."""
     text = _TAG_LIKE.sub("&lt;", _ENTITY_LIKE.sub("&amp;", text))
     return text.replace("\\", "\\\\").replace("|", "\\|")
 

@@ -1,4 +1,4 @@
-"""HTML tables, as models write them inside of text. Pure; never raises, and no text is lost, whatever is there."""
+"""Parses the HTML tables that models write within text. Pure; never raises and loses no text."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _TAG = re.compile(r"<(/?)(table|thead|tbody|tfoot|caption|tr|td|th)\b([^<>]*)>",
 _SPAN = re.compile(r"\b(colspan|rowspan)\s*=\s*[\"']?(\d{1,3})(?!\d)", re.IGNORECASE)
 _BREAKS = frozenset({"br", "p", "div", "li"})
 _KEPT = frozenset({"sup", "sub", "b", "strong", "i", "em", "u", "s"})
-"""Markup that stays in markdown and HTML."""
+"""Tags that are kept in markdown and HTML."""
 _INLINE = re.compile(
     rf"<(/?)({'|'.join(sorted({*_BREAKS, *_KEPT, 'span', 'font', 'small', 'center', 'ul', 'ol'}))})\b[^<>]*>",
     re.IGNORECASE,
 )
-"""Markup inside of a cell. What else looks like a tag is what the page says."""
+"""Tags that count as markup within a cell. Anything else that looks like a tag is text of the page."""
 _OUTSIDE = re.compile(r"<(/?)(br|sup|sub)\b[^<>]*>", re.IGNORECASE)
-"""Markup of text that is in no table, where a page may well say `<b>`."""
+"""Tags that count as markup outside of tables, where a page may well contain `<b>` as text."""
 _SPACE = re.compile(r"\s+")
 _SIGNS = "0123456789+-=()"
 _SCRIPTS = {
@@ -30,18 +30,18 @@ _SCRIPTS = {
 @dataclass(frozen=True, slots=True)
 class Cell:
     markup: str
-    """As the model wrote it; a table inside of it is only its texts."""
+    """As the model wrote it; of a nested table only the texts are kept."""
     columns: int = 1
     rows: int = 1
     is_head: bool = False
 
     @property
     def text(self) -> str:
-        """On one line, without any markup."""
+        """The text on one line, without markup."""
         return _SPACE.sub(" ", _drop_tags(_INLINE, self.markup, " ", html.unescape)).strip()
 
     def format(self, escape: Callable[[str], str]) -> str:
-        """On one line, with the markup that says something, its tags in pairs."""
+        """The text on one line with the meaningful tags, properly paired."""
         parts, opened = list[str](), list[str]()
         for text, tag, is_end in _split(_INLINE, self.markup):
             parts.append(escape(html.unescape(text)))
@@ -62,11 +62,11 @@ class Table:
     caption: list[str] = field(default_factory=list)
     """Texts that belong before the table."""
     after: list[str] = field(default_factory=list)
-    """Texts that stood between its rows or cells, where none may stand."""
+    """Texts between rows or cells, where HTML allows none."""
 
 
 def split_tables(text: str) -> list[str | Table]:
-    """Text and tables in their order; a table that was cut off ends with the text, or where another one begins."""
+    """Text and tables in their order. A truncated table ends with the text, or where the next one begins."""
     reader = _Reader()
     end = 0
     for tag in _TAG.finditer(text):
@@ -78,13 +78,13 @@ def split_tables(text: str) -> list[str | Table]:
 
 
 def strip_markup(text: str) -> str:
-    """Text that is in no table without tags that are no text; what they parted stays apart."""
+    """Remove the tags from text outside of tables, keeping separate what they separated."""
     text = _TAG.sub(lambda tag: "\t" if tag.group(2).lower() in ("td", "th") else "\n", text)
     return _drop_tags(_OUTSIDE, text, "\n", lambda part: part)
 
 
 class _Reader:
-    """Goes from tag to tag. A table inside of a cell is left to the cell; one between cells ends the one before."""
+    """Consumes tags one by one. A table within a cell becomes part of it; between cells it ends the current table."""
 
     def __init__(self) -> None:
         self._parts: list[str | Table] = []
@@ -95,7 +95,7 @@ class _Reader:
         self._held: list[str] = []
 
     def take(self, text: str) -> None:
-        """What stands between two tags."""
+        """The text between two tags."""
         if self._cell is None and not self._is_caption and self._table is not None:
             self._table.after.extend([text] if text.strip() else ())
         else:
@@ -167,7 +167,7 @@ class _Reader:
 
 
 def _split(tags: re.Pattern[str], text: str) -> Iterator[tuple[str, str, bool]]:
-    """Texts, each with the name of the tag behind it and whether that is an end; the last one's name is empty."""
+    """Texts, each with the name of the following tag and whether it is an end tag; the last name is empty."""
     end = 0
     for tag in tags.finditer(text):
         yield text[end : tag.start()], tag.group(2).lower(), bool(tag.group(1))
@@ -176,7 +176,7 @@ def _split(tags: re.Pattern[str], text: str) -> Iterator[tuple[str, str, bool]]:
 
 
 def _drop_tags(tags: re.Pattern[str], text: str, breaking: str, decode: Callable[[str], str]) -> str:
-    """Without tags. Digits above and below the line become signs of their own: `10<sup>2</sup>` is no 102."""
+    """Remove tags. Superscript and subscript digits become Unicode ones, so that `10<sup>2</sup>` is not 102."""
     parts, opened = list[str](), ""
     for piece, tag, is_end in _split(tags, text):
         is_whole = bool(opened) and is_end and tag == opened
