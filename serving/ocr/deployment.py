@@ -1,4 +1,4 @@
-"""The OCR service as a Ray Serve deployment: its host, and a task that tells the directory and learns of routers."""
+"""The OCR service as a Ray Serve deployment: its host, and a task that registers it and follows the routers."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _NOTICE_S = 0.5
 _MANY = 100_000
 
 BuildPages = Callable[[], Sequence[BaseRoute]]
-"""Routes for people, made in the process that serves them."""
+"""Builds the routes for browsers in the process that serves them."""
 
 
 class OcrReplica:
-    """The class behind the deployment. Several are known to routers by addresses of their own."""
+    """The deployment's class. Each replica registers its own address with the directory."""
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
         self, settings: Settings, directory: ActorHandle, build_pages: BuildPages | None
@@ -54,13 +54,13 @@ class OcrReplica:
         """Called by Ray Serve, which replaces a service that raises.
 
         Raises:
-            RuntimeError: nothing listens any more, jobs are no longer read, or routers no longer told.
+            RuntimeError: the server, the reading of jobs or the registration has stopped.
         """
         if not self._host.is_well or self._report_task.done():
-            raise RuntimeError("a part of the OCR service has ended")
+            raise RuntimeError("a part of the OCR service has stopped")
 
     async def __del__(self) -> None:
-        """Called by Ray Serve before it ends the replica: routers go elsewhere, what runs is finished."""
+        """Called by Ray Serve before it stops the replica: deregister, then finish what is running."""
         self._report_task.cancel()
         with contextlib.suppress(ray.exceptions.RayError):
             await self._directory.withdraw.remote(self._host.record.service_id)
@@ -72,7 +72,7 @@ class OcrReplica:
             try:
                 await self._report()
             except ray.exceptions.RayError as error:
-                logger.warning("the directory cannot be reached, trying again: %s", error)
+                logger.warning("cannot reach the directory, retrying: %s", error)
             await asyncio.sleep(self._report_s)
 
     async def _report(self) -> None:
@@ -86,7 +86,7 @@ def _resolve(host: str) -> str:
 
 
 def _own_router(settings: Settings) -> str:
-    """Where this node's routers are, should the directory not know any yet."""
+    """The address of this node's routers, for as long as the directory lists none."""
     host = "127.0.0.1" if settings.router.host in ANY_ADDRESS else settings.router.host
     return http_url(host, settings.router.port)
 
@@ -102,7 +102,7 @@ def build_ocr_app(settings: Settings, directory: ActorHandle, build_pages: Build
         health_check_period_s=2.0,
         graceful_shutdown_timeout_s=2 * settings.engine.drain_s + 30,
         graceful_shutdown_wait_loop_s=0.1,
-        # A fixed port cannot be shared with the one that is replaced.
+        # A fixed port cannot be shared with the replica that is replaced.
         max_surge_percent=max(1, 100 // ocr.num_replicas) if ocr.port == 0 else 0,
         ray_actor_options={"num_cpus": ocr.cpus_per_replica, "resources": dict(ocr.resources_per_replica)},
     )

@@ -1,4 +1,4 @@
-"""The OCR service as a command, against a router that runs elsewhere."""
+"""The OCR service as a command, for a router that runs elsewhere."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def run_service(settings: Settings, pages: Sequence[BaseRoute], say: Callable[[s
     """Serve until SIGINT or SIGTERM.
 
     Raises:
-        SettingsError: `ocr.router_url` is missing, or the settings cannot be used otherwise.
-        OSError: the address is taken, or a folder cannot be used.
+        SettingsError: `ocr.router_url` is missing, or the secret cannot be read or created.
+        OSError: the address is in use, or a folder cannot be used.
     """
     if settings.ocr.router_url is None:
-        raise SettingsError("ocr.router_url says which router pages are sent to; or use --router")
+        raise SettingsError("ocr.router_url is missing: set it, or --router, to the router that pages are sent to")
     configure_logs(settings.log)
     asyncio.run(_serve(settings, settings.ocr.router_url, pages, say))
 
@@ -38,5 +38,5 @@ async def _serve(settings: Settings, router_url: str, pages: Sequence[BaseRoute]
     if pages:
         say(f"In a browser: {host.record.url}/")
     await over.wait()
-    say("stopping: documents that clients wait for are finished first ...")
+    say("stopping: finishing documents that clients are waiting for ...")
     await host.stop()

@@ -1,4 +1,4 @@
-"""The OCR service's ASGI app: its routes, and every failure as an answer in OpenAI's shape."""
+"""The OCR service's ASGI app: its routes, and errors in OpenAI's shape."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _PREFIX = "/v1/openai/"  # DeepInfra's
 
 
 class OcrApp:
-    """The app. Whoever runs it starts and closes the service behind it."""
+    """The app. Its host starts and closes the service behind it."""
 
     def __init__(self, service: OcrService, pages: Sequence[BaseRoute] = ()) -> None:
-        """`pages` are routes for people, beside those for programs."""
+        """Add `pages` for browsers to the routes of the API."""
         documents, jobs = DocumentsRoute(service), JobsRoute(service)
 
         def route(path: str, **answers: Answer) -> Route:
@@ -72,10 +72,11 @@ class OcrApp:
         await self._app(scope, receive, send)
 
     async def _check_source(self, path: str, scope: Scope) -> None:
-        """Refuse what a foreign web page may have sent, unless the router asks for keys: no page knows one.
+        """Refuse requests that another site's web page may have sent, unless the router requires API keys.
 
         Raises:
-            ServingError: it may be one's; or the headers contradict each other, or no router says whether it asks.
+            ServingError: another site may have sent the request; or its headers contradict each other; or no router
+                answers whether it requires keys.
         """
         headers = read_headers(scope)
         if path in _PROBES:
@@ -89,7 +90,7 @@ class OcrApp:
 
 
 class _Endpoint:
-    """One path: its methods, and what goes wrong with them."""
+    """The methods of one path, with their error handling."""
 
     def __init__(self, answers: Mapping[str, Answer], service: OcrService) -> None:
         self._answers = answers
@@ -116,12 +117,12 @@ class _Endpoint:
         found = self._answers.get("GET" if method == "HEAD" else method)
         if found is None:
             allowed = ", ".join(self._answers)
-            raise MethodNotAllowedError(f"{allowed} is answered here, not {method[:20]}.", allowed)
+            raise MethodNotAllowedError(f"This path does not support {method[:20]}; use {allowed}.", allowed)
         return found
 
 
 class _ModelsRoute:
-    """What the router says, for clients that know this address only."""
+    """The router's models, for clients that know only this address."""
 
     def __init__(self, service: OcrService) -> None:
         self._service = service
@@ -135,9 +136,9 @@ async def _answer_up(request: Request, reply: Reply) -> None:
 
 
 async def _answer_http_error(request: Request, error: Exception) -> Response:
-    """What Starlette's own routing refuses."""
+    """An error of Starlette's routing in OpenAI's shape."""
     status = error.status_code if isinstance(error, HTTPException) else 500
-    refusal: ServingError = RouteNotFoundError(f"There is no {request.method} {request.url.path[:200]} here.")
+    refusal: ServingError = RouteNotFoundError(f"There is no route {request.method} {request.url.path[:200]}.")
     if status == 405:
-        refusal = MethodNotAllowedError("Another method answers here.", "GET")
+        refusal = MethodNotAllowedError("This path does not support the method.", "GET")
     return Response(orjson.dumps(refusal.body()), refusal.http_status, refusal.headers, "application/json")

@@ -1,4 +1,4 @@
-"""`POST /v1/ocr`: a document read while its client waits, whole or as a stream of events; and what that would cost."""
+"""`POST /v1/ocr` reads a document while the client waits, as one answer or as a stream; `/v1/ocr/quote` its price."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _Act = Callable[[ReadRequest, DocumentFacts, Reply], Awaitable[None]]
 
 @dataclass(slots=True)
 class _Totals:
-    """What the pages come to."""
+    """Totals over pages."""
 
     usage: PageUsage = field(default_factory=PageUsage)
     num_pages: int = 0
@@ -61,24 +61,24 @@ class _Totals:
 
 
 class DocumentsRoute:
-    """Answers for whoever has a key that the router takes."""
+    """Serves callers whose key the router accepts."""
 
     def __init__(self, service: OcrService) -> None:
         self._service = service
 
     async def answer(self, request: Request, reply: Reply) -> None:
-        """One document.
+        """Read one document.
 
         Raises:
-            ServingError: what is wrong with it as a whole.
+            ServingError: the document as a whole cannot be read.
         """
         await self._take(request, reply, self._read)
 
     async def answer_quote(self, request: Request, reply: Reply) -> None:
-        """What one document would cost, none of it read by a model.
+        """Quote what reading a document would cost, without using a model.
 
         Raises:
-            ServingError: what is wrong with it as a whole.
+            ServingError: the document as a whole cannot be quoted.
         """
         await self._take(request, reply, self._quote)
 
@@ -135,7 +135,7 @@ class DocumentsRoute:
         )
 
     async def _stream(self, request: ReadRequest, facts: DocumentFacts, reply: Reply) -> None:
-        """Nothing is sent before the first page has begun, so that a refusal of the whole still has its status."""
+        """Delay the response until the first page has started, so that a refusal of the whole gets its own status."""
         totals = _Totals()
         has_text = False
         head = DocumentStarted(
@@ -156,7 +156,7 @@ class DocumentsRoute:
 
 
 def refuse_whole(failure: PageFailure | None, has_begun: bool) -> None:
-    """Raise what the router refused the document with, when nothing of it was read before."""
+    """Raise the router's refusal of the whole document, unless part of it has been read already."""
     if failure is None or has_begun or not is_for_all(failure):
         return
     error: ServingError
@@ -173,7 +173,7 @@ def refuse_whole(failure: PageFailure | None, has_begun: bool) -> None:
 
 
 async def _delay_starts(events: AsyncIterator[PipelineEvent]) -> AsyncIterator[PipelineEvent]:
-    """Hold back what says no more than that pages begin, until there is more to say."""
+    """Hold back the starts of pages until the first text or the first end of a page."""
     held: list[PipelineEvent] = []
     is_open = False
     async for event in events:
@@ -182,7 +182,7 @@ async def _delay_starts(events: AsyncIterator[PipelineEvent]) -> AsyncIterator[P
         elif isinstance(event, PageStarted | PageImage):
             held.append(event)
         else:
-            # A page that failed goes first: it may be the end of all.
+            # A failed page goes first: it may be a refusal of the whole document.
             is_open = True
             if isinstance(event, PageEnded) and is_for_all(event.result.failure):
                 yield event

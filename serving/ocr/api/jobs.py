@@ -1,4 +1,4 @@
-"""`/v1/ocr/jobs`: documents that are read while nobody waits."""
+"""`/v1/ocr/jobs`: documents that are read in the background."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 
 class JobsRoute:
-    """Answers for whoever has a key that the router takes. Jobs of others are not there."""
+    """Serves callers whose key the router accepts, each with its own tenant's jobs only."""
 
     def __init__(self, service: OcrService) -> None:
         self._service = service
 
     async def submit(self, request: Request, reply: Reply) -> None:
-        """Take a document in, and answer with the job as soon as it cannot be lost any more."""
+        """Receive a document, and answer with the job once it is stored durably."""
         service = self._service
         caller = await self._service.identify(request)
         idempotency_key = request.headers.get("idempotency-key")
@@ -74,7 +74,7 @@ class JobsRoute:
         )
         job_id = new_job_id()
         file = service.runner.find_file(job_id)
-        # The file first: a job whose document is not there yet could be taken at once.
+        # The file first: a service may start to read the job as soon as it is in the database.
         await service.storage.move(submission.file, file)
         job = None
         try:
@@ -114,7 +114,7 @@ class JobsRoute:
         await reply.send_body(200, job.build_job().to_json())
 
     async def delete(self, request: Request, reply: Reply) -> None:
-        """Everything of a job, whether it has ended or not."""
+        """Delete a job and everything that belongs to it, whether it has ended or not."""
         caller = await self._service.identify(request)
         service = self._service
         job_id = request.path_params["job_id"]
