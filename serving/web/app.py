@@ -1,11 +1,10 @@
-"""The playground's routes, for whichever Starlette app answers `/v1/ocr` as well.
+"""The playground's routes, for the Starlette app that also serves `/v1/ocr`.
 
     Starlette(routes=[*routes_of_the_service, *build_routes()])
 
-`GET /` is the page, `/playground/...` what it loads. The page asks `v1/ocr` and `v1/models` on the address that it came
-from, by relative addresses, so it works behind a path prefix too. It needs no secret: the key that a user types goes
-into the `Authorization` header of these requests and nowhere else. Nothing is asked of any third party, and the
-content-security policy has the browser see to that.
+`GET /` is the page, `/playground/...` its files. The page sends requests to `v1/ocr` and `v1/models` of its own origin
+by relative URLs, so it also works behind a path prefix. The API key that a user enters is sent in the `Authorization`
+header of these requests and nowhere else. The page contacts no third party; its content security policy enforces that.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 _STATIC = Path(__file__).parent / "static"
 
 HEADERS = {
-    # https://www.w3.org/TR/CSP3/: nothing at all, but for what the page is made of. Pictures of pages are made in the
-    # browser (blob:) or come in the answer (data:); no markup is ever made from text (trusted types).
+    # https://www.w3.org/TR/CSP3/: only the page's own files. Page images are created in the browser (blob:) or are part
+    # of the answer (data:). Text is never turned into markup (trusted types).
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'; trusted-types 'none'",
@@ -34,13 +33,13 @@ HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
     "permissions-policy": "camera=(), geolocation=(), microphone=(), payment=(), usb=()",
-    "cache-control": "no-cache",  # an ETag is cheap, and a new version is seen at once
+    "cache-control": "no-cache",  # with an ETag: new versions are used immediately
 }
-"""Of every answer of the playground."""
+"""Headers of every response of the playground."""
 
 
 def build_routes() -> list[BaseRoute]:
-    """Routes for GET and HEAD. Unknown files raise Starlette's 404, which the app around them renders."""
+    """Routes for GET and HEAD. Unknown files raise Starlette's 404, which the surrounding app renders."""
     return [
         Route("/", _show_page),
         Route("/playground/sample.png", _show_sample),
@@ -53,13 +52,13 @@ async def _show_page(request: Request) -> Response:
 
 
 async def _show_sample(request: Request) -> Response:
-    """A page that the bundled checkpoint reads."""
+    """A page that the bundled checkpoint can read."""
     file = Path(str(importlib.resources.files("serving.nano") / "sample.png"))
     return FileResponse(file, headers=HEADERS)
 
 
 class _Guarded:
-    """Adds the headers to whatever an app answers."""
+    """Adds the headers to all responses of an app."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

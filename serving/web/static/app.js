@@ -1,15 +1,15 @@
-// The form, the figures, and the cards of the pages that are read.
+// The form, the figures, and the cards of the pages.
 
 import { Card } from "./cards.js";
 import { headersFor, readError, readEvents } from "./stream.js";
 
 const find = (id) => document.getElementById(id);
 const at = (path) => new URL(path, document.baseURI);
-const MAX_PICTURES = 20; // that the service sends of one document
+const MAX_PICTURES = 20; // that the service sends per document
 
-let chosen = null; // the File to be read
+let chosen = null; // the File to read
 let cards = new Map(); // by index in the document
-let stopper = null; // of the reading under way
+let stopper = null; // cancels the request in progress
 let figures = null;
 
 // --- the document ---
@@ -23,7 +23,7 @@ function choose(file) {
   URL.revokeObjectURL(thumbnail.src);
   thumbnail.hidden = !/^image\/(png|jpeg|webp|gif|bmp)$/.test(file.type);
   thumbnail.src = thumbnail.hidden ? "" : URL.createObjectURL(file);
-  tell(`${file.name} is chosen; press Read.`);
+  setStatus(`${file.name} is chosen; press Read.`);
   find("error").hidden = true;
 }
 
@@ -37,7 +37,7 @@ function watchDocument() {
     });
   }
   for (const name of ["dragleave", "drop"]) drop.addEventListener(name, () => drop.classList.remove("over"));
-  // Dropped beside the field, a document must not replace the page.
+  // A document dropped outside the field must not replace the page.
   addEventListener("dragover", (event) => event.preventDefault());
   addEventListener("drop", (event) => {
     event.preventDefault();
@@ -82,7 +82,7 @@ async function read() {
     if (!answer.ok) throw await readError(answer);
     for await (const event of readEvents(answer.body)) take(event);
   } catch (error) {
-    if (error.name === "AbortError") tell("Stopped.");
+    if (error.name === "AbortError") setStatus("Stopped.");
     else explain(error);
   } finally {
     end();
@@ -101,7 +101,7 @@ function begin() {
   find("progress").hidden = false;
   find("progress").removeAttribute("value");
   find("results").setAttribute("aria-busy", "true");
-  tell(`Sending ${chosen.name}.`);
+  setStatus(`Sending ${chosen.name}.`);
   showFigures();
 }
 
@@ -140,7 +140,7 @@ function open(event) {
     cards.set(index, card);
     find("cards").append(card.root);
   }
-  tell(`Reading ${figures.total} ${figures.total === 1 ? "page" : "pages"}.`);
+  setStatus(`Reading ${figures.total} ${figures.total === 1 ? "page" : "pages"}.`);
 }
 
 function finishPage(card, page) {
@@ -151,7 +151,7 @@ function finishPage(card, page) {
   figures.cost += page.usage?.estimated_cost ?? 0;
   const number = figures.done + figures.failed;
   find("progress").value = number / figures.total;
-  if (number < figures.total) tell(`${number} of ${figures.total} pages read.`);
+  if (number < figures.total) setStatus(`${number} of ${figures.total} pages read.`);
 }
 
 function finishDocument(usage) {
@@ -159,12 +159,12 @@ function finishDocument(usage) {
   figures.image = usage.prompt_tokens_details?.image_tokens ?? figures.image;
   figures.cost = usage.estimated_cost;
   const failed = figures.failed ? `, ${figures.failed} failed` : "";
-  tell(`Done: ${figures.done} of ${figures.total} ${figures.total === 1 ? "page" : "pages"} read${failed}.`);
+  setStatus(`Done: ${figures.done} of ${figures.total} ${figures.total === 1 ? "page" : "pages"} read${failed}.`);
 }
 
-// --- what is shown ---
+// --- display ---
 
-function tell(text) {
+function setStatus(text) {
   find("status").textContent = text;
 }
 
@@ -181,7 +181,7 @@ function explain(error) {
   } else if (error.retryAfter) advice = ` Try again in ${error.retryAfter} s.`;
   else if (error instanceof TypeError) advice = " Is the server still there?";
   fail(`${error.message}${advice}`);
-  tell("Not read.");
+  setStatus("Not read.");
 }
 
 function formatDollars(dollars) {
@@ -191,7 +191,7 @@ function formatDollars(dollars) {
 function showFigures() {
   const { begin, firstDelta, lastDelta, pieces, text, image, cost, done, failed, total } = figures;
   const seconds = firstDelta === null ? 0 : (lastDelta - firstDelta) / 1000;
-  // Until a page has told its tokens, the pieces that arrived stand for them.
+  // Until a page has reported its tokens, estimate them by the number of pieces.
   const tokens = done === total && total ? text : Math.max(text, pieces);
   const isExact = tokens === text;
   const show = (id, value) => { find(id).textContent = value; };
@@ -215,7 +215,7 @@ function save() {
   URL.revokeObjectURL(link.href);
 }
 
-// --- settings of the page ---
+// --- settings ---
 
 function watchTheme() {
   const button = find("theme");
@@ -239,7 +239,7 @@ async function listModels() {
     find("models").replaceChildren(...names.map((name) => new Option(name, name)));
     if (!find("model").value && names.length) find("model").value = names[0];
   } catch {
-    // The field takes any name.
+    // The field accepts any name.
   }
 }
 
@@ -267,6 +267,6 @@ addEventListener("keydown", (event) => {
 });
 find("copy").addEventListener("click", async () => {
   await navigator.clipboard.writeText(joinPages());
-  tell("Copied.");
+  setStatus("Copied.");
 });
 find("save").addEventListener("click", save);

@@ -1,9 +1,9 @@
-// A page's card: its picture with boxes drawn over it, and its text.
+// A page's card: its image with boxes drawn over it, and its text.
 
 const SVG = "http://www.w3.org/2000/svg";
 const MARKUP = /<\|ref\|>([^<]*)<\|\/ref\|>\s*(?:<\|det\|>(\[\[[^<]*\]\])<\|\/det\|>)?/g;
 const REST = /<\|\/?(?:ref|det|grounding)\|>|<\|[^>]*$/g;
-const LAST = 999; // the largest coordinate that the model writes
+const LAST = 999; // the largest coordinate in the model's answers
 const NUM_HUES = 6;
 
 export function element(name, properties = {}, ...children) {
@@ -66,7 +66,7 @@ export class Card {
     this.overlay.setAttribute("viewBox", `0 0 ${size.width} ${size.height}`);
   }
 
-  /** Text as the model writes it: its markup becomes boxes, the rest is shown. */
+  /** Text as the model writes it: markup becomes boxes, the rest is displayed. */
   append(delta) {
     this.raw += delta;
     if (!this.raw.includes("<|")) {

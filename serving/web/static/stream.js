@@ -1,6 +1,6 @@
-// Server-sent events of a POST, which EventSource cannot make.
+// Server-sent events in answer to a POST, which EventSource does not support.
 
-/** An error that the service told, in OpenAI's shape. */
+/** An error of the service, in OpenAI's shape. */
 export class ApiError extends Error {
   constructor(status, error, retryAfter) {
     super(error.message || `The server answered ${status}.`);
@@ -20,7 +20,7 @@ export async function readError(answer) {
   try {
     error = (await answer.json()).error ?? {};
   } catch {
-    // Not the service's own: a proxy's page, or nothing.
+    // Not an answer of the service: a proxy's page, or nothing.
   }
   return new ApiError(answer.status, error, Number(answer.headers.get("retry-after")) || null);
 }
@@ -34,7 +34,7 @@ export async function* readEvents(body) {
       const { value, done } = await reader.read();
       if (done) break;
       const lines = value.split("\n");
-      // Pages' pictures are long lines in many pieces: they are joined once.
+      // Page images are long lines that arrive in many pieces: join them once.
       pending.push(lines.shift());
       while (lines.length) {
         const line = pending.join("");

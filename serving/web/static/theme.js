@@ -1,3 +1,3 @@
-// Before anything is drawn, so that a chosen theme does not flash.
+// Runs before the page is rendered, so that the wrong theme does not flash.
 const chosen = localStorage.getItem("theme");
 if (chosen) document.documentElement.dataset.theme = chosen;
