@@ -1,1 +1,1 @@
-"""Engine replicas (vLLM inside a Ray Serve replica) and the directory that lists them."""
+"""Engine replicas: vLLM inside a Ray Serve replica, or the scripted engine."""

@@ -1,4 +1,4 @@
-"""From settings to the command line of vLLM's OpenAI server, which then checks it by its own rules. Pure."""
+"""Converts settings to the command line of vLLM's OpenAI server, which validates it. Pure."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from serving.errors import SettingsError
 from serving.settings.stack import EngineSettings, ModelSettings, Settings
 
 _DEFAULTS: dict[str, Any] = {
-    # Answers start greedy unless the request asks for something else: a page has one text.
+    # Decoding is greedy unless the request says otherwise: a page has one text.
     "override_generation_config": {"temperature": 0.0},
-    # Nobody watches these logs per request; the router's tell of requests.
+    # vLLM's log lines per request are disabled; the router logs requests.
     "disable_uvicorn_access_log": True,
     "disable_fastapi_docs": True,
-    # Requests may choose a resolution mode; the processor refuses whatever else they try to set.
+    # Requests may choose a resolution mode; the processor refuses any other option.
     "trust_request_mm_kwargs": True,
-    # How many of the prompt's tokens are an image's.
+    # Usage tells how many of the prompt's tokens belong to images.
     "enable_prompt_tokens_details": True,
 }
 
@@ -26,19 +26,20 @@ _DEFAULTS: dict[str, Any] = {
 def build_arguments(
     name: str, model: ModelSettings, engine: EngineSettings, checkpoint: str, traces_url: str | None = None
 ) -> list[str]:
-    """The arguments of one replica's server: the settings over our defaults, the stack's own names over both."""
+    """Build the arguments of one replica's server: our defaults, overridden by the settings, overridden by the
+    stack."""
     given = {key.replace("-", "_"): value for key, value in model.engine_args.items()}
-    # vLLM makes a span of a request that brings a `traceparent`, below the router's.
+    # vLLM creates a span for a request with a `traceparent`, below the router's span.
     flags = list(_flags({**_DEFAULTS, "otlp_traces_endpoint": traces_url, **given}))
     names = [name, *model.aliases]
     flags += ["--model", checkpoint, "--served-model-name", *names]
     if engine.api_key is not None:
-        flags.append(f"--api-key={engine.api_key.get_secret_value()}")  # a key may begin with a dash
+        flags.append(f"--api-key={engine.api_key.get_secret_value()}")  # a key may start with a dash
     return flags
 
 
 def _flags(arguments: Mapping[str, Any]) -> Iterator[str]:
-    """vLLM's flags for a mapping: `max_model_len: 2048` -> `--max-model-len 2048`, booleans as `--x` and `--no-x`."""
+    """Convert a mapping to flags: `max_model_len: 2048` -> `--max-model-len 2048`, booleans to `--x` or `--no-x`."""
     for key, value in arguments.items():
         flag = key.replace("_", "-")
         if value is True:
@@ -58,10 +59,10 @@ def _word(value: Any) -> str:
 
 
 def check_engine_args(settings: Settings) -> None:
-    """Compare the names of `engine_args` with those that the installed vLLM knows.
+    """Check the names in `engine_args` against those of the installed vLLM.
 
     Raises:
-        SettingsError: a name that vLLM does not know, with the closest that it does.
+        SettingsError: vLLM does not know a name; the message suggests the closest one.
     """
     from serving.plugin.interfaces.vllm_internals import known_server_args
 

@@ -1,7 +1,7 @@
-"""How many replicas a model's work wants: a policy for Ray Serve's autoscaler, fed by what routers tell the directory.
+"""A policy for Ray Serve's autoscaler that uses the load which routers report to the directory.
 
-Requests pass Ray Serve by, so it has nothing of its own to count. Routers know better anyway: a request is not one unit
-of work, a page with a long answer is hundreds of times one with a short.
+Requests bypass Ray Serve, so it has nothing to count. The routers also know more: requests differ in work, and a page
+with a long answer takes hundreds of times as much as one with a short answer.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ _MIN_WINDOW_S = 1.0
 
 @dataclass(frozen=True)
 class ModelLoad:
-    """The work of a model, waiting and under way, and what one of its replicas can have under way. In tokens."""
+    """A model's work, queued and in progress, and the capacity of one of its replicas, both in tokens."""
 
     work: float
     capacity: float
 
     def wanted_replicas(self, target_load: float) -> float:
-        """Replicas that this work would fill to the target; Serve rounds up and keeps the bounds."""
+        """Return how many replicas this work would fill to the target. Serve rounds up and applies the bounds."""
         return self.work / (self.capacity * target_load)
 
 
 def measure_load(
     model: str, snapshot: Snapshot, reports: Iterable[RouterReport], work_per_replica: int | None
 ) -> ModelLoad | None:
-    """The load of a model; None when nobody could know it: no router has reported, or no replica is ready.
+    """Return the load of a model, or None if it is unknown: no router has reported, or no replica is ready.
 
-    Work on replicas that drain is left out, it needs no other replica.
+    Work on draining replicas is excluded: it needs no other replica.
     """
     ready = {record.replica_id: record for record in snapshot.ready(model)}
     told = list(reports)
@@ -52,9 +52,10 @@ def measure_load(
 
 
 class WorkPolicy:
-    """Called by Serve's controller at each of its ticks, so it never waits: it uses what it has, and asks for more.
+    """The policy. Serve's controller calls it at every tick, so it never blocks: it uses the latest snapshot and
+    requests the next one.
 
-    Serve itself puts the delays and bounds of the deployment's autoscaling configuration over what this wants.
+    Serve applies the delays and bounds of the deployment's autoscaling configuration to the result.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class WorkPolicy:
         self._loads: deque[tuple[float, ModelLoad]] = deque()
 
     def __call__(self, context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
-        """Replicas wanted (as many as there are when that is not known), and no state to keep."""
+        """Return the desired number of replicas (the current number if the load is unknown) and an empty state."""
         now_s = float(context.current_time or 0.0)
         self._take_answer(now_s)
         self._ask(now_s)
@@ -87,7 +88,7 @@ class WorkPolicy:
         self._asked_s = now_s
         try:
             self._asked = ray.get_actor(DIRECTORY_NAME, self._namespace).survey.remote()
-        except ValueError:  # no directory yet, or just now
+        except ValueError:  # the directory does not exist (yet)
             return
 
     def _take_answer(self, now_s: float) -> None:
@@ -96,7 +97,7 @@ class WorkPolicy:
         asked, self._asked = self._asked, None
         try:
             snapshot, reports = ray.get(asked)
-        except ray.exceptions.RayError:  # the directory died; Ray starts it again
+        except ray.exceptions.RayError:  # the directory died; Ray restarts it
             return
         load = measure_load(self._model, snapshot, reports, self._work_per_replica)
         if load is not None:
@@ -104,7 +105,7 @@ class WorkPolicy:
 
 
 def build_autoscaling(name: str, autoscaling: AutoscalingSettings, settings: Settings) -> AutoscalingConfig:
-    """Serve's configuration for a model's deployment."""
+    """Return Serve's autoscaling configuration for a model's deployment."""
     policy = AutoscalingPolicy(
         policy_function=f"{__name__}:{WorkPolicy.__name__}",
         policy_kwargs={

@@ -1,4 +1,4 @@
-"""Starting what a replica runs: vLLM's `AsyncLLM`, or in its place an engine that answers by a script."""
+"""Starts the engine of a replica: vLLM's `AsyncLLM`, or the scripted engine."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from serving.settings.stack import NANO, ScriptSettings, Settings
 from serving.settings.telemetry import TelemetrySettings
 
 Say = Callable[[str], None]
-"""Takes what is going on, in words for a person."""
+"""Reports progress, for people to read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """An engine that has started."""
+    """A started engine."""
 
     client: Any
-    """Tells of its health: `errored`, `is_running`, `dead_error`."""
+    """Reports its health: `errored`, `is_running`, `dead_error`."""
     app: UsageApp
-    """Its HTTP API."""
+    """Its HTTP API, an ASGI app."""
     facts: Mapping[str, Any]
-    """Fields of the replica's record."""
+    """Fields of the replica's record in the directory."""
     fail: Callable[[], None]
-    """To be called when it has died: closes the counts of what ran."""
+    """Called when the engine has died: closes the usage of running requests."""
 
 
 @contextlib.asynccontextmanager
 async def run_engine(name: str, settings: Settings, checkpoint: str, say: Say) -> AsyncIterator[Engine]:
-    """Run what the model's settings ask for; leaving the context stops it, its processes too.
+    """Run the engine that the model's settings ask for. Leaving the context stops it and its processes.
 
     Raises:
-        SettingsError: engine arguments or a script that cannot be used.
+        SettingsError: the engine arguments or the script are invalid.
     """
     model, key = settings.models[name], settings.engine.api_key
     api_key = None if key is None else key.get_secret_value()
@@ -71,7 +71,7 @@ async def _run_scripted(
 
 
 class ScriptedUsage:
-    """The counts of a scripted engine, which keeps its own."""
+    """The usage of a scripted engine, which counts by itself."""
 
     def __init__(self, engine: ScriptedEngine) -> None:
         self._engine = engine
@@ -125,7 +125,7 @@ async def _run_vllm(
 
 
 class _Watcher:
-    """Passes what vLLM's front end tells of its sequences on to the usage."""
+    """Forwards events of sequences in vLLM's front end to the usage."""
 
     def __init__(self, usage: EngineUsage, read: Callable[[Any], tuple[int, int, int]]) -> None:
         self._usage = usage
@@ -143,7 +143,7 @@ class _Watcher:
 
 
 def _describe_images(model_config: Any) -> tuple[tuple[str, Any], ...] | None:
-    """How the engine reads images, what its checkpoint leaves out resolved; None for one that reads them otherwise."""
+    """Return the engine's image settings with defaults resolved, or None for a model that reads images differently."""
     try:
         return ModeRules.from_config(read_image_config(model_config)).as_config()
     except (TypeError, ValueError):
@@ -151,7 +151,7 @@ def _describe_images(model_config: Any) -> tuple[tuple[str, Any], ...] | None:
 
 
 def _scalars(config: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """The plain values of a configuration, fit for a record that is compared and sent."""
+    """Return the plain values of a configuration, for a record that is compared and sent."""
     return tuple((key, value) for key, value in sorted(config.items()) if isinstance(value, bool | int | float | str))
 
 
@@ -162,7 +162,7 @@ def _build_checkpoint(folder: Path) -> None:
 
 
 def _import_vllm() -> ModuleType:
-    """Takes seconds, so a thread does it while the event loop goes on."""
+    """Import vLLM. It takes seconds, so it runs in a thread while the event loop continues."""
     import vllm  # noqa: F401
 
     from serving.plugin.interfaces import vllm_internals
@@ -171,10 +171,10 @@ def _import_vllm() -> ModuleType:
 
 
 def _parse(vllm_internals: ModuleType, flags: list[str]) -> Any:
-    """vLLM's namespace for its command line.
+    """Parse the command line into vLLM's namespace.
 
     Raises:
-        SettingsError: `engine_args` that vLLM does not accept.
+        SettingsError: vLLM does not accept the `engine_args`.
     """
     complaint = io.StringIO()
     try:

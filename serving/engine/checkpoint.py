@@ -1,4 +1,4 @@
-"""Where a checkpoint is, and whether it is whole: told before an engine takes a minute to find out that it is not."""
+"""Locates a checkpoint and checks that it is complete, before an engine spends a minute finding out that it is not."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _CONFIG = "config.json"
 
 
 def resolve_checkpoint(checkpoint: str, checkpoints: Path = CHECKPOINTS_DIR) -> str:
-    """A folder's absolute name, since replicas run in other folders than the user's; a repository as it is.
+    """Return the absolute path of a folder, since replicas run in another one; a repository's name is unchanged.
 
     Raises:
-        SettingsError: there is no such folder.
+        SettingsError: the folder does not exist.
     """
     if checkpoint == NANO:
         return str((checkpoints / NANO).absolute())
@@ -32,10 +32,10 @@ def resolve_checkpoint(checkpoint: str, checkpoints: Path = CHECKPOINTS_DIR) -> 
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Compare the lengths of the weight files with what their headers promise. Reads a few kilobytes of each.
+    """Compare the sizes of the weight files with their headers. Reads a few kilobytes of each file.
 
     Raises:
-        SettingsError: a file is missing, cut short or no safetensors file; the message names it.
+        SettingsError: a file is missing, truncated or not a safetensors file; the message names it.
     """
     _read_json(folder / _CONFIG)
     files = set(folder.glob("*.safetensors"))

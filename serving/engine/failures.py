@@ -1,4 +1,4 @@
-"""Why an engine did not start. vLLM's engine process tells it to its log; its caller only hears that it failed."""
+"""Finds out why an engine did not start: vLLM's engine process logs the reason, but its caller only sees a failure."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from pathlib import Path
 from serving.errors import ServingError
 
 _TAIL_BYTES = 256 * 1024
-# vLLM 0.32 of an engine process (`vllm.v1.engine.utils`) and of its worker (`vllm.v1.executor.multiproc_executor`).
+# vLLM 0.32's messages about its engine process (`vllm.v1.engine.utils`) and worker
+# (`vllm.v1.executor.multiproc_executor`).
 _REFERS = re.compile(r"Engine core initialization failed|WorkerProc initialization failed|root cause")
-# What vLLM puts before each line: the process, and in its log the level, the time and the place.
+# vLLM's prefix of each line: the process and, in log lines, level, time and location.
 _PREFIX = re.compile(r"^(?:\([^)]*\) )?(?:[A-Z]+ [\d-]+ [\d:.]+ \[[^\]]*\] )?")
-_ERROR = re.compile(r"(?:\w+\.)*\w*(?:Error|Exception|Exit)(?:: .*)?")  # how a traceback ends
+_ERROR = re.compile(r"(?:\w+\.)*\w*(?:Error|Exception|Exit)(?:: .*)?")  # the last line of a traceback
 _MARKS = re.compile(r"[\s^~]*")
-# Another start may find the memory, the port or the other machine that this one has missed.
+# Errors that another attempt may not meet: memory, a port, or another machine may be available then.
 _TRANSIENT = re.compile(
     r"out of memory|OutOfMemory|MemoryError|Cannot allocate memory|Free memory on device|Address already in use|"
     r"Connection|Timeout|timed out|Temporary failure|RayActorError|ActorDiedError",
@@ -25,14 +26,14 @@ UNKNOWN = "The engine's process ended without saying why: it may have been kille
 
 
 class StartLog:
-    """What this process and its children write from now on, where Ray has stdout and stderr go to files."""
+    """What this process and its children write after its creation, if Ray redirects stdout and stderr to files."""
 
     def __init__(self) -> None:
         streams = (Path(os.readlink(f"/proc/self/fd/{number}")) for number in (1, 2))
         self._begins = {file: file.stat().st_size for file in streams if file.is_file()}
 
     def read(self) -> str:
-        """The last 256 KiB of each; empty where they go elsewhere."""
+        """Return the last 256 KiB of each file; empty if they are not redirected."""
         return "\n".join(_read_end(file, begin) for file, begin in self._begins.items())
 
 
@@ -44,13 +45,13 @@ def _read_end(file: Path, begin: int) -> str:
 
 
 def explain(error: BaseException, log: str) -> str:
-    """The reason in a line or two: the error's own words, or those of the engine process that it refers to.
+    """Return the reason in one or two lines: from the error, or from the engine process that the error refers to.
 
     Args:
-        error: what starting the engine raised.
+        error: the exception from starting the engine.
         log: what was written to stdout and stderr meanwhile.
     """
-    if isinstance(error, ServingError):  # written for a person to read
+    if isinstance(error, ServingError):  # written for people to read
         return str(error)
     if not _REFERS.search(str(error)):
         return f"{type(error).__name__}: {error}"
@@ -62,11 +63,11 @@ def explain(error: BaseException, log: str) -> str:
 
 
 def _code_before(lines: list[str], number: int) -> str:
-    """The line of code that a traceback shows last, of an error that has no words of its own."""
+    """Return the last line of code in a traceback, for an error without a message."""
     shown = (line.strip() for line in reversed(lines[:number]) if not _MARKS.fullmatch(line))
     return f"`{next(shown, '?')}`"
 
 
 def is_transient(reason: str) -> bool:
-    """Whether starting the engine again may succeed without anybody changing anything."""
+    """Whether another attempt to start the engine may succeed without changes."""
     return reason == UNKNOWN or bool(_TRANSIENT.search(reason))

@@ -1,7 +1,7 @@
-"""One Ray Serve replica: an engine with vLLM's own OpenAI server on a port of the replica's.
+"""One Ray Serve replica: an engine with vLLM's own OpenAI server on its own port.
 
-Ray Serve places it, watches its health and replaces it. Requests never pass through Serve: the replica tells the
-directory its address, and routers come straight to it.
+Ray Serve places the replica, checks its health and replaces it. Requests never pass through Serve: the replica reports
+its address to the directory, and routers connect to it directly.
 """
 
 from __future__ import annotations
@@ -30,32 +30,32 @@ from serving.settings.stack import ModelSettings, Settings
 
 logger = logging.getLogger(__name__)
 
-# Known to every process of the replica. A user's `env` may change them.
+# Set for every process of the replica. The settings' `env` may override them.
 _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_COLOR": "0",
-    "VLLM_MEDIA_CONNECTOR": "serving",  # leaves images encoded until the plugin's pipeline takes them
+    "VLLM_MEDIA_CONNECTOR": "serving",  # images stay encoded until the plugin's pipeline decodes them
 }
 _HEALTH_PERIOD_S = 2.0
 _HEALTH_TIMEOUT_S = 30.0
 _MANY = 100_000
 _MAX_STARTS = 3
-"""Starts that may fail one after another before the deployment is given up and the reason shown."""
+"""Consecutive failed starts after which the deployment fails and the reason is reported."""
 _LOOK_S = 0.1
 _NOTICE_S = 5.0
-"""How long routers may take to hear that a replica drains: one that hangs must not hold it up."""
+"""How long to wait until all routers know that a replica is draining; a router that hangs must not block it."""
 _IN_FLIGHT_S = 0.25
-"""How long a request may be under way between a router's choice and here."""
+"""Longest time between a router's choice of this replica and the arrival of the request."""
 _USAGE_S = 2.0
-"""How long after a request's end its router may still ask what it used."""
+"""How long after the end of a request its router may still ask for its usage."""
 
 
 class EngineStartError(Exception):
-    """The engine did not start; the message is the engine's own."""
+    """The engine did not start; the message is that of the engine."""
 
 
 class EngineReplica:
-    """The class behind the deployment; `build_engine_app` wraps it."""
+    """The class of the deployment; `build_engine_app` wraps it."""
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
         self, name: str, settings: Settings, checkpoint: str
@@ -76,7 +76,7 @@ class EngineReplica:
         self._heartbeat = asyncio.create_task(self._tell_forever())
         self._watching: asyncio.Task[None] | None = None
         try:
-            await asyncio.sleep(0)  # lets the first heartbeat out before the imports hold the loop
+            await asyncio.sleep(0)  # sends the first heartbeat before imports block the event loop
             await self._start(name, checkpoint)
         except Exception as error:
             reason = explain(error, self._log.read())
@@ -88,7 +88,8 @@ class EngineReplica:
             raise
 
     async def _report_failure(self, model: str, reason: str) -> None:
-        """Serve tries to start a replica again and again; whoever waits for it should not wait for what cannot be."""
+        """Report a failed start to the directory: Serve retries, but nobody should wait for a start that cannot
+        succeed."""
         if not is_transient(reason):
             with contextlib.suppress(ray.exceptions.RayError):
                 await self._directory.fail.remote(model, reason)
@@ -98,7 +99,7 @@ class EngineReplica:
         self._engine: Engine = await self._running.enter_async_context(starting)
         host = self._settings.engine.host
         host = ray.util.get_node_ip_address() if host == "auto" else host
-        # Requests have ended when it is stopped, see `_drain`; those that have not are over their time.
+        # Requests have ended before the server stops, see `_drain`; the remaining ones have exceeded their time.
         self._server = HttpServer(self._engine.app, host=host, port=0, drain_s=1, has_lifespan=True)
         await self._server.start()
         self._update(**self._engine.facts)
@@ -106,7 +107,7 @@ class EngineReplica:
         self._watching = asyncio.create_task(self._watch_engine())
 
     async def check_health(self) -> None:
-        """Called by Ray Serve, which replaces a replica that raises.
+        """Check the replica's health. Called by Ray Serve, which replaces a replica that raises.
 
         Raises:
             RuntimeError: the engine's process or the HTTP server has died.
@@ -118,7 +119,7 @@ class EngineReplica:
             raise RuntimeError(f"the HTTP server of {self._record.replica_id} has ended")
 
     async def __del__(self) -> None:
-        """Called by Ray Serve before it ends the replica: take no more, finish what runs, stop the engine."""
+        """Refuse new requests, finish running ones, stop the engine. Called by Ray Serve before it ends the replica."""
         if self._record.state is ReplicaState.READY:
             if not self._engine.client.errored:
                 await self._drain()
@@ -126,10 +127,10 @@ class EngineReplica:
         await self._leave()
 
     async def _drain(self) -> None:
-        """Let what runs end (`drain_s` at most) while new requests go elsewhere.
+        """Let running requests end, for at most `drain_s`, while new requests go to other replicas.
 
-        Nobody is refused meanwhile: the port stays open until every router knows and their requests have ended, so a
-        request that was already on its way is served like any other.
+        No request is refused meanwhile: the port stays open until every router knows and its requests have ended, so
+        requests that were already sent are served normally.
         """
         self._update(state=ReplicaState.DRAINING)
         await self._tell()
@@ -143,7 +144,7 @@ class EngineReplica:
         await asyncio.sleep(max(0.0, app.last_end_s + _USAGE_S - time.monotonic()))
 
     async def _watch_engine(self) -> None:
-        """An engine that has died gets nothing more from routers, long before Ray Serve asks for its health."""
+        """Remove a dead engine from the directory immediately, long before Ray Serve's next health check."""
         client = self._engine.client
         while True:
             await asyncio.sleep(_LOOK_S)
@@ -169,7 +170,7 @@ class EngineReplica:
         self._news.set()
 
     async def _tell_forever(self) -> None:
-        """Heartbeats; a change goes out at once."""
+        """Send heartbeats, and every change immediately."""
         while True:
             await self._tell()
             with contextlib.suppress(TimeoutError):
@@ -184,24 +185,24 @@ class EngineReplica:
 
 
 def _environment(settings: Settings, model: ModelSettings) -> dict[str, str]:
-    # The router has looked at sizes already; an engine that is reached some other way has the same limit.
+    # The router has already checked sizes; the limit also applies to an engine that is reached in another way.
     limit = {"VLLM_MAX_IMAGE_PIXELS": str(settings.router.limits.max_image_pixels)}
-    # vLLM would speak gRPC; it finds the endpoint in its arguments.
+    # The variable would make vLLM use gRPC; the endpoint is given in its arguments.
     traces = {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf", "OTEL_SERVICE_NAME": "serving-engine"}
     is_traced = settings.telemetry.otlp_endpoint is not None
     return {**_ENVIRONMENT, **limit, **(traces if is_traced else {}), **model.images.environment(), **model.env}
 
 
 def build_engine_app(name: str, settings: Settings, checkpoint: str) -> Application:
-    """The Serve application that runs one model's replicas.
+    """Build the Serve application that runs one model's replicas.
 
-    Deploying it again changes what has changed, and replaces replicas only when they would run something else.
+    Deploying it again applies changes, and replaces replicas only if they would behave differently.
 
     Args:
         name: the model, a key of `settings.models`.
-        settings: the whole of them.
-        checkpoint: an absolute directory (where the nano checkpoint is written to, if that is the model's) or a
-            Hugging Face repository.
+        settings: all settings.
+        checkpoint: an absolute directory (to which the nano checkpoint is written, if the model uses it) or a Hugging
+            Face repository.
     """
     model = settings.models[name]
     scaling: dict[str, Any] = {"num_replicas": model.num_replicas}

@@ -1,9 +1,9 @@
-"""Ray Serve's log in a process that runs vLLM.
+"""Protects Ray Serve's log handler in a process that runs vLLM.
 
-vLLM configures logging by `logging.config.dictConfig`, which first closes every handler there is. Serve's, a memory
-handler before a file, loses its file by that and is not told. It then keeps every record for ever; and a controller
-that starts anew, after the loss of the head, asks each replica for the name of that file and stops those that cannot
-say it. Seen with vLLM 0.32 and Ray 2.60.
+vLLM configures logging with `logging.config.dictConfig`, which closes all existing handlers. Serve's handler, a memory
+handler in front of a file, loses its file without noticing and then keeps every record in memory forever. In addition,
+a controller that restarts after the loss of the head node asks each replica for the name of that file and stops those
+that cannot answer. Observed with vLLM 0.32 and Ray 2.60.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from logging.handlers import MemoryHandler
 
 @contextlib.contextmanager
 def keep_serve_log() -> Iterator[None]:
-    """Serve's records go where they went, whatever happens to logging meanwhile; a closed file opens itself."""
+    """Restore the target of Serve's handler after logging was reconfigured; a closed file reopens by itself."""
     handlers = logging.getLogger("ray.serve").handlers
     targets = [(each, each.target) for each in handlers if isinstance(each, MemoryHandler) and each.target]
     try:

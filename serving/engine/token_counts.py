@@ -1,12 +1,12 @@
-"""What an engine has counted for each request, also for those that ended before their answer did.
+"""Token counts of each request as the engine counted them, including requests whose answer was not completed.
 
-An answer carries its usage in its last frame, which a client that leaves never lets come. The engine's front end knows
-it all the same: it follows every sequence and counts its tokens as its own metrics do. `EngineUsage` asks it when a
-sequence ends, and so costs something per request and nothing per token.
+An answer carries its usage in its last frame, which is never sent if the client disconnects early. The engine's front
+end still knows the usage: it follows every sequence and counts tokens for its own metrics. `EngineUsage` reads the
+counts when a sequence ends, so it costs time per request and none per token.
 
 Served by `UsageApp` beside the engine's own routes, under the same key:
 
-    GET /usage/{request_id}   that request; 404 when it is unknown, or forgotten
+    GET /usage/{request_id}   that request; 404 if it is unknown or was forgotten
     GET /usage                totals since the engine's start
 """
 
@@ -31,17 +31,17 @@ _MAX_KEPT = 10_000
 _KEPT_S = 600.0
 _PATH = "/usage"
 _REQUEST_ID = b"x-request-id"
-# vLLM's names for the sequences of one request: `chatcmpl-<id>`, `cmpl-<id>-<prompt>`.
+# vLLM's names of the sequences of one request: `chatcmpl-<id>`, `cmpl-<id>-<prompt>`.
 _CHAT = "chatcmpl-"
 _COMPLETION = re.compile(r"cmpl-(.*)-\d+", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceCounts:
-    """Tokens of one sequence, as the engine's metrics have counted them so far."""
+    """Tokens of one sequence, as counted by the engine's metrics so far."""
 
     num_prompt_tokens: int = 0
-    """0 until the prompt was computed: what waited in vain cost nothing."""
+    """0 until the prompt was computed: a sequence that only queued cost nothing."""
     num_image_tokens: int = 0
     num_cached_tokens: int = 0
     num_completion_tokens: int = 0
@@ -49,13 +49,13 @@ class SequenceCounts:
 
 @dataclass(slots=True)
 class _Entry:
-    """One request. Sequences of one prompt (`n` > 1) share its tokens, as OpenAI's usage has it."""
+    """One request. Sequences of the same prompt (`n` > 1) share its prompt tokens, as in OpenAI's usage."""
 
     prompts: dict[str, SequenceCounts] = field(default_factory=dict)
     num_completion_tokens: int = 0
     finish_reason: str = ""
     num_open: int = 0
-    """HTTP requests under this id that have not been answered to the end."""
+    """HTTP requests with this id whose answers are not complete."""
     live: dict[str, tuple[str, Callable[[], SequenceCounts]]] = field(default_factory=dict)
     finished_s: float = 0.0
 
@@ -64,14 +64,14 @@ class _Entry:
         return not self.live and not self.num_open
 
     def add(self, prompt: str, counts: SequenceCounts) -> None:
-        """Counts of a sequence that has ended."""
+        """Add the counts of a sequence that has ended."""
         known = self.prompts.get(prompt)
         if known is None or counts.num_prompt_tokens > known.num_prompt_tokens:
             self.prompts[prompt] = counts
         self.num_completion_tokens += counts.num_completion_tokens
 
     def now(self) -> _Entry:
-        """The same with what its running sequences have come to."""
+        """Return the usage including the request's running sequences."""
         if not self.live:
             return self
         present = _Entry(dict(self.prompts), self.num_completion_tokens)
@@ -84,9 +84,9 @@ class _Entry:
 
 
 class EngineUsage:
-    """The counts of an engine's requests. The engine's front end tells of sequences, the HTTP server of requests.
+    """The usage of an engine's requests. The engine's front end reports sequences, the HTTP server reports requests.
 
-    Ids that come twice add up: what the engine did for a request is what it did for all its tries.
+    Requests with the same id add up, so that all tries of a request are counted.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -100,28 +100,28 @@ class EngineUsage:
         self._num_completion_tokens = 0
 
     def open(self, request_id: str) -> None:
-        """An HTTP request has come. It is not finished before `close`, whatever its sequences do."""
+        """Record the arrival of an HTTP request. It is not finished before `close`, whatever its sequences do."""
         self._enter(request_id).num_open += 1
 
     def close(self, request_id: str) -> None:
-        """The HTTP request has been answered, or its client has left."""
+        """Record that the HTTP request was answered, or that its client disconnected."""
         self._running[request_id].num_open -= 1
         self._settle(request_id)
 
     def begin(self, sequence_id: str, engine_id: str, read: Callable[[], SequenceCounts]) -> None:
-        """The engine takes a sequence.
+        """Record the start of a sequence.
 
         Args:
-            sequence_id: unique among the sequences that run.
-            engine_id: the engine's name for its prompt, see `request_id_of`.
-            read: what has been counted for it; asked now and then, and when it ends.
+            sequence_id: unique among running sequences.
+            engine_id: the engine's name of its prompt, see `request_id_of`.
+            read: returns its counts; called when usage is requested and when the sequence ends.
         """
         request_id = self.request_id_of(engine_id)
         self._enter(request_id).live[sequence_id] = (engine_id, read)
         self._owners[sequence_id] = request_id
 
     def end(self, sequence_id: str, finish_reason: str) -> None:
-        """A sequence has ended. One that is not known changes nothing."""
+        """Record the end of a sequence. Unknown sequences are ignored."""
         request_id = self._owners.pop(sequence_id, None)
         if request_id is None:
             return
@@ -138,12 +138,12 @@ class EngineUsage:
         self._settle(request_id)
 
     def end_all(self, finish_reason: str) -> None:
-        """The engine has died: nothing more comes for what ran."""
+        """Record that the engine has died: end all running sequences."""
         for sequence_id in list(self._owners):
             self.end(sequence_id, finish_reason)
 
     def find(self, request_id: str) -> dict[str, Any] | None:
-        """What has been counted for a request; None when it is not known, or was forgotten."""
+        """Return a request's usage, or None if it is unknown or was forgotten."""
         self._forget()
         entry = self._running.get(request_id) or self._finished.get(request_id)
         if entry is None:
@@ -160,9 +160,9 @@ class EngineUsage:
         }
 
     def totals(self) -> dict[str, int]:
-        """All since the start, running sequences included. A prompt counts once, however many answers it gets.
+        """Return the totals since the start, including running sequences. A prompt with several answers counts once.
 
-        Requests are those whose prompt was computed: what was refused, or left before its turn, is none.
+        Only requests whose prompt was computed count: not those that were refused or ended while queued.
         """
         prompt, completion, requests = self._num_prompt_tokens, self._num_completion_tokens, self._num_requests
         for entry in self._running.values():
@@ -181,7 +181,7 @@ class EngineUsage:
         }
 
     def request_id_of(self, engine_id: str) -> str:
-        """The request behind vLLM's name for a prompt. An id that was announced by `open` is taken to the letter."""
+        """Return the request behind vLLM's name of a prompt. An id that was passed to `open` is used exactly."""
         if engine_id.startswith(_CHAT):
             plain = engine_id.removeprefix(_CHAT)
             return plain if plain in self._running else _without_number(plain, self._running)
@@ -215,13 +215,13 @@ class EngineUsage:
 
 
 def _without_number(name: str, known: dict[str, _Entry]) -> str:
-    """A chat with several prompts numbers them: `<id>_<prompt>`."""
+    """Return the request id of a chat with several prompts, which are numbered `<id>_<prompt>`."""
     stem, _, number = name.rpartition("_")
     return stem if number.isdigit() and stem in known else name
 
 
 class UsageSource(Protocol):
-    """What `UsageApp` tells of requests, and asks; `EngineUsage` says what each means."""
+    """The usage as `UsageApp` needs it; `EngineUsage` documents the methods."""
 
     def open(self, request_id: str) -> None: ...
 
@@ -233,21 +233,21 @@ class UsageSource(Protocol):
 
 
 class UsageApp:
-    """ASGI middleware around an engine's app: checks the key, tells the usage of requests, serves what was counted.
+    """ASGI middleware around an engine's app: checks the key, reports requests to the usage, and serves the usage.
 
-    vLLM itself asks for its key below `/v1` only; tokenizing, engine control and `/invocations` would be open.
+    vLLM itself requires its key below `/v1` only; tokenizing, engine control and `/invocations` would be open.
     """
 
     def __init__(
         self, app: ASGIApp, usage: UsageSource, api_key: str | None, telemetry: TelemetrySettings | None = None
     ) -> None:
-        """Put it together.
+        """Set up the middleware.
 
         Args:
-            app: the engine's own.
-            usage: what it has counted.
-            api_key: asked for on every route but `/health`, and `/metrics` where something else is said.
-            telemetry: whether `/metrics` has a key of its own, or is open.
+            app: the engine's app.
+            usage: the engine's usage.
+            api_key: required on every route except `/health`, and except `/metrics` if it has its own rule.
+            telemetry: whether `/metrics` has a key of its own or is open.
         """
         self._app = app
         self._usage = usage
@@ -256,14 +256,14 @@ class UsageApp:
         if telemetry is not None and (telemetry.metrics_key is not None or telemetry.opens_metrics):
             self._metrics_key = BearerKey(telemetry.metrics_key)
         self.num_running = 0
-        """HTTP requests that are being answered."""
+        """HTTP requests in progress."""
         self.last_end_s = float("-inf")
-        """When the last one ended (monotonic seconds)."""
+        """When the last HTTP request ended (monotonic seconds)."""
         self._idle = asyncio.Event()
         self._idle.set()
 
     async def wait_idle(self) -> None:
-        """Until no HTTP request is being answered."""
+        """Wait until no HTTP request is in progress."""
         await self._idle.wait()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,1 +1,1 @@
-"""A stand-in at the engine's seam: answers in vLLM's shapes by a script."""
+"""The scripted engine, a stand-in for vLLM: it answers in vLLM's formats according to a script."""

@@ -1,4 +1,4 @@
-"""The command behind `python -m serving.engine.scripted`: one scripted engine on a port of its own."""
+"""The command `python -m serving.engine.scripted`: one scripted engine on its own port."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes wrong with a scripted engine, and when: a small language, and the counting behind it. Pure.
+"""A small language for the failures of a scripted engine, and the counters behind it. Pure.
 
 A failure is written `KIND[:VALUE][:KEY=NUMBER]...`:
 
@@ -11,16 +11,16 @@ A failure is written `KIND[:VALUE][:KEY=NUMBER]...`:
     exit              ends the process at once, as SIGKILL does
     dead              the engine dies and its HTTP server lives: 500 to all from then on, 503 on /health
 
-`stall`, `die`, `error`, `exit` and `dead` come to pass after `after_tokens=N` tokens of the answer (default 0), not at
-all in an answer that is shorter. Which requests are struck is the same for all kinds, and the first failure that
-strikes a request is its only one:
+`stall`, `die`, `error`, `exit` and `dead` happen after `after_tokens=N` tokens of the answer (default 0), and not at
+all in a shorter answer. The choice of requests works the same for all kinds; only the first failure of a request
+happens:
 
     every=N           every Nth request (default 1: all)
-    after_requests=N  not the first N; `every` counts from there
-    times=N           N requests at most
+    after_requests=N  skips the first N requests; `every` counts from there
+    times=N           at most N requests
 
-So "die:after_tokens=5:every=20" cuts every twentieth answer after five tokens, and "exit:after_requests=100" ends the
-process when the 101st request comes. Requests are those that generate, in the order in which they came in.
+For example, "die:after_tokens=5:every=20" cuts every twentieth answer after five tokens, and "exit:after_requests=100"
+ends the process at the 101st request. Only generation requests count, in the order of arrival.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ _KEYS: dict[FailureKind, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class ScriptedFailure:
-    """One line of the script."""
+    """One failure of the script."""
 
     kind: FailureKind
     value: float = 0.0
-    """The status, or the seconds."""
+    """The HTTP status, or seconds."""
     after_tokens: int = 0
     every: int = 1
     after_requests: int = 0
@@ -70,25 +70,25 @@ class ScriptedFailure:
 
     @property
     def is_midway(self) -> bool:
-        """Whether it waits for a certain token."""
+        """Whether it happens at a certain token."""
         return self.kind in _MIDWAY
 
     def strikes(self, number: int, num_struck: int) -> bool:
-        """Whether it strikes request `number` (from 1), having struck `num_struck` before."""
+        """Whether it applies to request `number` (from 1) after it applied to `num_struck` requests."""
         counted = number - self.after_requests
         return counted > 0 and counted % self.every == 0 and (self.times is None or num_struck < self.times)
 
 
 @dataclass(slots=True)
 class FailureScript:
-    """Counts requests and says what strikes each."""
+    """Counts requests and chooses the failure of each."""
 
     failures: tuple[ScriptedFailure, ...] = ()
     num_requests: int = 0
     _struck: Counter[int] = field(default_factory=Counter)
 
     def next(self) -> ScriptedFailure | None:
-        """The failure of the request that has just come in."""
+        """Return the failure of the request that has just arrived."""
         self.num_requests += 1
         for place, failure in enumerate(self.failures):
             if failure.strikes(self.num_requests, self._struck[place]):
@@ -98,10 +98,10 @@ class FailureScript:
 
 
 def parse_failures(lines: Iterable[str]) -> FailureScript:
-    """Read a script.
+    """Parse a script.
 
     Raises:
-        SettingsError: a line that is not of the language above.
+        SettingsError: a line is not valid in the language above.
     """
     return FailureScript(tuple(_parse(line) for line in lines))
 

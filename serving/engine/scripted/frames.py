@@ -1,4 +1,4 @@
-"""Answers in the shapes of vLLM's OpenAI server (0.32), rendered by hand: a frame costs a concatenation. Pure."""
+"""Renders answers as vLLM's OpenAI server (0.32) does, by hand: a frame costs one concatenation. Pure."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _TEXT_END = b',"logprobs":null,"finish_reason":null,"stop_reason":null,"prompt_t
 
 
 def word(number: int) -> str:
-    """Token `number` (from 1) of every answer."""
+    """Return token `number` (from 1) of every answer."""
     return _WORDS[(number - 1) % len(_WORDS)]
 
 
 def build_text(num_tokens: int) -> str:
-    """The text of a whole answer."""
+    """Return the text of a whole answer."""
     whole, rest = divmod(num_tokens, len(_WORDS))
     return "".join(_WORDS) * whole + "".join(_WORDS[:rest])
 
 
 def build_usage(request: ScriptedRequest, completion_tokens: int) -> dict[str, Any]:
-    """vLLM's `usage`; a completion (not a chat) tells nothing of images."""
+    """Return vLLM's `usage`; that of a completion, unlike a chat, does not mention images."""
     details: dict[str, Any] = {"cached_tokens": 0}
     if request.image_tokens:
         details["multimodal_tokens"] = {"image": request.image_tokens}
@@ -39,7 +39,7 @@ def build_usage(request: ScriptedRequest, completion_tokens: int) -> dict[str, A
 
 
 def build_answer(request: ScriptedRequest, answer_id: str, created_s: int) -> bytes:
-    """A whole answer."""
+    """Return a whole answer."""
     text = build_text(request.output_tokens)
     end = {"logprobs": None, "finish_reason": request.finish_reason, "stop_reason": None, "token_ids": None}
     says: dict[str, Any] = {"message": {"role": "assistant", "content": text, "refusal": None}}
@@ -59,7 +59,7 @@ def build_answer(request: ScriptedRequest, answer_id: str, created_s: int) -> by
 
 
 def build_error(status: int, message: str, kind: str, param: str | None = None) -> bytes:
-    """vLLM's error body, which carries the status as `code`."""
+    """Return vLLM's error body, which has the status as `code`."""
     return orjson.dumps({"error": {"message": message, "type": kind, "param": param, "code": status}})
 
 
@@ -69,7 +69,7 @@ class StreamFrames:
     def __init__(
         self, request: ScriptedRequest, answer_id: str, created_s: int, *, has_continuous_usage: bool = False
     ) -> None:
-        """has_continuous_usage: every frame tells the usage so far."""
+        """has_continuous_usage: every frame contains the usage so far."""
         self._request = request
         self._has_continuous_usage = has_continuous_usage
         start = {
@@ -80,12 +80,12 @@ class StreamFrames:
         }
         self._head = b"data: " + orjson.dumps(start)[:-1] + b',"choices":['
         self._ready: tuple[bytes, ...] = ()
-        """Frames of an only choice, one for each word, when nothing else is in them."""
+        """Prebuilt frames of a single choice, one for each word, if they contain nothing else."""
         if request.num_choices == 1 and not has_continuous_usage:
             self._ready = tuple(self._render(self._token(0, number), number) for number in range(1, len(_WORDS) + 1))
 
     def first(self) -> bytes:
-        """The role of every choice, as frames; a completion has none."""
+        """Return the frames with the role of every choice; a completion has none."""
         if not self._request.is_chat:
             return b""
         role = b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]'
@@ -93,7 +93,7 @@ class StreamFrames:
         return b"".join(self._render(role % index + prompt, 0) for index in range(self._request.num_choices))
 
     def token(self, index: int, number: int) -> bytes:
-        """The frame of token `number` (from 1) of a choice; the last one tells why the answer ends."""
+        """Return the frame of token `number` (from 1) of a choice; the last one contains the finish reason."""
         if number == self._request.output_tokens:
             return self._render(self._last(index, number), number)
         if self._ready:
@@ -101,7 +101,7 @@ class StreamFrames:
         return self._render(self._token(index, number), number)
 
     def usage(self) -> bytes:
-        """The frame before the last, which has no choices."""
+        """Return the usage frame, which has no choices and precedes the end of the stream."""
         usage = build_usage(self._request, self._request.num_choices * self._request.output_tokens)
         return self._head + b'],"usage":' + orjson.dumps(usage) + b"}\n\n"
 

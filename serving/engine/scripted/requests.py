@@ -1,7 +1,7 @@
-"""What a scripted engine reads from a request: how long the prompt is, and how long the answer is to be. Pure.
+"""Reads from a request how long its prompt is and how long its answer should be. Pure.
 
-Tokens are guessed, the same way every time: four bytes of text are a token, and an image has the tokens of its
-resolution mode at its real size, as the published model counts them.
+Tokens are estimated in a reproducible way: four bytes of text are one token, and an image has the tokens of its
+resolution mode at its real size, as in the published model.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from serving.plugin.modes.selection import ModeRules, ModeSelectionError
 from serving.settings.stack import ScriptSettings
 
 _BYTES_PER_TOKEN = 4
-_HEAD_CHARS = 64 * 1024  # a multiple of four, so that it is base64 by itself
-_PAGE = (1654, 2339)  # A4 at 200 dpi: an image whose size cannot be read
+_HEAD_CHARS = 64 * 1024  # a multiple of four, so that the prefix is valid base64
+_PAGE = (1654, 2339)  # A4 at 200 dpi, assumed for an image whose size cannot be read
 _RULES = ModeRules.from_config({})
 
 
 class ScriptedRefusalError(Exception):
-    """A request that vLLM refuses as well; `type` and `status` are vLLM's."""
+    """A request that vLLM would refuse as well, with vLLM's `type` and `status`."""
 
     def __init__(self, message: str, *, status: int = 400, type: str = "BadRequestError", param: str | None = None):  # noqa: A002
         super().__init__(message)
@@ -38,29 +38,29 @@ class ScriptedRefusalError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ScriptedRequest:
-    """One request, tokens counted."""
+    """One request with its token counts."""
 
     model: str
     is_chat: bool
     is_stream: bool
     include_usage: bool | None
-    """What `stream_options` says, None when it says nothing."""
+    """`stream_options.include_usage`, None if absent."""
     continuous_usage: bool
     num_choices: int
     prompt_tokens: int
-    """Of all prompts together, image tokens included."""
+    """Tokens of all prompts together, including image tokens."""
     image_tokens: int
     output_tokens: int
-    """Of each choice."""
+    """Tokens of each choice."""
     finish_reason: str
-    """`stop` when the answer ends by itself, `length` when the request or the model's length ends it."""
+    """`stop` if the answer ends by itself, `length` if the request's or the model's limit ends it."""
 
 
 def read_request(path: str, body: bytes, script: ScriptSettings, names: tuple[str, ...]) -> ScriptedRequest:
     """Check a body and count its tokens.
 
     Raises:
-        RefusedError: in vLLM's words as far as somebody looks at them.
+        ScriptedRefusalError: vLLM would refuse the body; the message is vLLM's where clients depend on it.
     """
     payload = _decode(body)
     model = payload.get("model") or names[0]
@@ -109,7 +109,7 @@ def _read_count(payload: Mapping[str, Any], key: str) -> int | None:
 
 
 def _plan_output(payload: Mapping[str, Any], prompt_tokens: int, script: ScriptSettings) -> tuple[int, str]:
-    """Tokens of the answer, and what ends it."""
+    """Return the number of tokens of the answer and its finish reason."""
     room = script.max_model_len - prompt_tokens
     if room < 1:
         raise ScriptedRefusalError(
@@ -129,7 +129,7 @@ def _count_text(text: str) -> int:
 
 
 def _count_messages(messages: list[Any]) -> int:
-    """At least the token that every prompt begins with."""
+    """Estimate a text's tokens; at least one, for the token that every prompt begins with."""
     texts = (part.get("text") for part in _content_parts(messages))
     return 1 + sum(_count_text(text) for text in texts if isinstance(text, str))
 
@@ -144,7 +144,8 @@ def _content_parts(messages: list[Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _count_prompts(payload: Mapping[str, Any]) -> tuple[int, int]:
-    """How many prompts, and their tokens: a text, a list of texts, token ids, or a list of such lists."""
+    """Return the number of prompts and their tokens, for a text, a list of texts, token ids, or a list of such
+    lists."""
     prompt = payload.get("prompt")
     if isinstance(prompt, str):
         return 1, 1 + _count_text(prompt)
@@ -174,7 +175,8 @@ def _read_url(image: Any) -> str:
 
 
 def _read_size(url: str) -> tuple[int, int]:
-    """From the header alone; an image that cannot be read is taken for a page, since judging it is no test of ours."""
+    """Read an image's size from its header. An unreadable image is treated as a page; checking it is not the
+    purpose."""
     encoded = url.partition(",")[2]
     for text in (encoded[:_HEAD_CHARS], encoded):
         try:
