@@ -1,1 +1,1 @@
-"""The `serving` command, one file a verb; the only place where the parts are put together."""
+"""The `serving` command, with one file per subcommand."""

@@ -1,4 +1,4 @@
-"""`serving billing ...`: the ledger's reports and checks, for the people who run the stack."""
+"""The commands `serving billing ...`: reports and checks of the ledger for operators."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ FormatOption = Annotated[TableFormat, typer.Option("--format", "-f", help="How t
 
 @app.command()
 def migrate(config: ConfigOption) -> None:
-    """Bring the ledger's database to this version's schema, and write down the prices of the settings."""
+    """Migrate the ledger's database to this version's schema, and store the prices in the settings."""
     settings = _load(config)
 
     async def work(database: Database) -> None:
@@ -132,9 +132,9 @@ def reconcile(
     ] = None,
     save: Annotated[Path | None, typer.Option(help="Where to keep this reading.")] = None,
 ) -> None:
-    """Compare the ledger with the engines' own counters. Ends with status 1 when there is a difference.
+    """Compare the ledger with the engines' own counters. The exit status is 1 if they differ.
 
-    Nothing may be in flight meanwhile: a request that one side has counted and the other has not is a difference.
+    No requests may be running: a request that only one side has counted is a difference.
     """
     settings = _load(config)
     try:
@@ -155,7 +155,7 @@ def run_reconcile(
     """Read the engines' counters, from replicas by id or from a file, and compare the ledger with them.
 
     Raises:
-        CountersError: a replica cannot be asked, or there is none.
+        CountersError: there is no replica, or a replica does not answer.
     """
     if counters is None and not base_urls:
         raise CountersError("no replicas are given to compare the ledger with: use --replica ID=URL")
@@ -175,7 +175,7 @@ def run_reconcile(
 
 
 async def _catch_up(database: Database, settings: Settings) -> None:
-    """Bring what lies in the spools of this machine to the database, so that a report misses nothing."""
+    """Write the records in this machine's journals to the database, so that a report is complete."""
     if settings.billing.migrate_on_start:
         await database.migrate()
     for records in read_spools(settings.billing.directory / "spool", _ROWS_AT_ONCE):
@@ -279,7 +279,7 @@ def _table(names: Sequence[str], numbers: Sequence[str]) -> Table:
 
 
 def _console() -> Console:
-    # A pipe has no width: nothing may be cut off there.
+    # A pipe has no width, so nothing may be truncated.
     return Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 200)
 
 

@@ -30,13 +30,13 @@ _STOP_S = 120.0
 
 
 class NoPrometheusError(Exception):
-    """It is not installed, or does not start."""
+    """Prometheus is not installed or does not start."""
 
 
 def build_config(
     *, targets_url: str = "", targets_file: Path | None = None, interval_s: int | None = None
 ) -> dict[str, Any]:
-    """`prometheus.yml` with paths that hold everywhere, and with another source of targets or other pauses if given."""
+    """Return `prometheus.yml` with absolute paths and, if given, another source of targets or another interval."""
     config: dict[str, Any] = yaml.safe_load((HERE / "prometheus.yml").read_text())
     config["rule_files"] = [str(HERE / pattern) for pattern in config["rule_files"]]
     (scrape,) = config["scrape_configs"]
@@ -59,10 +59,10 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def run_prometheus(config: dict[str, Any], folder: Path, port: int) -> Iterator[str]:
-    """Debian's, while the context lasts; gives its address. What it has seen goes into `folder`.
+    """Run Prometheus while the context lasts and yield its address. Its data is stored in `folder`.
 
     Raises:
-        NoPrometheusError: it is not installed, or does not become ready.
+        NoPrometheusError: Prometheus is not installed or does not become ready.
     """
     program = shutil.which("prometheus")
     if program is None:
@@ -73,7 +73,7 @@ def run_prometheus(config: dict[str, Any], folder: Path, port: int) -> Iterator[
     log = folder / "prometheus.log"
     arguments = (f"--config.file={file}", f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address={address}")
     with log.open("wb") as out:
-        # Ctrl-C is for us: the stack ends first, and is scraped to its end.
+        # Ctrl-C must not reach Prometheus: the stack ends first and is scraped until its end.
         process = subprocess.Popen([program, *arguments], stdout=out, stderr=out, start_new_session=True)
     try:
         _wait_until_ready(process, f"http://{address}/-/ready", log)
@@ -86,7 +86,7 @@ def run_prometheus(config: dict[str, Any], folder: Path, port: int) -> Iterator[
 def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     deadline_s = time.monotonic() + _READY_S
     while True:
-        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=1):  # URLError is one too
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=1):  # URLError is a subclass
             return
         if process.poll() is not None or time.monotonic() > deadline_s:
             raise NoPrometheusError(f"Prometheus does not start: {log.read_text()[-1000:]}")
@@ -116,7 +116,7 @@ def main(
 
 
 def _serve(config: Path) -> int:
-    """The stack in the foreground, to its end."""
+    """Run the stack in the foreground until it ends."""
     command = [str(Path(sys.executable).with_name("serving")), "up", "--config", str(config)]
     process = subprocess.Popen(command)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -125,7 +125,7 @@ def _serve(config: Path) -> int:
 
 
 def _pass_on(process: subprocess.Popen[bytes], number: int) -> None:
-    """A terminal gives Ctrl-C to the whole group, the stack included; other signals only we get."""
+    """Forward signals to the stack, except SIGINT, which a terminal sends to the whole process group."""
     if number == signal.SIGTERM or os.getpgid(process.pid) != os.getpgrp() or not sys.stdin.isatty():
         process.send_signal(number)
 

@@ -1,11 +1,11 @@
-"""Before a pod ends: have Ray move what runs on its node to others, and wait until the last request here is answered.
+"""Drains a Ray node before its pod ends: replicas move to other nodes, and the last requests here are answered.
 
     python -m serving.cli.drain_node --within 900
 
-For a container's `preStop` hook. Ray Serve starts every replica of a draining node elsewhere before it stops the one
-here, and a replica that stops finishes its requests first. The node's HAProxy, which passes requests on to routers of
-other nodes too, is ended by Serve when the last of them is answered, half a minute after it was taken out of use at the
-earliest. Exit status 0 when none of these is left, 1 when one still is.
+For a container's `preStop` hook. Ray Serve starts a replacement for every replica on a draining node before it stops
+the replica, which finishes its requests first. Serve ends the node's HAProxy, which also forwards requests to routers
+on other nodes, when the last of them is answered, but not earlier than 30 seconds after it was taken out of service.
+The exit status is 0 if all of these have ended, and 1 otherwise.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _HAPROXY = "haproxy"
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A node of Ray's, as the command line of its raylet tells of it."""
+    """A Ray node, as described by the command line of its raylet."""
 
     pid: int
     node_id: str
@@ -38,10 +38,10 @@ class Node:
 
 
 def parse_raylet(pid: int, command: Iterable[str]) -> Node:
-    """Read a raylet's command line.
+    """Parse a raylet's command line.
 
     Raises:
-        ValueError: it does not say who it is.
+        ValueError: the command line does not identify the node.
     """
     flags = dict(flag.removeprefix("--").split("=", 1) for flag in command if flag.startswith("--") and "=" in flag)
     try:
@@ -51,10 +51,10 @@ def parse_raylet(pid: int, command: Iterable[str]) -> Node:
 
 
 def find_node(pid: int | None = None) -> Node:
-    """The node that runs here; with a `pid`, the one of that raylet.
+    """Find the node on this machine, or the one of the raylet with this `pid`.
 
     Raises:
-        ValueError: there is none, or more than one.
+        ValueError: there is no node, or more than one.
     """
     raylets = [process for process in psutil.process_iter(["name"]) if process.info["name"] == "raylet"]
     found = [process for process in raylets if pid in (None, process.pid)]
@@ -64,8 +64,8 @@ def find_node(pid: int | None = None) -> Node:
 
 
 def count_serving(node: Node) -> int:
-    """Processes on the node that requests pass through: replicas of Ray Serve, and its HAProxies, the older ones too
-    that only finish what they have."""
+    """Return the node's processes that handle requests: Ray Serve's replicas and HAProxies, including older HAProxies
+    that only finish their connections."""
     number = 0
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
@@ -76,13 +76,13 @@ def count_serving(node: Node) -> int:
 
 
 def drain(node: Node, within_s: float) -> bool:
-    """Drain it; True when no request can be on it any more.
+    """Drain the node and return whether no request can be left on it.
 
     Raises:
-        ValueError: Ray refuses.
+        ValueError: Ray refuses to drain the node.
     """
     deadline_s = time.monotonic() + within_s
-    # Serve counts the time that a replica has for its last requests back from the deadline it is told.
+    # Serve computes the time that a replica has for its last requests back from this deadline.
     asked = subprocess.run(
         [
             *(sys.executable, "-c", _RAY, "drain-node", "--address", node.gcs_address, "--node-id", node.node_id),
@@ -105,7 +105,7 @@ def main(
     within: Annotated[float, typer.Option(min=1, help="Seconds to wait at most: more than the longest request.")],
     raylet: Annotated[int | None, typer.Option(help="Its pid, where several run.")] = None,
 ) -> None:
-    """Move what runs on this node of Ray's elsewhere, and wait until it has."""
+    """Move the replicas on this Ray node to other nodes, and wait until they have moved."""
     try:
         is_empty = drain(find_node(raylet), within)
     except (ValueError, subprocess.TimeoutExpired) as error:

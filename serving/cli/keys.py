@@ -1,4 +1,4 @@
-"""The `serving keys` commands: who may ask the router, and how much."""
+"""The commands `serving keys ...`: API keys, tenants and their limits."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def create(
     models: ModelsOption = None,
     budget: BudgetOption = None,
 ) -> None:
-    """Make a key and print it, once. Limits that are given are set for its tenant, old or new."""
+    """Create a key and print it; it is shown only once. The given limits apply to its tenant, existing or new."""
     now = datetime.now(UTC).replace(microsecond=0)
     given = _limits(rpm, tpm, concurrent, priority, models, budget)
 
@@ -76,7 +76,7 @@ def create(
 
 @app.command("list")
 def list_keys(file: FileOption) -> None:
-    """Show tenants with their limits, and their keys by id."""
+    """List tenants with their limits and the ids of their keys."""
     content = _read(file)
     now_s = datetime.now(UTC).timestamp()
     for name, tenant in content.tenants.items():
@@ -98,7 +98,7 @@ def list_keys(file: FileOption) -> None:
 def revoke(
     file: FileOption, key_id: Annotated[str, typer.Argument(metavar="ID", help="See `serving keys list`.")]
 ) -> None:
-    """Take a key out: running routers refuse it as soon as they have read the file again."""
+    """Revoke a key. Running routers refuse it as soon as they have reloaded the file."""
 
     def change(content: KeysFile) -> tuple[KeysFile, None]:
         kept = tuple(key for key in content.keys if key.id != key_id)
@@ -121,7 +121,7 @@ def change_tenant(
     models: ModelsOption = None,
     budget: BudgetOption = None,
 ) -> None:
-    """Change the limits of a tenant; what is not given stays as it is."""
+    """Change the limits of a tenant. Limits that are not given are unchanged."""
     given = _limits(rpm, tpm, concurrent, priority, models, budget)
     if not given:
         _refuse("give at least one limit to change; see --help")
@@ -145,7 +145,8 @@ def _limits(
     models: str | None,
     budget: float | None,
 ) -> dict[str, Any]:
-    """The tenant's fields that were given; on the command line zero (for money: less) and `all` stand for no limit."""
+    """Return the given fields of the tenant. On the command line 0 (for money, a negative number) and `all` mean no
+    limit."""
     given: dict[str, Any] = {}
     for field, count in (("requests_per_minute", rpm), ("tokens_per_minute", tpm), ("max_concurrent", concurrent)):
         if count is not None:
@@ -171,7 +172,7 @@ Result = typing.TypeVar("Result")
 
 
 def _edit(file: Path, change: Callable[[KeysFile], tuple[KeysFile, Result]], *, may_make: bool = False) -> Result:
-    """Read, change, write; what is wrong with any of it ends the command in its own words."""
+    """Read, change and write the keys file. An error ends the command with its message."""
     content = KeysFile() if may_make and not file.exists() else _read(file)
     try:
         changed, result = change(content)

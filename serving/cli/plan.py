@@ -1,4 +1,4 @@
-"""The command `serving plan`: its options. What it does is in `plan_report`, which needs the extra `plan`."""
+"""The options of the command `serving plan`. `plan_report` implements it and needs the extra `plan`."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def plan(
 ) -> None:
     """Compute replicas, GPUs, CPU, network, ledger and dollars for a load of pages.
 
-    Each number is printed with its formula and the names of what it rests on; the second table says of every name where
-    it comes from. What was measured neither here nor by you is marked with ~: an extrapolation, as good as its source.
+    Each number is printed with its formula and the figures that it depends on; the second table gives the source of
+    every figure. A number is marked with ~ if it rests on something that neither this project nor you have measured.
 
-    The rate of a replica comes from a simulation of its engine behind the router. Without a GPU here the engine is the
-    published one (A100-40G); measure yours and give it with --curve, or say what you know with --set.
+    The rate of a replica comes from a simulation of its engine behind the router. Since this project has measured no
+    GPU, the engine is the published one (A100-40G). Measure yours and pass it with --curve, or set figures with --set.
     """
     if importlib.util.find_spec("simpy") is None:
         typer.echo(

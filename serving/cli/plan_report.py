@@ -1,4 +1,4 @@
-"""What `serving plan` computes and prints: a plan, and how far it depends on what is assumed."""
+"""Computes and prints the plan of `serving plan`, and how sensitive it is to its assumptions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _VARIATIONS = (
     ("output_tokens", 1.5),
     ("output_spread", 1.5),
 )
-"""What the answer hangs on most: figures of the engine and of the pages, and factors to try."""
+"""The figures of engine and pages that the plan depends on most, and the factors to try for each."""
 
 
 def report_plan(
@@ -97,7 +97,7 @@ def _load_curve(file: Path) -> MeasuredCurve:
 
 
 def _vary(question: PlanQuestion, figures: Figures, sheet: PlanSheet, say: Callable[[str], None]) -> list[_Variation]:
-    """The answer under other assumptions, one changed at a time."""
+    """Return the plan under other assumptions, with one figure changed at a time."""
     rows = []
     for key, factor in _VARIATIONS:
         if key not in sheet.used:  # a measured curve does not need it

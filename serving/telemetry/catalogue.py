@@ -1,9 +1,9 @@
 """The catalogue: every metric that the stack itself exports, in one place.
 
-`python -m serving.telemetry.catalogue` prints it as the tables that the README holds.
+`python -m serving.telemetry.catalogue` prints it as the tables in the README.
 
-Names follow Prometheus: base units, `_total` for counters. Labels are bounded: models, tenants, modes and reasons are
-known to the settings or the code; request ids and client addresses never become labels.
+Names follow Prometheus' conventions: base units, `_total` for counters. Label values are bounded: models, tenants,
+modes and reasons come from the settings or the code; request ids and client addresses are never labels.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ ROUTER = (
 
 _IMAGE_S = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
-# The plugin defines these itself, since a bare vLLM server with the plugin exports them too; a test compares.
+# The plugin defines these itself, since a bare vLLM server with the plugin exports them too. A test compares both.
 ENGINE = (
     Metric("serving_image_queue_pages", MetricKind.GAUGE, "Pages that wait for an image worker"),
     Metric("serving_image_pages_total", MetricKind.COUNTER, "Pages made into pixels for the model", ("mode",)),
@@ -240,7 +240,7 @@ OCR = (
 
 
 def render_table(metrics: tuple[Metric, ...] = ROUTER) -> str:
-    """A part of the catalogue as a Markdown table."""
+    """Return a part of the catalogue as a Markdown table."""
     rows = [
         f"| `{metric.name}` | {metric.kind} | {', '.join(metric.labels) or '-'} | {metric.help} |" for metric in metrics
     ]
@@ -248,7 +248,7 @@ def render_table(metrics: tuple[Metric, ...] = ROUTER) -> str:
 
 
 def render_tables() -> str:
-    """The whole catalogue, as the README shows it."""
+    """Return the whole catalogue as in the README."""
     parts = (("Routers", ROUTER), ("Engine replicas", ENGINE), ("OCR services", OCR))
     return "\n\n".join(f"{who} export:\n\n{render_table(metrics)}" for who, metrics in parts)
 

@@ -1,4 +1,4 @@
-"""A process's metrics on a port of its own: routers share their public one, where a scrape would meet any of them."""
+"""Serves a process's metrics on its own port: routers share their public port, where any of them could answer."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class MetricsApp:
     def __init__(
         self, render: Callable[[], bytes], list_targets: Callable[[], list[Group]], key: SecretStr | None = None
     ) -> None:
-        """Put it together.
+        """Create the app.
 
         Args:
-            render: Prometheus' text format of this moment.
-            list_targets: what there is to scrape now.
-            key: what a scrape has to bring; None lets everyone in.
+            render: returns the metrics in Prometheus' text format.
+            list_targets: returns the current scrape targets.
+            key: bearer token that a scrape must send; None accepts every request.
         """
         self._render = render
         self._list_targets = list_targets
@@ -66,16 +66,16 @@ class MetricsServer:
         host: str,
         key: SecretStr | None = None,
     ) -> None:
-        """Bind it.
+        """Bind the port.
 
         Args:
             render: see `MetricsApp`.
             list_targets: see `MetricsApp`.
-            host: an address that Prometheus can reach, not a wildcard: it becomes part of `url`.
+            host: an address that Prometheus can reach, not a wildcard, because it becomes part of `url`.
             key: see `MetricsApp`.
 
         Raises:
-            OSError: the address is not this machine's.
+            OSError: the address does not belong to this machine.
         """
         self._server = HttpServer(MetricsApp(render, list_targets, key), host=host, port=0, drain_s=1)
         self.url = f"{http_url(host, self._server.port)}/metrics"

@@ -1,4 +1,4 @@
-"""Readings for a router's metrics from parts that know nothing of metrics: the settings, the ledger, the budgets."""
+"""Values for a router's metrics from parts that do not depend on metrics: the settings, the ledger, the budgets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from serving.telemetry.router_metrics import Reading
 
 
 def read_settings(settings: Settings) -> Iterator[Reading]:
-    """What should be there, and what it costs. Every router tells the same: take the maximum, not the sum."""
+    """Yield the configured replicas and their cost. All routers export the same values: aggregate with max, not sum."""
     for name, model in settings.models.items():
         scaling = model.autoscaling
         wanted = scaling.min_replicas if scaling is not None else model.num_replicas
@@ -23,7 +23,7 @@ def read_settings(settings: Settings) -> Iterator[Reading]:
 
 
 def read_ledger(ledger: Ledger) -> Iterator[Reading]:
-    """How far the database is behind, and what became of the records."""
+    """Yield how far the database lags, and the number of records by outcome."""
     yield catalogue.SPOOL_RECORDS, (), float(ledger.depth)
     yield catalogue.SPOOL_BYTES, (), float(ledger.size_bytes)
     yield catalogue.SPOOL_USED, (), ledger.used_ratio
@@ -42,10 +42,12 @@ def read_ledger(ledger: Ledger) -> Iterator[Reading]:
 
 
 def read_budgets(budgets: Budgets, limits_nanodollars: Mapping[str, int], now_ns: int) -> Iterator[Reading]:
-    """Args:
-    budgets: as one router knows them; every router tells nearly the same.
-    limits_nanodollars: monthly budget by tenant, of those that have one.
-    now_ns: since the epoch.
+    """Yield what tenants have spent and may spend this month. All routers export nearly the same values.
+
+    Args:
+        budgets: the spending known to one router.
+        limits_nanodollars: monthly budget by tenant, for tenants with a budget.
+        now_ns: current time since the epoch.
     """
     for tenant_id, limit in limits_nanodollars.items():
         spent = budgets.status(tenant_id, limit_nanodollars=limit, now_ns=now_ns).spent_nanodollars

@@ -1,7 +1,7 @@
-"""Logs: one JSON object a line on stderr, and a line for every request that has ended.
+"""Logging: one JSON object per line on stderr, and one line for every finished request.
 
-A line says who asked, for what, how it ended and how long it took. It never holds a prompt, an answer, an image or a
-key: none of them is in the record that it is made from.
+A request's line contains its tenant, model, outcome and duration. It never contains a prompt, an answer, an image or a
+key, because the record that it is made from contains none of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _requests = logging.getLogger("serving.requests")
 
 
 def configure_logs(settings: LogSettings) -> None:
-    """Set this process's loggers of ours; those of libraries stay as they are. Calling it again changes them."""
+    """Configure our loggers in this process; those of libraries are unchanged. It may be called again."""
     shared: list[Any] = [
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
@@ -45,7 +45,7 @@ def configure_logs(settings: LogSettings) -> None:
 
 
 def log_request(record: RequestRecord) -> None:
-    """The line of a request that has ended; costs next to nothing when nobody wants it."""
+    """Log the line of a finished request; it costs next to nothing when the level is disabled."""
     if not _requests.isEnabledFor(logging.INFO):
         return
     _requests.info(

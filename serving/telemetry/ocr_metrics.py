@@ -1,4 +1,4 @@
-"""What an OCR service exports."""
+"""The metrics of an OCR service."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from serving.telemetry.router_metrics import Reading, StateCollector, build_metr
 
 
 class OcrMetrics:
-    """Counts as it goes; gauges are read when it is scraped."""
+    """Counters are updated as events happen; gauges are read at each scrape."""
 
     def __init__(self, read_gauges: Callable[[], Iterator[Reading]]) -> None:
         self._registry = CollectorRegistry()
@@ -25,7 +25,7 @@ class OcrMetrics:
         self._registry.register(StateCollector([read_gauges]))
 
     def see_document(self, form: str, way: str) -> None:
-        """A document was taken in; `way` is request, stream or job."""
+        """Count an accepted document; `way` is request, stream or job."""
         self._documents.labels(form, way).inc()
 
     def see_refusal(self, reason: str) -> None:
@@ -35,12 +35,12 @@ class OcrMetrics:
         self._render.observe(seconds)
 
     def see_page(self, *, is_failed: bool, num_retries: int, seconds: float) -> None:
-        """A page is done with."""
+        """Count a finished page."""
         self._pages.labels("failed" if is_failed else "completed").inc()
         if num_retries:
             self._retries.inc(num_retries)
         self._page.observe(seconds)
 
     def render(self) -> bytes:
-        """Prometheus' text format."""
+        """Return the metrics in Prometheus' text format."""
         return generate_latest(self._registry)

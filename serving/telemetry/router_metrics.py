@@ -1,4 +1,4 @@
-"""What a router exports: counted from the records of ended requests, and read from its state when it is scraped."""
+"""The metrics of a router: counters from the records of finished requests, gauges read from its state at a scrape."""
 
 from __future__ import annotations
 
@@ -17,25 +17,27 @@ from serving.telemetry.catalogue import Metric, MetricKind
 _NANO = 10**9
 
 Reading = tuple[Metric, tuple[str, ...], float]
-"""A gauge or counter, the values of its labels, and its value now."""
+"""A gauge or counter, the values of its labels, and its current value."""
 
 ReadState = Callable[[], Iterable[Reading]]
-"""Asked at every scrape. A counter's readings must never go down while the process lives."""
+"""Called at every scrape. The values of a counter must never decrease during the life of the process."""
 
 
 def build_metric(metric: Metric, registry: CollectorRegistry) -> Any:
-    """A counter or histogram of prometheus-client's for an entry of the catalogue."""
+    """Create prometheus-client's counter or histogram for an entry of the catalogue."""
     if metric.kind is MetricKind.COUNTER:
         return Counter(metric.name, metric.help, metric.labels, registry=registry)
     return Histogram(metric.name, metric.help, metric.labels, registry=registry, buckets=metric.buckets)
 
 
 class RouterMetrics:
-    """One per router process, with a registry of its own."""
+    """The metrics of one router process, with a registry of their own."""
 
     def __init__(self, *sources: ReadState) -> None:
-        """Args:
-        sources: whatever else there is to tell.
+        """Create the registry.
+
+        Args:
+            sources: functions that return further values.
         """
         self._registry = CollectorRegistry()
         self._requests = build_metric(catalogue.REQUESTS, self._registry)
@@ -52,11 +54,11 @@ class RouterMetrics:
         self._registry.register(self._state)
 
     def add(self, source: ReadState) -> None:
-        """Another source of readings. Two sources never tell the same metric with the same labels."""
+        """Add another source of values. Two sources must not return the same metric with the same labels."""
         self._state.sources.append(source)
 
     def count(self, record: RequestRecord) -> None:
-        """Take the record of a request that has ended."""
+        """Count the record of a finished request."""
         tenant, model = record.tenant_id, record.model
         self._requests.labels(record.route, tenant, model, record.outcome, str(record.status)).inc()
         if record.outcome is Outcome.REFUSED:
@@ -73,7 +75,7 @@ class RouterMetrics:
                 self._pages.labels(tenant, model, mode).inc()
 
     def render(self) -> bytes:
-        """Prometheus' text format."""
+        """Return the metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def _count_tokens(self, record: RequestRecord) -> None:
@@ -100,7 +102,7 @@ class RouterMetrics:
 
 
 class StateCollector(Collector):
-    """Asks its sources when it is scraped, and tells the build."""
+    """Calls its sources at each scrape, and exports the build's version."""
 
     def __init__(self, sources: list[ReadState]) -> None:
         self.sources = sources

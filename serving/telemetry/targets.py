@@ -1,7 +1,7 @@
-"""What Prometheus is to scrape, in the shape that its HTTP and file service discovery share.
+"""The scrape targets, in the format that Prometheus' HTTP and file service discovery share.
 
-A target's own labels are those that its metrics don't carry: routers' metrics have `model` and `replica` of the engines
-that they tell of, so a router is known by `router`.
+Target labels must not occur in the metrics: routers' metrics have the labels `model` and `replica` of the engines they
+describe, so a router's target has the label `router`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Group = dict[str, list[str] | dict[str, str]]
 def list_targets(
     snapshot: Snapshot, reports: Iterable[RouterReport], services: Iterable[ServiceRecord] = ()
 ) -> list[Group]:
-    """Engines that listen, draining ones too, routers and OCR services; in an order that only changes when they do."""
+    """Return the listening engines, including draining ones, the routers and the OCR services, in a stable order."""
     engines = [
         _group(record.base_url, {"job": "engine", "model": record.model, "replica": record.replica_id})
         for record in sorted(snapshot.records, key=lambda record: record.replica_id)
@@ -54,28 +54,28 @@ def _group(url: str, labels: dict[str, str]) -> Group:
 
 
 class TargetsFile:
-    """The same for Prometheus' `file_sd_configs`: written when the list has changed, whole or not at all."""
+    """The file for Prometheus' `file_sd_configs`, replaced atomically whenever the targets change."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
         self._written = b""
 
     def write(self, groups: list[Group]) -> bool:
-        """Write it if this process has not written the same before; says whether it did.
+        """Write the file unless this process last wrote the same text. Return whether it was written.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         content = orjson.dumps(groups, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
         if content == self._written:
             return False
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        # Of a name that Prometheus' pattern (*.json) does not match, and not the one of another router's.
+        # The temporary name must not match Prometheus' pattern (*.json), nor be that of another router's file.
         handle, name = tempfile.mkstemp(prefix=f".{self._file.name}.", suffix=".new", dir=self._file.parent)
         try:
             with os.fdopen(handle, "wb") as out:
                 out.write(content)
-            Path(name).chmod(0o644)  # Prometheus is another user
+            Path(name).chmod(0o644)  # Prometheus runs as another user
             Path(name).replace(self._file)
         except OSError:
             Path(name).unlink(missing_ok=True)

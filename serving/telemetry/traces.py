@@ -1,10 +1,11 @@
-"""Traces: where a request's time went, exported over OTLP when the settings name an endpoint.
+"""Traces of requests, exported over OTLP if the settings name an endpoint.
 
-A request is a span from its arrival to its end, with one below it for every try on a replica. A try's context goes to
-the engine as `traceparent` (W3C Trace Context), so that vLLM's own span hangs below it; a client that sends one finds
-the request below its own. Spans hold what the ledger's row does: never a prompt, an answer, an image or a key.
+A request is a span from its arrival to its end, with a child span for every try on a replica. The context of a try is
+sent to the engine as `traceparent` (W3C Trace Context), so that vLLM's span becomes its child; the request's span is a
+child of the client's, if the client sends a context. Spans contain the fields of the ledger's row: never a prompt, an
+answer, an image or a key.
 
-Only imported when there is an endpoint: what is off costs a request one comparison with None.
+The module is only imported if there is an endpoint: without one, a request costs one comparison with None.
 """
 
 from __future__ import annotations
@@ -35,14 +36,15 @@ _NS_PER_S = 10**9
 
 
 class Traces:
-    """What exports the spans of one router process: in a thread of its own, in batches, dropped when nobody takes them.
+    """Exports the spans of one router process in batches from a separate thread. Spans are dropped if the collector
+    does not accept them.
 
-    The settings must name an endpoint. Headers for it, such as a key, come from the SDK's own variable
+    The settings must name an endpoint. Headers for it, such as a key, come from the SDK's variable
     `OTEL_EXPORTER_OTLP_HEADERS`.
     """
 
     def __init__(self, settings: TelemetrySettings, router_id: str) -> None:
-        # The client proposes, we decide: nobody outside makes us export more than our part.
+        # The client's sampling decision is not binding: clients must not be able to make us export more than our ratio.
         ratio = TraceIdRatioBased(settings.trace_ratio)
         self._provider = TracerProvider(
             sampler=ParentBased(root=ratio, remote_parent_sampled=ratio),
@@ -54,7 +56,7 @@ class Traces:
         self._tracer = self._provider.get_tracer("serving")
 
     def begin(self, route: str, headers: Mapping[bytes, bytes], arrived_ns: int) -> RequestTrace:
-        """The trace of a request that has arrived, below its client's span if it brings a `traceparent`."""
+        """Start the trace of a request, below the client's span if there is a `traceparent`."""
         given = {name.decode(): headers[name].decode("latin-1") for name in _CONTEXT_HEADERS if name in headers}
         span = self._tracer.start_span(
             f"POST {route}",
@@ -66,7 +68,7 @@ class Traces:
         return RequestTrace(self._tracer, span)
 
     def close(self) -> None:
-        """Export what is left, which takes a few seconds when nobody takes it. Blocks."""
+        """Export the remaining spans. Blocks, for a few seconds if the collector does not answer."""
         self._provider.shutdown()
 
 
@@ -82,7 +84,7 @@ class RequestTrace:
 
     @contextlib.contextmanager
     def trying(self, replica_id: str) -> Iterator[dict[str, str]]:
-        """A try on a replica lasts as long as the context. Gives the headers that its engine gets."""
+        """Trace a try on a replica while the context lasts. Yields the headers to send to the engine."""
         context = set_span_in_context(self._span)
         attributes = {"serving.replica": replica_id}
         span = self._tracer.start_span("engine", context=context, kind=SpanKind.CLIENT, attributes=attributes)
@@ -102,7 +104,7 @@ class RequestTrace:
                 self._end(self._record)
 
     def end(self, record: RequestRecord) -> None:
-        """The request has ended and is accounted for; its span lasts until its last bytes have left."""
+        """End the request's span after the request was accounted for and its last bytes were sent."""
         if self._is_trying:
             self._record = record
         else:

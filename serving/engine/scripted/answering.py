@@ -1,4 +1,4 @@
-"""One request inside a scripted engine: from waiting for a place to its last byte, with what goes wrong on the way."""
+"""One request inside a scripted engine, from queueing to its last byte, including scripted failures."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _JSON = b"application/json"
 _STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8")]
 
 UsageFrames = Literal["last", "asked", "forced"]
-"""Which streams tell their usage. `last`: all do, in one frame at the end, unless `include_usage` is false. `asked`:
-vLLM's default, those that ask for it. `forced`: vLLM's --enable-force-include-usage, which puts it into every frame."""
+"""Which streams contain usage. `last`: all streams, in one frame at the end, unless `include_usage` is false. `asked`:
+those that ask for it, vLLM's default. `forced`: every frame, as with vLLM's --enable-force-include-usage."""
 
 
 @dataclass(slots=True)
 class Core:
-    """What the requests of one engine share."""
+    """State that the requests of one engine share."""
 
     batch: RunningBatch
     usage_frames: UsageFrames
@@ -35,7 +35,7 @@ class Core:
     dead_error: BaseException | None = None
 
     def frames_for(self, request: ScriptedRequest, answer_id: str) -> tuple[StreamFrames, bool]:
-        """The frames of a stream, and whether the one with usage is sent."""
+        """Return the frames of a stream, and whether to send the one with usage."""
         is_forced = self.usage_frames == "forced"
         has_usage = is_forced or request.include_usage is True
         if self.usage_frames == "last":
@@ -44,7 +44,7 @@ class Core:
         return StreamFrames(request, answer_id, int(time.time()), has_continuous_usage=continuous), has_usage
 
     def fail(self, failure: ScriptedFailure) -> None:
-        """The failures that strike more than one request."""
+        """Handles failures that affect more than one request."""
         if failure.kind is FailureKind.EXIT:
             self.exit_process(1)
         elif failure.kind is FailureKind.DEAD:
@@ -52,7 +52,7 @@ class Core:
 
 
 class ScriptedRun:
-    """One request on its way: waits for its place, is read, and generates its tokens."""
+    """One request: waits to be scheduled, is prefilled, and generates its tokens."""
 
     def __init__(
         self, core: Core, request: ScriptedRequest, usage: RequestUsage, failure: ScriptedFailure | None, send: Send
@@ -66,7 +66,7 @@ class ScriptedRun:
         self._answer_id = prefix + (usage.request_id or uuid.uuid4().hex)
 
     async def answer(self) -> None:
-        """From waiting to the last byte. Cancelling it aborts the request; what it has used stays counted."""
+        """Run it from queueing to the last byte. Cancelling aborts the request; its usage remains counted."""
         failure = self._failure
         if failure is not None and failure.kind is FailureKind.STATUS:
             self._finish("error")
@@ -77,7 +77,7 @@ class ScriptedRun:
             await _cut(self._send)
             return
         try:
-            if self._request.is_stream:  # vLLM too says 200 before the request has its place
+            if self._request.is_stream:  # vLLM, too, sends status 200 before the request is scheduled
                 await self._send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
             async with self._core.batch.seat(self._request.num_choices):
                 await self._prefill()
@@ -101,7 +101,7 @@ class ScriptedRun:
             await asyncio.sleep(self._failure.value)
 
     async def _stream(self) -> bool:
-        """Send frames as tokens come; False when a failure has ended it."""
+        """Send a frame for each token. Return False if a failure ended the answer."""
         send, batch, request = self._send, self._core.batch, self._request
         fails_at = self._fails_at()
         frames, has_usage = self._core.frames_for(request, self._answer_id)
@@ -119,12 +119,14 @@ class ScriptedRun:
                 return False
         if has_usage:
             await send({"type": "http.response.body", "body": frames.usage(), "more_body": True})
-        self._finish(request.finish_reason)  # before the end is told, so that who has seen it finds it done
+        self._finish(
+            request.finish_reason
+        )  # before the end is sent, so that a client that has seen it finds the usage complete
         await send({"type": "http.response.body", "body": DONE, "more_body": False})
         return True
 
     async def _build(self) -> bool:
-        """Generate a whole answer; False when a failure has ended it."""
+        """Generate a whole answer. Return False if a failure ended it."""
         total, fails_at = self._request.output_tokens, self._fails_at()
         before = total if fails_at is None else min(fails_at, total)
         await self._generate_unseen(before)
@@ -141,7 +143,7 @@ class ScriptedRun:
         return self._failure.after_tokens if self._failure is not None and self._failure.is_midway else None
 
     async def _survive(self) -> bool:
-        """Let the failure strike in the middle; whether the answer goes on after it."""
+        """Apply the failure in the middle of the answer. Return whether the answer continues."""
         failure = self._failure
         if self._core.dead_error is not None or failure is None:
             await self._send_error()
@@ -150,7 +152,7 @@ class ScriptedRun:
             if failure.for_s is not None:
                 await asyncio.sleep(failure.for_s)
                 return True
-            await asyncio.get_running_loop().create_future()  # until the client leaves
+            await asyncio.get_running_loop().create_future()  # until the client disconnects
         if failure.kind is FailureKind.DIE:
             await _cut(self._send)
             return False
@@ -183,15 +185,17 @@ async def _send_refusal(send: Send, failure: ScriptedFailure) -> None:
 
 
 async def _cut(send: Send) -> None:
-    """Close the connection after what was sent, as the kernel does for a process that was killed.
+    """Close the connection after the data sent so far, as the kernel does for a killed process.
 
-    ASGI knows no such thing, so this asks uvicorn's object behind `send`; where another stands there, the answer is
-    just left unfinished, which makes any server close the connection.
+    ASGI has no such operation, so this uses uvicorn's object behind `send`. With any other server the answer is left
+    incomplete, which makes the server close the connection.
     """
     transport = getattr(getattr(send, "__self__", None), "transport", None)
     if transport is not None:
         transport.close()
-        await asyncio.get_running_loop().create_future()  # the server tells of the loss, and the request is cancelled
+        await (
+            asyncio.get_running_loop().create_future()
+        )  # the server reports the lost connection, and the request is cancelled
 
 
 async def send_body(

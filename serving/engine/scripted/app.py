@@ -1,14 +1,14 @@
-"""An engine without a model: vLLM's OpenAI server as an ASGI app that answers by a script.
+"""An engine without a model: an ASGI app with the API of vLLM's OpenAI server that answers according to a script.
 
-It stands at the engine's seam, so that everything around an engine can be tested in milliseconds and measured without
-an engine's own cost: HTTP shapes, continuous batching (`max_num_seqs` run, others wait in order), prefill and token
-rates, aborts on disconnect, metrics under vLLM's names, usage by request id, and failures (`scripted_failures`) on
-demand. The same requests in the same order always give the same answers.
+It replaces the engine, so that everything around an engine can be tested in milliseconds and measured without an
+engine's own cost: HTTP formats, continuous batching (`max_num_seqs` run, others wait in order), prefill and token
+rates, aborts on disconnect, metrics under vLLM's names, usage by request id, and failures (`failures.py`) on demand.
+The same requests in the same order always give the same answers.
 
     python -m serving.engine.scripted --port 9000 --tokens-per-s 100 --failure die:after_tokens=5:every=20
 
-Beside vLLM's routes there are `GET /usage/{request_id}` (of requests that brought `X-Request-Id`), and `GET` and
-`POST /script`, which tell and change the script while it runs: `{"failures": [...], "tokens_per_s": 50}`.
+In addition to vLLM's routes there are `GET /usage/{request_id}` (for requests with an `X-Request-Id`), and `GET` and
+`POST /script`, which return and change the script at run time: `{"failures": [...], "tokens_per_s": 50}`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _USAGE = "/usage/"
 
 
 class ScriptedEngine:
-    """The engine and its ASGI app in one."""
+    """The engine, which is also its ASGI app."""
 
     def __init__(
         self,
@@ -50,18 +50,18 @@ class ScriptedEngine:
         usage_frames: UsageFrames = "last",
         exit_process: Callable[[int], object] = os._exit,
     ) -> None:
-        """Set it up; it serves from the first request on.
+        """Create the engine.
 
         Args:
             script: rates, sizes and failures.
-            names: of the model; the first is the canonical one.
-            pid: process that it is known by, this one if None.
-            api_key: asked for on `/v1`, as vLLM does.
-            usage_frames: which streams tell their usage.
-            exit_process: what `exit` calls.
+            names: names of the model; the first is the canonical one.
+            pid: process id that it reports; None is this process.
+            api_key: required below `/v1`, as in vLLM.
+            usage_frames: which streams contain usage.
+            exit_process: called by the failure `exit`.
 
         Raises:
-            SettingsError: failures that are not of the language.
+            SettingsError: a failure is not valid.
         """
         self.names = tuple(names)
         self.pid = pid or os.getpid()
@@ -100,11 +100,11 @@ class ScriptedEngine:
         return self.script.max_model_len
 
     def find_usage(self, request_id: str) -> RequestUsage | None:
-        """What a request that brought this id has used; None when it is not known."""
+        """Return the usage of requests with this id, or None if it is unknown."""
         return self._ledger.find(request_id)
 
     def usage_totals(self) -> dict[str, int]:
-        """What all requests have used since the start."""
+        """Return the usage of all requests since the start."""
         counts = self._core.counts
         return {
             "started_ns": self._started_s * 10**9,
@@ -168,7 +168,7 @@ class ScriptedEngine:
             except (orjson.JSONDecodeError, TypeError, ValidationError, SettingsError) as error:
                 raise ScriptedRefusalError(str(error)) from error
             if "failures" in changes:
-                self._failures = failures  # counts requests anew
+                self._failures = failures  # starts counting requests again
             self._core.batch.change(script)
         told = {**self.script.model_dump(), "num_requests": self._failures.num_requests, "pid": self.pid}
         await send_body(send, 200, orjson.dumps(told))
@@ -197,7 +197,7 @@ class ScriptedEngine:
 
 
 async def _read_body(receive: Receive) -> bytes | None:
-    """The whole body, None when the client left meanwhile."""
+    """Return the whole body, or None if the client disconnected."""
     parts: list[bytes] = []
     while True:
         message = await receive()
@@ -229,7 +229,7 @@ async def run_scripted(
     api_key: str | None = None,
     usage_frames: UsageFrames = "last",
 ) -> AsyncIterator[tuple[ScriptedEngine, ScriptedEngine]]:
-    """Start an engine, which takes `script.start_s`: yields (engine, ASGI app), as vLLM's start does."""
+    """Start an engine, which takes `script.start_s`, and yield (engine, ASGI app), as the start of vLLM does."""
     engine = ScriptedEngine(script, names, api_key=api_key, usage_frames=usage_frames)
     await asyncio.sleep(script.start_s)
     yield engine, engine

@@ -1,4 +1,4 @@
-"""Continuous batching without a model: who runs, who waits, when the next token is due, and the counts of it all."""
+"""Continuous batching without a model: running and queued sequences, the time of the next token, and usage."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from serving.settings.stack import ScriptSettings
 
 _STEP_S = 0.01
-"""A whole answer is not told token by token; its clock is looked at this often."""
+"""How often the progress of an answer that is not streamed is updated."""
 _KEPT = 10_000
-"""Requests whose usage is remembered."""
+"""How many requests' usage is kept."""
 
 
 @dataclass(slots=True)
 class RequestUsage:
-    """What one request has used so far."""
+    """The usage of one request so far."""
 
     request_id: str
     prompt_tokens: int = 0
@@ -26,12 +26,13 @@ class RequestUsage:
     cached_tokens: int = 0
     completion_tokens: int = 0
     finish_reason: str | None = None
-    """`stop`, `length`, `abort` (the client left, or a failure struck), `error`; None while it runs."""
+    """`stop`, `length`, `abort` (the client disconnected, or a failure happened), `error`; None while it runs."""
     is_finished: bool = False
 
 
 class UsageLog:
-    """The usage of the last requests that came with an id. Those of one id add up, as the engine has worked for all."""
+    """The usage of the latest requests with an id. Requests with the same id add up, since the engine ran all of
+    them."""
 
     def __init__(self) -> None:
         self._usages: OrderedDict[str, list[RequestUsage]] = OrderedDict()
@@ -64,12 +65,12 @@ class Counts:
     prompt_tokens: int = 0
     generation_tokens: int = 0
     prompted: int = 0
-    """Requests whose prompt was computed."""
+    """Requests whose prompts were computed."""
     finished: Counter[str] = field(default_factory=Counter)
 
 
 class RunningBatch:
-    """The running set: `max_num_seqs` sequences, others wait in the order in which they came."""
+    """The running batch: at most `max_num_seqs` sequences; others wait in the order of arrival."""
 
     def __init__(self, script: ScriptSettings) -> None:
         self.script = script
@@ -82,13 +83,14 @@ class RunningBatch:
         return sum(num_seqs for num_seqs, _ in self._waiting)
 
     def change(self, script: ScriptSettings) -> None:
-        """Go on by other numbers. Those who run stay."""
+        """Apply another script. Running sequences continue."""
         self.script = script
         self._let_in()
 
     @contextlib.asynccontextmanager
     async def seat(self, num_seqs: int) -> AsyncIterator[None]:
-        """Run while the context lasts; entering it waits for a place. More sequences than there are places take all."""
+        """Occupy places while the context lasts, after waiting for them. A request with too many sequences takes
+        all."""
         num_seqs = min(num_seqs, self.script.max_num_seqs)
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         entry = (num_seqs, place)
@@ -117,7 +119,7 @@ class RunningBatch:
             place.set_result(None)
 
     async def prefill(self, prompt_tokens: int) -> None:
-        """Wait until the prompt has been read. Prompts are read one after another, as one engine does."""
+        """Wait until the prompt is prefilled. Prompts are prefilled one after another."""
         rate = self.script.prefill_tokens_per_s
         if rate is None:
             return
@@ -126,9 +128,9 @@ class RunningBatch:
         await asyncio.sleep(self._prefill_free_s - now_s)
 
     async def wait_for_token(self, number: int, started_s: float) -> None:
-        """Wait until token `number` is due; the first (1) is at once, as prefill makes it.
+        """Wait until token `number` is due; the first (1) is due immediately, since prefill produces it.
 
-        At full speed all sequences take turns, a token each.
+        At unlimited speed all sequences take turns, one token each.
         """
         rate = self.script.tokens_per_s
         if rate is None:
@@ -137,7 +139,7 @@ class RunningBatch:
         await asyncio.sleep(max(0.0, started_s + (number - 1) / rate - asyncio.get_running_loop().time()))
 
     async def generate_unseen(self, num_tokens: int) -> AsyncIterator[int]:
-        """The tokens of an answer that nobody reads before it is whole, in parts as they come; gives their numbers."""
+        """Yield how many tokens exist so far, for an answer that is sent as a whole."""
         num_done = 0
         loop = asyncio.get_running_loop()
         started_s = loop.time()
@@ -165,7 +167,7 @@ _REASONS = ("stop", "length", "abort", "error")
 
 
 def render_metrics(names: Sequence[str], batch: RunningBatch, counts: Counts) -> bytes:
-    """vLLM's names in Prometheus's text format."""
+    """Return the metrics under vLLM's names in Prometheus' text format."""
     labels = f'engine="0",model_name="{names[0]}"'
     values = (
         batch.num_running,
