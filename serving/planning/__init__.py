@@ -1,1 +1,1 @@
-"""How much hardware a load needs: figures with their sources, a simulation of the engines, and the sums over both."""
+"""Capacity planning: figures with their sources, a simulation of the engines, and the calculation based on both."""

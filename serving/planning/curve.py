@@ -1,9 +1,9 @@
-"""How long an engine's work takes: the model of one replica, and its fit to a measurement. Pure.
+"""A model of one replica's speed, and its fit to measurements. Pure.
 
-Continuous batching is a loop of steps. A step gives every running sequence one token and takes the longer the more
-there are; the prompts that enter with it (image encoder and prefill) add their own time, during which the others wait.
-So four numbers make an engine: a step's fixed part, its part per sequence, the time of a prompt, and what a request
-costs outside of the loop (the way there and back, image preprocessing, the first look at it).
+Continuous batching is a loop of steps. A step produces one token for every running sequence and takes longer the more
+there are; prompts that enter with it (image encoder and prefill) add time, during which the others wait. Four numbers
+therefore describe an engine: the fixed time of a step, the time per sequence, the time per prompt, and the time that a
+request spends outside the loop (network, image preprocessing, parsing).
 """
 
 from __future__ import annotations
@@ -22,67 +22,67 @@ class ServiceCurve:
     """One replica. Times in seconds."""
 
     base_s: float
-    """Of a step, whatever runs."""
+    """Time of a step, regardless of what runs."""
     per_seq_s: float
-    """Of a step, for each sequence."""
+    """Time of a step per running sequence."""
     prefill_s: float
-    """Of a prompt with its page."""
+    """Time of a prompt with its page."""
     overhead_s: float
-    """Of a request, outside of the engine's loop."""
+    """Time of a request outside the engine's loop."""
     max_seqs: int
-    """Sequences that run at once."""
+    """Sequences that run concurrently."""
     kv_tokens: int
-    """What the KV cache holds."""
+    """Size of the KV cache in tokens."""
     prompts_per_step: int = 16
-    """That may enter with one step (vLLM's `max_num_batched_tokens` over a prompt's tokens)."""
+    """Prompts that may enter with one step (vLLM's `max_num_batched_tokens` divided by a prompt's tokens)."""
 
     def step_s(self, num_seqs: float, num_prompts: int = 0) -> float:
-        """A step with so many sequences, of which so many have just come."""
+        """Return the time of a step with so many sequences, of which so many are new."""
         return self.base_s + self.per_seq_s * num_seqs + self.prefill_s * num_prompts
 
     def num_places(self, tokens_per_seq: float) -> int:
-        """Sequences of this size (prompt and answer) that run at once: places, or room in the KV cache."""
+        """Return how many sequences of this size (prompt and answer) fit, by their number and by the KV cache."""
         return max(1, min(self.max_seqs, int(self.kv_tokens / tokens_per_seq)))
 
     def peak_pages_per_s(self, prompt_tokens: float, output_tokens: float) -> float:
-        """What a replica does that is always full, however long its answers take."""
+        """Return the rate of a replica that is always full, regardless of latency."""
         places = self.num_places(prompt_tokens + output_tokens)
         return places / (output_tokens * self.step_s(places) + places * self.prefill_s)
 
     def lone_s(self, output_tokens: float) -> float:
-        """A page that has the replica for itself."""
+        """Return the time of a page that is alone on the replica."""
         return self.overhead_s + self.prefill_s + output_tokens * self.step_s(1)
 
 
 @dataclass(frozen=True, slots=True)
 class CurvePoint:
-    """One measurement in a closed loop: so many clients, each of whom asks again as soon as it has its answer."""
+    """One closed-loop measurement: so many clients, each of which sends its next request after its answer."""
 
     concurrency: int
     output_tokens: int
-    """Of every answer."""
+    """Tokens of every answer."""
     request_s: float
     """Mean time of a request."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """A curve, and how far it is from what was measured."""
+    """A curve and its error against the measurements."""
 
     curve: ServiceCurve
     worst_error: float
-    """Largest part by which a point's time is missed."""
+    """Largest relative error of a point's time."""
 
 
 def fit_curve(points: Sequence[CurvePoint], *, max_seqs: int, kv_tokens: int, prompts_per_step: int = 16) -> Fit:
-    """The curve that fits the points best, by least squares of relative errors; no part of it is negative.
+    """Fit a curve to the points by least squares of relative errors, with no negative coefficient.
 
-    With n sequences running all the time a request of L tokens takes overhead + L (base + n per_seq) + n prefill: while
-    it runs, each of the n places is filled anew once. Clients are not in the engine during the overhead, so n is a
-    little less than their number; it is found in turns with the fit.
+    With n sequences always running, a request of L tokens takes overhead + L (base + n per_seq) + n prefill: while it
+    runs, each of the n places is refilled once. Clients are not in the engine during the overhead, so n is slightly
+    less than their number; it is computed in alternation with the fit.
 
     Raises:
-        ValueError: there are too few points, or they are too alike to tell the four numbers apart.
+        ValueError: there are too few points, or they are too similar to determine the four numbers.
     """
     if len(points) < _NUM_UNKNOWNS:
         raise ValueError(f"a curve needs {_NUM_UNKNOWNS} points at least, not {len(points)}")
@@ -105,12 +105,12 @@ def _num_running(point: CurvePoint, overhead_s: float, max_seqs: int) -> float:
 
 
 def _row(point: CurvePoint, num_seqs: float) -> tuple[float, float, float, float]:
-    """The factors of overhead, base, per sequence and prefill in a request's time."""
+    """Return the factors of overhead, base, per_seq and prefill in a request's time."""
     return 1.0, point.output_tokens, point.output_tokens * num_seqs, num_seqs
 
 
 def _solve(rows: np.ndarray) -> np.ndarray:
-    """Least squares of rows x = 1 over x >= 0, by leaving out the most negative part until there is none."""
+    """Solve rows x = 1 by least squares over x >= 0, by removing the most negative coefficient until there is none."""
     used = list(range(rows.shape[1]))
     while True:
         solution = np.zeros(rows.shape[1])

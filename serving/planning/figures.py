@@ -1,7 +1,7 @@
-"""The numbers that a plan starts from, each with where it comes from and how far it can be trusted.
+"""The input figures of a plan, each with its source and how reliable it is.
 
-`figures.json` beside this file holds them. Those from `benchmarks/results/` are compared with it in the tests, so they
-cannot drift apart; a file with the same form given to `serving plan --figures` takes the place of any of them.
+They are stored in `figures.json` beside this file. Tests compare those that come from `benchmarks/results/` with the
+results. A file of the same format given to `serving plan --figures` replaces any of them.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from serving.settings.base import Frozen
 
 
 class Basis(StrEnum):
-    """How a number is known, the best first."""
+    """How a figure is known, most reliable first."""
 
     EXACT = "exact"
-    """A rule of the code or of the published architecture."""
+    """Follows from the code or the published architecture."""
     GIVEN = "given"
-    """By whoever asks."""
+    """Given by the user."""
     MEASURED = "measured"
-    """By a benchmark of this repository, on the machine that is named."""
+    """Measured by a benchmark of this repository on the named machine."""
     PUBLISHED = "published"
-    """By others, on their hardware; not repeated here."""
+    """Published by others for their hardware; not reproduced here."""
     ASSUMED = "assumed"
-    """Nobody has measured it: give your own."""
+    """Assumed, not measured: give your own."""
 
 
 _TRUST = tuple(Basis)
@@ -53,20 +53,20 @@ _AT_MOST_ONE = frozenset({"max_utilisation", "cpu_utilisation", "streamed_share"
 
 
 class PlanFigure(Frozen):
-    """One number."""
+    """One figure."""
 
     key: Annotated[str, Field(min_length=1)]
     value: float
     unit: str
     basis: Basis
     source: Annotated[str, Field(min_length=1)]
-    """Where it comes from, in words."""
+    """Where it comes from."""
     file: str = ""
-    """A result of a benchmark, from the repository's root; empty for figures that are in none."""
+    """File of the benchmark's result, relative to the repository's root; empty for other figures."""
     measure: str = ""
-    """Its row in there."""
+    """Its row in that file."""
     scale: float = 1.0
-    """What the row's value is multiplied with."""
+    """Factor from the row's value to this figure."""
 
 
 _FIGURES = TypeAdapter(tuple[PlanFigure, ...])
@@ -85,10 +85,10 @@ class Figures:
         return self._figures[key].value
 
     def with_values(self, given: Mapping[str, float | None]) -> Figures:
-        """The same with numbers that somebody gave in the place of ours; None leaves one as it is.
+        """Return the figures with some replaced by the user's values; None leaves a figure unchanged.
 
         Raises:
-            SettingsError: a key that no plan asks for, or a number that it cannot be.
+            SettingsError: no plan uses a key, or a value is out of range.
         """
         self._check_keys(given)
         for key, value in given.items():
@@ -104,10 +104,10 @@ class Figures:
         return Figures({**self._figures, **changed}.values())
 
     def with_figures(self, others: Iterable[PlanFigure]) -> Figures:
-        """The same with others in the place of those with their keys.
+        """Return the figures with some replaced by others with the same keys.
 
         Raises:
-            SettingsError: a key that no plan asks for.
+            SettingsError: no plan uses a key.
         """
         new = {figure.key: figure for figure in others}
         self._check_keys(new)
@@ -127,15 +127,15 @@ def _check_value(key: str, value: float) -> None:
 
 
 def weakest(bases: Iterable[Basis]) -> Basis:
-    """What a number is that was computed from others: as good as the worst of them."""
+    """Return the basis of a computed number: the least reliable of its inputs."""
     return max(bases, key=_TRUST.index, default=Basis.EXACT)
 
 
 def load_figures(file: Path | None = None) -> Figures:
-    """The figures that come with the package, and those of a file in their place.
+    """Load the package's figures, with those in the given file replacing them.
 
     Raises:
-        SettingsError: the file cannot be read or used.
+        SettingsError: the file cannot be read or is invalid.
     """
     ours = Figures(_parse(resources.files("serving.planning").joinpath("figures.json").read_text(), "figures.json"))
     if file is None:

@@ -1,6 +1,6 @@
-"""What a load of pages needs: replicas and GPUs, CPU, network, ledger and dollars. Pure.
+"""Computes what a load of pages needs: replicas and GPUs, CPU, network, ledger and dollars. Pure.
 
-Every number is a line of a sheet, with its formula and the figures below it.
+Every number is a line of a sheet, with its formula and the figures that it depends on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from serving.settings.billing import RateSettings
 DAY_S, DAY_H = 86_400, 24
 _A4_AT_200_DPI = (1654, 2339)
 _MAX_MODEL_LEN, _LARGEST_PROMPT = 8192, 1200  # configs/h100.yaml; gundam's page and some text
-_TEXT_BYTES_PER_TOKEN = 4  # of the answer itself, beside the events around it
+_TEXT_BYTES_PER_TOKEN = 4  # bytes of the answer's text, in addition to those of the events around it
 _CURVE_KEYS = (
     "published_tokens_per_s",
     "published_concurrency",
@@ -37,27 +37,27 @@ _CURVE_KEYS = (
 class MeasuredCurve:
     curve: ServiceCurve
     source: str
-    """Of what, when and where, in words."""
+    """What was measured, when and where."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlanQuestion:
-    """What is asked for."""
+    """The load and the latency objective."""
 
     pages_per_day: float
     mode: str
     slo_p95_s: float
     daily_curve: tuple[float, ...] = ()
-    """Load of equal parts of a day, in any unit; empty takes a sine with the figure `peak_to_mean`."""
+    """Load in equal parts of a day, in any unit; empty means a sine with the figure `peak_to_mean`."""
     measured: MeasuredCurve | None = None
-    """Engines that somebody has measured, in the place of the published ones."""
+    """Measured engines, used instead of the published ones."""
 
 
 def build_plan(question: PlanQuestion, figures: Figures, say: Callable[[str], None] = lambda _: None) -> PlanSheet:
-    """The whole plan.
+    """Compute the whole plan.
 
     Raises:
-        PlanError: it cannot be done, or the question makes no sense.
+        PlanError: the objective cannot be met, or the question is invalid.
     """
     sheet = PlanSheet(figures)
     loads = _add_load(sheet, question)
@@ -71,7 +71,7 @@ def build_plan(question: PlanQuestion, figures: Figures, say: Callable[[str], No
 
 
 def _add_load(sheet: PlanSheet, question: PlanQuestion) -> Sequence[float]:
-    """Gives the load of the parts of a day relative to the day's mean."""
+    """Add the lines of the daily load, and return the load of each part of the day relative to the mean."""
     if question.pages_per_day <= 0 or question.slo_p95_s <= 0:
         raise PlanError("pages per day and the promised time must be above zero")
     if question.mode not in MODES:
@@ -102,10 +102,10 @@ def _add_load(sheet: PlanSheet, question: PlanQuestion) -> Sequence[float]:
 
 
 def normalise(loads: Sequence[float]) -> tuple[float, ...]:
-    """Loads relative to their mean.
+    """Return the loads relative to their mean.
 
     Raises:
-        PlanError: there is none, one is negative, or all are zero.
+        PlanError: there are no loads, one is negative, or all are zero.
     """
     if not loads or min(loads) < 0 or not sum(loads) or not math.isfinite(sum(loads)):
         raise PlanError("a daily curve needs loads that are not negative and not all zero")
@@ -114,10 +114,10 @@ def normalise(loads: Sequence[float]) -> tuple[float, ...]:
 
 
 def sine_day(peak_to_mean: float) -> tuple[float, ...]:
-    """24 hours with a mean of 1 and this peak.
+    """Return a sine over 24 hours with a mean of 1 and this peak.
 
     Raises:
-        PlanError: a sine has no such peak.
+        PlanError: no sine has this peak.
     """
     if not 1 <= peak_to_mean <= 2:
         raise PlanError("a peak is 1 to 2 times the mean of a day that is a sine; for other days give --daily-curve")
@@ -125,10 +125,10 @@ def sine_day(peak_to_mean: float) -> tuple[float, ...]:
 
 
 def build_curve(sheet: PlanSheet, overhead_s: float) -> ServiceCurve:
-    """The published rate as a curve, through two points: so many tokens per second with so many sequences, and alone.
+    """Return the curve through two points: the published rate with many sequences, and the rate of a single sequence.
 
     Raises:
-        PlanError: the sequence that is alone is not the faster one.
+        PlanError: a single sequence is not faster than one of many.
     """
     rate, places, alone = (sheet[key] for key in _CURVE_KEYS[:3])
     if alone <= rate / places:
@@ -139,7 +139,7 @@ def build_curve(sheet: PlanSheet, overhead_s: float) -> ServiceCurve:
     return ServiceCurve(
         base_s=1 / alone - per_seq_s,
         per_seq_s=per_seq_s,
-        prefill_s=0.0,  # the published rate has it inside
+        prefill_s=0.0,  # already included in the published rate
         overhead_s=overhead_s,
         max_seqs=int(sheet["max_num_seqs"]),
         kv_tokens=int(sheet["kv_tokens"]),
@@ -177,10 +177,10 @@ def _add_engines(sheet: PlanSheet, question: PlanQuestion, say: Callable[[str], 
 
 @dataclass(frozen=True, slots=True)
 class _Hours:
-    """Replicas over the day."""
+    """The replicas over a day."""
 
     num_replicas: tuple[int, ...]
-    """That each part of the day needs, without spare ones."""
+    """Replicas that each part of the day needs, without spare ones."""
 
     @property
     def mean(self) -> float:

@@ -1,4 +1,4 @@
-"""A plan as it is printed: lines that say how they were computed and how far they can be trusted. Pure."""
+"""A plan as lines that record how they were computed and how reliable they are. Pure."""
 
 from __future__ import annotations
 
@@ -9,43 +9,43 @@ from serving.planning.figures import Basis, Figures, PlanFigure, weakest
 
 @dataclass(frozen=True, slots=True)
 class PlanLine:
-    """One result."""
+    """One result of a plan."""
 
     key: str
     what: str
     value: float
     unit: str
     basis: Basis
-    """That of the weakest number that went into it."""
+    """The basis of its least reliable input."""
     how: str
-    """The computation in words."""
+    """The formula in words."""
     rests_on: tuple[str, ...]
-    """Keys of figures and of other lines."""
+    """Keys of the figures and lines that it depends on."""
 
     @property
     def is_extrapolated(self) -> bool:
-        """Whether something in it was neither measured here nor given."""
+        """Whether an input was neither measured here nor given by the user."""
         return self.basis in (Basis.PUBLISHED, Basis.ASSUMED)
 
 
 @dataclass(slots=True)
 class PlanSheet:
-    """Lines in their order, over the figures that they use."""
+    """The lines in order, and the figures that they use."""
 
     figures: Figures
     lines: dict[str, PlanLine] = field(default_factory=dict)
     used: dict[str, PlanFigure] = field(default_factory=dict)
 
     def __getitem__(self, key: str) -> float:
-        """A line's value, or a figure's."""
+        """Return the value of a line or a figure."""
         return self.lines[key].value if key in self.lines else self.figures.value(key)
 
     def use(self, figure: PlanFigure) -> None:
-        """A figure that is in no file: lines may rest on it."""
+        """Add a figure that is in no file, so that lines may depend on it."""
         self.used[figure.key] = figure
 
     def add(self, key: str, what: str, value: float, unit: str, how: str, *rests_on: str) -> float:
-        """Put a result down; its basis comes from what it rests on. Gives its value."""
+        """Add a result, whose basis follows from its inputs, and return its value."""
         bases = []
         for name in rests_on:
             if name in self.lines:

@@ -1,8 +1,8 @@
 """A discrete-event simulation of a router and its engines. No clock, no network, a seed.
 
-The router is the real one where it decides: `choose` over every `ReplicaLoad`, each as full as its record allows, and
-who has no room anywhere waits in the router. An engine is its `ServiceCurve`, step by step; steps in which nobody comes
-or ends are taken together.
+The router makes its real decisions: `choose` over every `ReplicaLoad`, each filled as far as its record allows;
+requests that fit nowhere wait in the router. An engine follows its `ServiceCurve` step by step; consecutive steps in
+which no sequence starts or ends are combined.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ from serving.planning.curve import ServiceCurve
 from serving.router.scheduling.balance import Need, ReplicaLoad, choose
 
 _WARM_UP, _COOL_DOWN = 0.1, 0.9
-"""Pages that come before and after these parts of a run are not counted: it is not in full swing then."""
+"""Pages that arrive before and after these fractions of a run are not counted: the load is not steady then."""
 
 Process = Generator[simpy.Event, Any, None]
 
 
 @dataclass(frozen=True, slots=True)
 class Pages:
-    """What comes: prompts of one length, answers of random ones."""
+    """The pages of a load: prompts of equal length, answers of random lengths."""
 
     prompt_tokens: int
     mean_output: float
     spread: float = 0.0
-    """Standard deviation of the logarithm of an answer's length; 0 makes all alike."""
+    """Standard deviation of the logarithm of an answer's length; 0 makes all equal."""
     max_output: int = 1 << 30
 
     def draw(self, rng: Random) -> int:
-        """An answer's tokens, at least one; their mean is `mean_output` as long as few are cut."""
+        """Draw the tokens of an answer, at least one. Their mean is `mean_output` if few reach the maximum."""
         middle = math.log(self.mean_output) - self.spread**2 / 2
         return min(self.max_output, max(1, round(math.exp(rng.gauss(middle, self.spread)))))
 
     @property
     def expected_work(self) -> int:
-        """What a router counts before the answer is there."""
+        """Return the work that a router estimates before the answer is known."""
         return self.prompt_tokens + round(self.mean_output)
 
 
 @dataclass(slots=True, eq=False)
 class SimulatedPage:
-    """One page on its way. Times are seconds of the simulation."""
+    """One page in the simulation. Times are simulated seconds."""
 
     prompt_tokens: int
     num_output: int
@@ -71,9 +71,9 @@ class _Engine:
     curve: ServiceCurve
     waiting: deque[SimulatedPage] = field(default_factory=deque)
     running: list[tuple[int, int, SimulatedPage]] = field(default_factory=list)
-    """The step that a job ends with, a number against ties, the job."""
+    """The step in which a page ends, a number that breaks ties, and the page."""
     num_tokens: int = 0
-    """Room in the KV cache that running sequences take or will take."""
+    """Tokens in the KV cache that running sequences occupy or will occupy."""
     steps: int = 0
     busy_s: float = 0.0
     _numbers: count[int] = field(default_factory=count)
@@ -114,10 +114,10 @@ class _Engine:
         return admitted
 
     def _run_until_news(self) -> Process:
-        """Plain steps until one of the running ends, or until something comes that may start."""
+        """Simulate steps until a running sequence ends, or until a page arrives that can start."""
         step_s = self.curve.step_s(len(self.running))
         num_left = self.running[0][0] - self.steps
-        if self.waiting:  # what waits has no room before something ends
+        if self.waiting:  # queued requests cannot start before a running one ends
             yield from self._pass(num_left, num_left * step_s)
             return
         begun_s, self._bell = self.env.now, self.env.event()
@@ -163,7 +163,7 @@ class _Fleet:
         self._give_out()
 
     def busy(self, now_s: float) -> float:
-        """Part of the time so far in which an engine had something to do."""
+        """Return the fraction of the time so far in which engines were busy."""
         return sum(engine.busy_s for engine in self.engines) / now_s / len(self.engines) if now_s else 0.0
 
     def _give_out(self) -> None:
@@ -183,14 +183,14 @@ def _record(index: int, curve: ServiceCurve) -> ReplicaRecord:
 
 @dataclass(frozen=True, slots=True)
 class SimulatedOutcome:
-    """What clients saw. Times in seconds, from asking to the last byte; rates while the run was in full swing."""
+    """What clients observed. Times in seconds from the request to the last byte; rates while the load was steady."""
 
     p50_s: float
     p95_s: float
     p99_s: float
     mean_s: float
     first_p95_s: float
-    """To the first token."""
+    """Time to the first token."""
     pages_per_s: float
     tokens_per_s: float
     busy: float
@@ -199,28 +199,28 @@ class SimulatedOutcome:
 
 @dataclass(frozen=True, slots=True)
 class SimulatedRun:
-    """A load from its first question to its last answer."""
+    """A load from its first request to its last answer."""
 
     jobs: Sequence[SimulatedPage]
-    """In the order in which they came."""
+    """The pages in the order of arrival."""
     overhead_s: float
-    """That is not in their times."""
+    """Overhead per page, which is not included in their times."""
     took_s: float
     busy: float
     """Part of the time in which an engine had something to do."""
 
     @property
     def times_s(self) -> list[float]:
-        """How long each took, as its client sees it."""
+        """Return the time of each page as its client observed it."""
         return [job.ended_s - job.arrived_s + self.overhead_s for job in self.jobs]
 
 
 def simulate_open(
     curve: ServiceCurve, pages: Pages, *, num_replicas: int, pages_per_s: float, num_pages: int, seed: int = 1
 ) -> SimulatedOutcome:
-    """Pages come at random (Poisson) and don't care how the stack fares.
+    """Simulate an open loop: pages arrive at random (Poisson), regardless of the stack's state.
 
-    The same seed gives the same pages with the same gaps at every rate, stretched: outcomes of two rates compare.
+    The same seed gives the same pages with the same gaps, scaled, at every rate, so that rates can be compared.
     """
     rng = Random(seed)
     trace = [(rng.expovariate(1.0) / pages_per_s, pages.draw(rng)) for _ in range(num_pages)]
@@ -230,7 +230,7 @@ def simulate_open(
 def run_trace(
     curve: ServiceCurve, pages: Pages, trace: Iterable[tuple[float, int]], *, num_replicas: int, seed: int = 1
 ) -> SimulatedRun:
-    """Pages come with these gaps, in seconds since the one before, and have answers of these lengths."""
+    """Simulate pages with these gaps, in seconds since the previous page, and these answer lengths."""
     env = simpy.Environment()
     fleet, jobs = _Fleet(env, curve, num_replicas, Random(seed)), list[SimulatedPage]()
 
@@ -249,7 +249,7 @@ def run_trace(
 def simulate_closed(
     curve: ServiceCurve, pages: Pages, *, num_replicas: int, num_clients: int, num_pages: int, seed: int = 1
 ) -> SimulatedOutcome:
-    """So many clients, each of whom asks again as soon as it has its answer."""
+    """Simulate a closed loop: each client sends its next request after its answer."""
     rng = Random(seed)
     lengths = [pages.draw(rng) for _ in range(num_pages)]
     return _measure(run_closed(curve, pages, lengths, num_replicas=num_replicas, num_clients=num_clients, seed=seed))
@@ -258,7 +258,7 @@ def simulate_closed(
 def run_closed(
     curve: ServiceCurve, pages: Pages, lengths: Iterable[int], *, num_replicas: int, num_clients: int, seed: int = 1
 ) -> SimulatedRun:
-    """The same with answers of these lengths."""
+    """Simulate a closed loop with these answer lengths."""
     env = simpy.Environment()
     fleet, jobs = _Fleet(env, curve, num_replicas, Random(seed)), list[SimulatedPage]()
     left = iter(lengths)
@@ -284,7 +284,7 @@ def run_closed(
 
 
 def _measure(run: SimulatedRun) -> SimulatedOutcome:
-    """What the pages in the middle of a run saw."""
+    """Summarise the pages in the middle of a run."""
     num_jobs = len(run.jobs)
     begin, end = int(num_jobs * _WARM_UP), max(int(num_jobs * _WARM_UP) + 1, int(num_jobs * _COOL_DOWN))
     times = sorted(run.times_s[begin:end])
@@ -304,7 +304,7 @@ def _measure(run: SimulatedRun) -> SimulatedOutcome:
 
 
 def percentile(ordered: Sequence[float], part: float) -> float:
-    """Of values in order; between two of them it is interpolated."""
+    """Return a quantile of sorted values, interpolated between two of them."""
     place = part * (len(ordered) - 1)
     low = math.floor(place)
     high = min(low + 1, len(ordered) - 1)
@@ -312,7 +312,7 @@ def percentile(ordered: Sequence[float], part: float) -> float:
 
 
 def iterate_rates(low: float, high: float, is_good: Callable[[float], bool], rounds: int) -> Iterator[float]:
-    """Bisect: gives the best good rate known after each round; 0.0 while none is. `low` need not be tried."""
+    """Bisect, and yield after each round the highest rate known to be good, or 0.0. `low` itself is not tried."""
     best = 0.0
     for _ in range(rounds):
         middle = (low + high) / 2

@@ -1,4 +1,4 @@
-"""How many replicas keep a promise at a given rate, by simulation. Pure."""
+"""Finds by simulation how many replicas meet a latency objective at a given rate. Pure."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from serving.planning.curve import ServiceCurve
 from serving.planning.simulation import Pages, SimulatedOutcome, iterate_rates, simulate_open
 
 CELL = 8
-"""Replicas that are simulated together at most. More share their load a little better still, so that a larger fleet,
-sized by the rate per replica of these, has some room to spare."""
+"""Most replicas that are simulated together. More replicas share load slightly better, so a larger fleet that is sized
+by the rate per replica of these has some spare capacity."""
 _ROUNDS = 10
 _MIN_PAGES, _MAX_PAGES = 2000, 4000
 _RUN_SLOS = 15
-"""A run lasts so many times the promised time at least, as far as the number of pages allows."""
+"""A run lasts at least so many times the objective, as far as the number of pages allows."""
 _LONE_RATE = 1e-4
 
 
 class PlanError(ValueError):
-    """No number of replicas can do what is asked, or what is asked makes no sense; the message says what to change."""
+    """No number of replicas meets the objective, or the question is invalid; the message says what to change."""
 
 
 @dataclass(slots=True)
 class Sizing:
-    """The promise: so many seconds at the 95th percentile, and engines that are not driven beyond a part of their peak.
+    """The objective: so many seconds at the 95th percentile, with engines below a fraction of their peak rate.
 
-    What a replica can do in a fleet of k is found once and does not depend on the load, so more load never needs fewer
-    replicas.
+    The rate per replica in a fleet of k is computed once and does not depend on the load, so that more load never needs
+    fewer replicas.
     """
 
     curve: ServiceCurve
@@ -40,14 +40,15 @@ class Sizing:
 
     @property
     def peak_rate(self) -> float:
-        """Pages per second of a replica that is always full."""
+        """Return the pages per second of a replica that is always full."""
         return self.curve.peak_pages_per_s(self.pages.prompt_tokens, self.pages.mean_output)
 
     def rate_per_replica(self, num_replicas: int) -> float:
-        """Pages per second and replica that a fleet of this size takes within the promise; from `CELL` on it is one.
+        """Return the pages per second and replica that a fleet of this size handles within the objective. It is the
+        same for all sizes from `CELL` on.
 
         Raises:
-            PlanError: not even a page that is alone keeps the promise.
+            PlanError: even a page that is alone misses the objective.
         """
         size = min(num_replicas, CELL)
         if size not in self._rates:
@@ -56,14 +57,15 @@ class Sizing:
         return self._rates[size]
 
     def num_replicas(self, pages_per_s: float) -> int:
-        """The fewest that take this rate within the promise."""
+        """Return the smallest number of replicas that handles this rate within the objective."""
         by_cell = math.ceil(pages_per_s / self.rate_per_replica(CELL))
         if by_cell >= CELL:
             return by_cell
         return next(size for size in range(1, CELL + 1) if size * self.rate_per_replica(size) >= pages_per_s)
 
     def look(self, num_replicas: int, pages_per_s: float) -> SimulatedOutcome:
-        """What clients of a fleet see at this rate; of a large one a part is simulated with its part of the load."""
+        """Simulate what clients observe at this rate; of a large fleet only a part is simulated, with its share of the
+        load."""
         size = min(num_replicas, CELL)
         return self._simulate(size, pages_per_s / num_replicas * size)
 
