@@ -2,7 +2,7 @@
 
     identify   whose request it is, and the id that engines and the ledger know it by        -> RequestContext
     hold       one of the tenant's requests and memory for the body; on every way out everything that the request
-               holds is given back or, if it was used, settled                               -> Held
+               holds is given back or, if it was used, settled                               -> Allowance
     parse      the body, checked, with remote images fetched                                 -> RoutedRequest
     reserve    the tenant's budget and tokens per minute, of what the request may take       -> WorkEstimate
     place      a place on a replica, queueing for one if all are busy                        -> Slot
@@ -64,11 +64,11 @@ _UNTRACED: contextlib.AbstractContextManager[Mapping[str, str]] = contextlib.nul
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """What a request that was let in may use."""
+class Allowance:
+    """What an admitted request may use."""
 
     body: HeldBody
-    """Memory."""
+    """Memory for its body."""
     began_s: float
     timeout_s: float
 
@@ -99,10 +99,10 @@ class Generation:
             ClientGoneError: the client has left.
         """
         account = RequestAccount(self.accounts, await self._identify(incoming))
-        async with self._hold(account, incoming) as held:
-            request = await self._parse(account, incoming, held.body)
+        async with self._hold(account, incoming) as allowance:
+            request = await self._parse(account, incoming, allowance.body)
             request, work = self._reserve(account, request, incoming.reply)
-            async with self._place(account, request, work, incoming, held) as slot:
+            async with self._place(account, request, work, incoming, allowance) as slot:
                 await self._send(account, request, slot, incoming.reply)
 
     async def _identify(self, incoming: Incoming) -> RequestContext:
@@ -116,7 +116,7 @@ class Generation:
         return RequestContext(request_id, incoming.path, identity, arrived_ns, credit or 0, trace)
 
     @contextlib.asynccontextmanager
-    async def _hold(self, account: RequestAccount, incoming: Incoming) -> AsyncIterator[Held]:
+    async def _hold(self, account: RequestAccount, incoming: Incoming) -> AsyncIterator[Allowance]:
         """Let a request in, and settle it in the end. A failure after the reply has begun is reported in the stream."""
         identity, reply = account.context.identity, incoming.reply
         ending = Ending(Outcome.FAILED, 500, "internal_error")
@@ -130,7 +130,7 @@ class Generation:
                 raise
             async with self.access.admitted(incoming, identity, GENERATION):
                 with self.access.bodies.open() as body:
-                    yield Held(body, began_s, timeout_s)
+                    yield Allowance(body, began_s, timeout_s)
             ending = Ending.of_whole(reply.status, reply.first_byte_ns)
         except ServingError as error:
             outcome = Outcome.FAILED if account.num_tries and error.http_status >= 500 else Outcome.REFUSED
@@ -150,9 +150,9 @@ class Generation:
         finally:
             account.finish(ending)
 
-    async def _parse(self, account: RequestAccount, incoming: Incoming, held: HeldBody) -> RoutedRequest:
+    async def _parse(self, account: RequestAccount, incoming: Incoming, memory: HeldBody) -> RoutedRequest:
         context, settings = account.context, self.settings
-        body = await read_body(incoming.scope, incoming.receive, settings.router.limits, held)
+        body = await read_body(incoming.scope, incoming.receive, settings.router.limits, memory)
         request = parse_request(context.route, body, settings)
         if incoming.is_deepinfra or settings.router.usage_in_last_chunk:
             request = replace(request, usage_in_last_chunk=not request.wants_stream_usage)
@@ -160,7 +160,7 @@ class Generation:
         account.set_price(request)
         if None in request.image_sizes:
             request = await self.remote.inline(request, settings.router)
-            held.take(len(request.body) - len(body))
+            memory.take(len(request.body) - len(body))
         return request
 
     def _reserve(
@@ -184,12 +184,17 @@ class Generation:
 
     @contextlib.asynccontextmanager
     async def _place(
-        self, account: RequestAccount, request: RoutedRequest, work: WorkEstimate, incoming: Incoming, held: Held
+        self,
+        account: RequestAccount,
+        request: RoutedRequest,
+        work: WorkEstimate,
+        incoming: Incoming,
+        allowance: Allowance,
     ) -> AsyncIterator[Slot]:
         """Hold a place on a replica for as long as the request has time and its client is there."""
-        async with asyncio.timeout(held.timeout_s + _GRACE_S), ClientPresence(incoming.receive):
+        async with asyncio.timeout(allowance.timeout_s + _GRACE_S), ClientPresence(incoming.receive):
             identity = account.context.identity
-            slot = await self.dispatcher.enter(request, work, identity, deadline_s=held.deadline_s)
+            slot = await self.dispatcher.enter(request, work, identity, deadline_s=allowance.deadline_s)
             try:
                 account.queued(slot.waited_s)
                 yield slot

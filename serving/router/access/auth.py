@@ -102,8 +102,8 @@ class Authenticator:
 def check_model_allowed(identity: Identity, model: str, *aliases: str) -> None:
     """Refuse a model that the tenant may not use.
 
-    Answered with 403, not 404: which models exist is no secret, and a client that is told the opposite would look
-    for a spelling mistake instead of asking for access.
+    Answered with 403, not 404: which models exist is no secret, and after a 404 a client would look for a spelling
+    mistake instead of asking for access.
 
     Args:
         identity: whose request it is.
