@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import re
+from typing import get_args
 
 import pytest
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 from support.paths import ROOT
 
+from serving.ocr_api.options import MODES, PageFormat
 from serving.web.app import HEADERS, build_routes
 
 STATIC = ROOT / "serving/web/static"
@@ -74,3 +76,14 @@ def test_every_field_has_a_label() -> None:
         before = page[: page.index(tag)]
         is_inside = before.rindex("<label") > before.rindex("</label>") if "</label>" in before else "<label" in before
         assert is_inside or f'for="{name[1]}"' in page, tag
+
+
+def test_the_page_offers_the_modes_and_formats_of_the_api() -> None:
+    page = (STATIC / "index.html").read_text()
+
+    def options(name: str) -> set[str]:
+        select = page.partition(f'<select id="{name}"')[2].partition("</select>")[0]
+        return {value or text for value, text in re.findall(r'<option(?: value="(\w*)")?>([\w ]+)<', select)}
+
+    assert options("mode") - {"default"} == set(MODES)
+    assert options("format") == set(get_args(PageFormat))
