@@ -64,7 +64,7 @@ _UNTRACED: contextlib.AbstractContextManager[Mapping[str, str]] = contextlib.nul
 
 
 @dataclass(frozen=True, slots=True)
-class Allowance:
+class RequestAllowance:
     """What an admitted request may use."""
 
     body: HeldBody
@@ -116,7 +116,7 @@ class Generation:
         return RequestContext(request_id, incoming.path, identity, arrived_ns, credit or 0, trace)
 
     @contextlib.asynccontextmanager
-    async def _hold(self, account: RequestAccount, incoming: Incoming) -> AsyncIterator[Allowance]:
+    async def _hold(self, account: RequestAccount, incoming: Incoming) -> AsyncIterator[RequestAllowance]:
         """Let a request in, and settle it in the end. A failure after the reply has begun is reported in the stream."""
         identity, reply = account.context.identity, incoming.reply
         ending = Ending(Outcome.FAILED, 500, "internal_error")
@@ -130,7 +130,7 @@ class Generation:
                 raise
             async with self.access.admitted(incoming, identity, GENERATION):
                 with self.access.bodies.open() as body:
-                    yield Allowance(body, began_s, timeout_s)
+                    yield RequestAllowance(body, began_s, timeout_s)
             ending = Ending.of_whole(reply.status, reply.first_byte_ns)
         except ServingError as error:
             outcome = Outcome.FAILED if account.num_tries and error.http_status >= 500 else Outcome.REFUSED
@@ -189,7 +189,7 @@ class Generation:
         request: RoutedRequest,
         work: WorkEstimate,
         incoming: Incoming,
-        allowance: Allowance,
+        allowance: RequestAllowance,
     ) -> AsyncIterator[Slot]:
         """Hold a place on a replica for as long as the request has time and its client is there."""
         async with asyncio.timeout(allowance.timeout_s + _GRACE_S), ClientPresence(incoming.receive):
