@@ -1,8 +1,8 @@
-"""The vLLM plugin: everything that is special about DeepSeek-OCR.
+"""The vLLM plugin: everything that is specific to DeepSeek-OCR.
 
 vLLM calls `register` in each of its processes through the entry point group `vllm.general_plugins`, so a bare
-`vllm serve` gets it too as soon as this distribution is installed. Importing this package imports neither torch nor
-vLLM; the model's module is imported by vLLM when a checkpoint asks for the architecture.
+`vllm serve` uses it too once this distribution is installed. Importing this package imports neither torch nor vLLM;
+vLLM imports the model's module when a checkpoint names the architecture.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ ARCHITECTURE = "DeepseekOCRForCausalLM"
 
 
 def register() -> None:
-    """Put this project's model in the place of vLLM's own for the published architecture's name. May run many times."""
+    """Register this project's model instead of vLLM's own for the published architecture. May be called repeatedly."""
     from vllm import ModelRegistry
 
     from serving.plugin.interfaces.vllm_internals import adapt_engine_config, replace_renderer
@@ -24,7 +24,7 @@ def register() -> None:
 
 
 def _configure(vllm_config: Any) -> None:
-    """Switch the n-gram guard and the loop stop on in an engine for this architecture."""
+    """Enable the n-gram guard and the loop stop in an engine for this architecture."""
     from serving.plugin.repetition import loop_stop, ngram_guard
 
     ngram_guard.configure(vllm_config)

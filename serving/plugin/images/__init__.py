@@ -1,1 +1,1 @@
-"""From an encoded image to the views that the encoder takes."""
+"""The image pipeline: from an encoded image to the encoder's views."""

@@ -1,9 +1,9 @@
-"""From the bytes of an image file to RGB pixels. Imports neither torch nor vLLM.
+"""Decodes an image file to RGB pixels. Imports neither torch nor vLLM.
 
-Ordinary pictures come out as vLLM's own loader makes them, bit for bit: the first frame, turned by its EXIF
-orientation, with transparency laid over a background. vLLM shows three kinds in a way that no page can be read from:
-those of more than 8 bits (see `depth`), those whose pixels are not square (see `geometry`), and RGB with a transparent
-colour. JPEG's draft mode, which decodes at a fraction of the size, is not used: its pixels are other pixels.
+Ordinary images are decoded exactly as by vLLM's own loader: the first frame, rotated according to its EXIF orientation,
+with transparency blended over a background. vLLM renders three kinds so that they cannot be read: images with more than
+8 bits per channel (see `depth`), images with non-square pixels (see `geometry`), and RGB with a transparent colour.
+JPEG's draft mode, which decodes at a reduced size, is not used because its pixels differ.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ Pixels = npt.NDArray[np.uint8]
 _JPEG_END = b"\xff\xd9"
 _JPEG_FLAGS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 _LAZY_FORMATS = frozenset({"JPEG", "PNG", "TIFF", "WEBP", "BMP", "PPM"})
-"""Formats whose header says everything about the pixels' shape. The others change their minds when they are decoded."""
+"""Formats whose header determines the size of the decoded image. Others may differ from their header."""
 _PNG_ORIENTATION = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
-"""Where a PNG may keep an orientation, possibly behind its pixels, so that finding out means decoding."""
+"""Keys under which a PNG may have an orientation, possibly after its pixels, where only decoding finds it."""
 
 
 class DecodeError(ValueError):
-    """Data that is not an image of a known format, or not a whole one."""
+    """The data is not an image of an allowed format, or is incomplete."""
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What the head of a file says.
+    """What a file's header tells.
 
-    size: as shown, after turning, with square pixels.
-    mode: Pillow's name of the file's own pixel format.
-    is_lazy: whether the size can be trusted before decoding.
+    size: size as displayed, after rotation, with square pixels.
+    mode: Pillow's name of the file's pixel format.
+    is_lazy: whether the size is reliable before decoding.
     """
 
     size: Size
@@ -49,14 +49,14 @@ class Header:
 
 
 def read_header(data: bytes, formats: tuple[str, ...]) -> Header:
-    """Look at an image without decoding its pixels.
+    """Read an image's header without decoding its pixels.
 
     Args:
         data: the file.
-        formats: names of Pillow's formats that are let in.
+        formats: Pillow's names of the allowed formats.
 
     Raises:
-        DecodeError: not an image of these formats.
+        DecodeError: the data is not an image of these formats.
     """
     try:
         return read_tolerantly(lambda data: _read_header(data, formats), data)
@@ -65,13 +65,13 @@ def read_header(data: bytes, formats: tuple[str, ...]) -> Header:
 
 
 def decode(data: bytes, formats: tuple[str, ...], background: Colour) -> Pixels | Image.Image:
-    """Decode an image: turned, converted to RGB, its pixels made square.
+    """Decode an image, rotate it as displayed, convert it to RGB and make its pixels square.
 
     Returns:
-        uint8, shape (height, width, 3), contiguous; or a Pillow image in RGB where Pillow was the decoder.
+        uint8, shape (height, width, 3), contiguous; or a Pillow image in RGB if Pillow decoded it.
 
     Raises:
-        DecodeError: not an image of these formats, or damaged.
+        DecodeError: the data is not an image of these formats, or is damaged.
     """
     try:
         return read_tolerantly(lambda data: _decode(data, formats, background), data)
@@ -102,8 +102,8 @@ def _decode(data: bytes, formats: tuple[str, ...], background: Colour) -> Pixels
 
 
 def _decode_jpeg(data: bytes, image: Image.Image) -> Pixels | None:
-    """OpenCV's libjpeg-turbo gives the pixels of Pillow's in half the time; None where Pillow must do it."""
-    # OpenCV fills what is missing of a truncated file with grey where Pillow refuses, and reads CMYK differently.
+    """Decode with OpenCV's libjpeg-turbo, which gives Pillow's pixels in half the time; None if Pillow must do it."""
+    # OpenCV fills the missing part of a truncated file with grey where Pillow refuses it, and reads CMYK differently.
     if image.format != "JPEG" or image.mode not in ("RGB", "L") or not data.endswith(_JPEG_END):
         return None
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), _JPEG_FLAGS)

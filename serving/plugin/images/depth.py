@@ -1,14 +1,13 @@
-"""Pictures of more than 8 bits a value to 8. Imports neither torch nor vLLM nor OpenCV.
+"""Converts images with more than 8 bits per value to 8 bits. Imports neither torch nor vLLM nor OpenCV.
 
-Pillow's own conversion cuts what is over 255, so that most such scans come out white. Here values are scaled by the
+Pillow's own conversion clips values above 255, so that most such scans become white. Here values are scaled by the
 range that the file uses:
 
-- whole numbers: white is the largest number of as many bits as the brightest pixel needs. 16-bit scans keep their full
-  range, 12 bits in 16 are taken for 12 bits, and a dark page is brightened by less than twice that;
-- signed ones with negative values: from the darkest pixel to the brightest;
-- floats: 0 to 1 or 0 to 255 where the brightest pixel lies between a quarter of that and a quarter above it (resampling
-  overshoots), and nothing far below zero; else from the darkest pixel, or zero, to the brightest. What is not a number
-  is white.
+- unsigned integers: white is the largest number with as many bits as the brightest pixel needs. 16-bit scans keep their
+  full range, 12 bits in 16 are treated as 12 bits, and a dark page is brightened by a factor below two;
+- signed integers with negative values: from the darkest pixel to the brightest;
+- floats: 0 to 1 or 0 to 255 if the brightest pixel is between 25% and 125% of the upper limit (resampling overshoots)
+  and no value is far below zero; otherwise from the darkest pixel, or zero, to the brightest. NaN becomes white.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ import numpy.typing as npt
 from PIL import Image
 
 _PHOTOMETRIC, _BITS_PER_SAMPLE, _SAMPLE_FORMAT = 262, 258, 339
-"""Tags of TIFF."""
+"""TIFF tags."""
 _FLOAT_WHITES = (1.0, 255.0)
 _ROWS_PIXELS = 2**20
-"""So many pixels are scaled at once: the steps in between need several times the memory of the picture."""
+"""Pixels that are scaled at a time: the intermediate steps need several times the memory of the image."""
 
 
 def deep_to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """An image of Pillow's modes I, F and I;16 (in any byte order) in RGB of 8 bits.
+    """Convert an image in Pillow's modes I, F or I;16 (in any byte order) to 8-bit RGB.
 
     Args:
-        image: as Pillow opened it: TIFF's tags are asked what its numbers mean.
-        background: in the place of pixels of the colour that is transparent.
+        image: as opened by Pillow: the tags of a TIFF tell what its numbers mean.
+        background: replaces pixels of the transparent colour.
     """
     values = _read_values(image)
     tags = getattr(image, "tag_v2", {})
@@ -46,13 +45,13 @@ def deep_to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.I
 def _read_values(image: Image.Image) -> npt.NDArray[np.generic]:
     values = np.asarray(image)
     tags = getattr(image, "tag_v2", {})
-    # Pillow's 32-bit numbers have a sign, whether the file's have one or not.
+    # Pillow's 32-bit integers are signed, even if those of the file are not.
     is_unsigned = tags.get(_BITS_PER_SAMPLE) == (32,) and tags.get(_SAMPLE_FORMAT, (1,)) == (1,)
     return values.view(np.uint32) if image.mode == "I" and is_unsigned else values
 
 
 def _scale(values: npt.NDArray[np.generic], *, is_inverted: bool) -> npt.NDArray[np.uint8]:
-    """To 0..255; when it is inverted the smallest values are white."""
+    """Scale values to 0..255. If inverted, the smallest values are white."""
     black, white = _find_range(values)
     scaled = np.empty(values.shape, np.uint8)
     for rows in _cut(values.shape):
@@ -66,7 +65,7 @@ def _scale(values: npt.NDArray[np.generic], *, is_inverted: bool) -> npt.NDArray
 
 
 def _find_range(values: npt.NDArray[np.generic]) -> tuple[float, float]:
-    """Values of black and of white, never the same."""
+    """Return the values of black and white, which always differ."""
     low, high = _find_extremes(values)
     if values.dtype.kind != "f":
         return (low, max(high, low + 1)) if low < 0 else (0.0, 2.0 ** max(int(high).bit_length(), 1) - 1)

@@ -1,4 +1,4 @@
-"""A page whose pixels are not decoded before somebody asks for them."""
+"""A page image that is decoded lazily."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from serving.plugin.modes.resolution import ResolutionMode
 
 
 class EncodedPage(Image.Image):
-    """An image file that says its size from its header and is a Pillow image in RGB to everybody else.
+    """An image file whose size comes from its header; to other code it is a Pillow image in RGB.
 
-    Whoever asks for pixels has them decoded, in the asking thread, and gets a DecodeError (a ValueError) when the file
-    is damaged.
+    Accessing the pixels decodes them in the calling thread and raises DecodeError (a ValueError) if the file is
+    damaged.
 
     data: the file.
-    formats: names of Pillow's formats that are let in.
+    formats: Pillow's names of the allowed formats.
     background: shown behind transparent pixels.
-    order: the views that the image pipeline was asked for, and in which mode.
+    order: the views that were requested from the image pipeline, and their mode.
     """
 
     def __init__(self, data: bytes, header: Header, formats: tuple[str, ...], background: Colour) -> None:
@@ -36,7 +36,7 @@ class EncodedPage(Image.Image):
         self._decoded: Pixels | Image.Image | None = None
 
     def decoded(self) -> Pixels | Image.Image:
-        """The pixels: uint8 of shape (height, width, 3), or a Pillow image; decoded once."""
+        """Return the pixels, uint8 of shape (height, width, 3) or a Pillow image, decoding them once."""
         if self._decoded is None:
             self._decoded = decode(self.data, self.formats, self.background)
         return self._decoded
@@ -51,7 +51,7 @@ class EncodedPage(Image.Image):
         self._im = im
 
     def load(self) -> Any:
-        """Decode if need be, as every method of Pillow's that needs pixels does first."""
+        """Decode if necessary. Pillow's methods that need pixels call this first."""
         self._fill()
         return super().load()
 

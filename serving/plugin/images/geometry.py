@@ -1,7 +1,7 @@
-"""How large a picture is as it is shown: turned by its orientation, with square pixels. Of its header alone.
+"""The displayed size of an image, from its header: rotated according to its orientation, with square pixels.
 
-Fax machines and some scanners have finer columns than rows (204 x 98 dots per inch); such a picture is as wide as it
-should be and half as high. TIFF, PNG, JPEG and BMP say so by two resolutions.
+Fax machines and some scanners have different horizontal and vertical resolutions (204 x 98 dots per inch); shown with
+square pixels, such an image has the right width and half the height. TIFF, PNG, JPEG and BMP store both resolutions.
 """
 
 from __future__ import annotations
@@ -15,43 +15,42 @@ Size = tuple[int, int]
 """Width and height in pixels."""
 
 SWAPS_SIDES = range(5, 9)
-"""Orientations that show a lying image upright."""
+"""Orientations that rotate the image by 90 degrees."""
 _ROUNDING = 0.02
-"""Resolutions that differ by less are one that was rounded, in whole dots or in metric units."""
+"""Resolutions that differ by less are equal except for rounding to whole dots or metric units."""
 _LONGEST_PIXEL = 4.0
-"""No scanner has longer ones; what says so is wrong."""
+"""Largest plausible ratio; no scanner has a larger one, so larger values are ignored."""
 _DOTS = ("dpi", "aspect", "resolution")
-"""Where Pillow keeps two resolutions; those without a unit are good enough for their ratio."""
+"""Keys under which Pillow stores both resolutions; those without a unit still give a ratio."""
 
 
 def shown_size(image: Image.Image) -> Size:
-    """Width and height of an image that was opened and not decoded, as `decoding.decode` gives it.
+    """Return the width and height that `decoding.decode` will give for an image that was opened but not decoded.
 
-    The orientation of a PNG may stand behind its pixels, and is not seen then.
+    An orientation of a PNG that is stored after the pixels is not taken into account.
     """
     size, aspect = image.size, pixel_aspect(image)
-    # Pillow itself swaps the sides of a TIFF.
+    # Pillow itself swaps the dimensions of a TIFF.
     if _has_orientation(image) and orientation_of(image) in SWAPS_SIDES:
         size, aspect = (size[1], size[0]), 1 / aspect
     return square_size(size, aspect)
 
 
 def square_size(size: Size, aspect: float) -> Size:
-    """With square pixels: the coarser side gets more of them.
+    """Return the size with square pixels; the side with the lower resolution grows.
 
     Args:
-        size: in pixels as they are.
-        aspect: a pixel's width by its height.
+        size: size in the file's pixels.
+        aspect: width of a pixel divided by its height.
     """
     width, height = size
     return (round(width * aspect), height) if aspect > 1 else (width, round(height / aspect))
 
 
 def pixel_aspect(image: Image.Image) -> float:
-    """A pixel's width by its height, as Pillow shows the image before anything else turns it.
+    """Return the width of a pixel divided by its height, in the orientation in which Pillow opens the image.
 
-    1.0 for square pixels, and for resolutions that are missing or cannot be true. To be asked before the image is
-    decoded.
+    It is 1.0 for square pixels, and if resolutions are missing or implausible. Call it before the image is decoded.
     """
     horizontal, vertical = _read_dots(image)
     if not (math.isfinite(horizontal) and math.isfinite(vertical) and horizontal > 0 and vertical > 0):
@@ -64,7 +63,7 @@ def pixel_aspect(image: Image.Image) -> float:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """The EXIF orientation, 1..8; 1 where there is none or its data is damaged, as in vLLM."""
+    """Return the EXIF orientation, 1..8; 1 if there is none or its data is damaged, as in vLLM."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # noqa: BLE001 - on hostile data Pillow's readers raise whatever they happen to
@@ -73,14 +72,14 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def _has_orientation(image: Image.Image) -> bool:
-    """Whether there may be one that can be read without decoding, and has not been followed by Pillow."""
+    """Whether there may be an orientation that can be read without decoding and that Pillow has not applied."""
     if image.format in ("JPEG", "WEBP"):
         return "exif" in image.info or "xmp" in image.info
     return image.format == "PNG" and "exif" in image.info
 
 
 def _read_dots(image: Image.Image) -> tuple[float, float]:
-    """Dots per unit, horizontally and vertically; (1, 1) where nothing is said of them."""
+    """Return the dots per unit, horizontally and vertically, or (1, 1) if they are not given."""
     info: dict[Any, Any] = image.info
     found = info.get("jfif_density") if info.get("jfif_unit") == 0 else None
     dots = found or next((info[key] for key in _DOTS if key in info), (1, 1))

@@ -1,4 +1,4 @@
-"""vLLM's media connector without the decoding: images stay files until the image pipeline makes views of them.
+"""A media connector for vLLM that does not decode: images stay encoded until the image pipeline creates their views.
 
 Chosen by the environment variable VLLM_MEDIA_CONNECTOR, set to `NAME`.
 """
@@ -29,7 +29,7 @@ class EncodedImageIO(ImageMediaIO):
         """Check an image and wrap it.
 
         Raises:
-            ValueError: no image of an allowed format, too large, or damaged as far as that is seen here.
+            ValueError: the image has no allowed format, is too large, or is visibly damaged.
         """
         formats = vllm_internals.allowed_image_formats()
         header = read_header(data, formats)
@@ -42,9 +42,9 @@ class EncodedImageIO(ImageMediaIO):
             )
         page = EncodedPage(data, header, formats, self.rgba_background_color)
         if not image_pipeline().has_workers:
-            page.decoded()  # in this thread of vLLM's, one of several, and not in the only one of its processor
+            page.decoded()  # in this thread, of which vLLM has several, and not in the single thread of its processor
         converted = {"image_mode": self.image_mode, "rgba_background_color": self.rgba_background_color}
-        # A size that is only known from the pixels makes it an image like any other.
+        # If the size is only known after decoding, it is treated like any other image.
         media: Image.Image = page if header.is_lazy else page.copy()
         return MediaWithBytes(media, data, None if header.mode == "RGB" else converted)
 
@@ -54,7 +54,7 @@ class EncodedImageIO(ImageMediaIO):
 
 @MEDIA_CONNECTOR_REGISTRY.register(NAME)
 class EncodedMediaConnector(MediaConnector):
-    """vLLM's connector in everything but how an image in RGB is loaded."""
+    """vLLM's connector, except for the way RGB images are loaded."""
 
     def fetch_image(self, image_url: str, *, image_mode: str | None = "RGB") -> Any:
         image_io = self._image_io(image_mode)
@@ -69,6 +69,6 @@ class EncodedMediaConnector(MediaConnector):
         return await self.load_from_url_async(image_url, image_io, fetch_timeout=envs.VLLM_IMAGE_FETCH_TIMEOUT)
 
     def _image_io(self, image_mode: str | None) -> EncodedImageIO | None:
-        """How images are loaded; None when another pixel format than RGB is asked for."""
+        """Return the loader of images, or None if a pixel format other than RGB is requested."""
         options = {"image_mode": image_mode, **self.media_io_kwargs.get("image", {})}
         return EncodedImageIO(**options) if options["image_mode"] == "RGB" else None

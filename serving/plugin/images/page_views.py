@@ -1,6 +1,6 @@
-"""A page's views as tensors: uint8, in one piece of memory.
+"""A page's views as uint8 tensors in one contiguous buffer.
 
-Normalising to floats is left to the model's device: a byte per value crosses to the engine process instead of four.
+Normalisation to floats happens on the model's device, so that one byte per value is sent to the engine, not four.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from serving.plugin.images.views import Layout, draw_views
 from serving.plugin.modes.resolution import ResolutionMode, TileGrid
 
 WHITE = (255, 255, 255)
-"""What vLLM shows behind transparent pixels."""
+"""The colour that vLLM shows behind transparent pixels."""
 
 
 @dataclass(frozen=True, slots=True)
 class PageViews:
-    """What the encoder gets of one page.
+    """The encoder's input for one page.
 
     global_view: uint8, shape (3, base_size, base_size).
     tiles: uint8, shape (grid.num_tiles, 3, image_size, image_size), row by row.
@@ -33,16 +33,16 @@ class PageViews:
 
     @classmethod
     def in_buffer(cls, buffer: torch.Tensor, layout: Layout) -> PageViews:
-        """The views that lie in a flat uint8 buffer, without a copy."""
+        """Return the views in a flat uint8 buffer, without copying."""
         view = buffer[: layout.view_bytes].view(layout.view_shape)
         return cls(view, buffer[layout.view_bytes : layout.size_bytes].view(layout.tiles_shape), layout.grid)
 
 
 def build_views(page: Pixels | Image.Image, mode: ResolutionMode, padding: Colour) -> PageViews:
-    """Cut a page into its views, in this thread.
+    """Create the views of a page in the calling thread.
 
     Args:
-        page: any size; RGB when it is an array of shape (height, width, 3).
+        page: image of any size; an array must be RGB of shape (height, width, 3).
         mode: sizes and tiling.
         padding: RGB colour of the borders that keep the page's aspect ratio in the global view.
     """

@@ -1,6 +1,6 @@
-"""From an image that Pillow has opened to what it shows: in RGB, turned, with square pixels.
+"""Converts an image opened by Pillow to RGB as displayed: rotated, with square pixels.
 
-Both ways to the model go through here: images of chat requests (`decoding`) and pages of documents.
+Images of chat requests (`decoding`) and pages of documents both use this module.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _TURNED = {
 
 
 def show(image: Image.Image, background: Colour) -> Image.Image:
-    """What an image shows.
+    """Return the image as displayed.
 
     Args:
-        image: as it was opened, neither decoded nor copied.
-        background: behind transparent pixels.
+        image: as opened, neither decoded nor copied.
+        background: colour behind transparent pixels.
     """
     aspect = pixel_aspect(image)
     image.load()
@@ -42,12 +42,12 @@ def show(image: Image.Image, background: Colour) -> Image.Image:
 
 
 def make_square(image: Image.Image, aspect: float, orientation: int) -> Image.Image:
-    """More pixels along the coarser side.
+    """Resample the image to square pixels, enlarging the side with the lower resolution.
 
     Args:
-        image: turned already.
-        aspect: of its pixels before that, width by height.
-        orientation: that it was turned by.
+        image: already rotated.
+        aspect: width of a pixel divided by its height, before the rotation.
+        orientation: the EXIF orientation that was applied.
     """
     if aspect == 1.0:
         return image
@@ -56,17 +56,17 @@ def make_square(image: Image.Image, aspect: float, orientation: int) -> Image.Im
 
 
 def to_rgb(image: Image.Image, background: Colour) -> Image.Image:
-    """An image in RGB of 8 bits, what shines through it laid over the background.
+    """Convert an image to 8-bit RGB and blend transparent pixels with the background.
 
     Args:
-        image: not turned or copied yet: the numbers of a TIFF mean what its tags say.
+        image: not yet rotated or copied: the tags of a TIFF tell what its numbers mean.
         background: shown behind transparent pixels.
     """
     has_key = "transparency" in image.info
     if image.mode == "RGB" and not has_key:
         return image
     if image.mode in _DEEP_MODES:
-        # Late: no ordinary picture needs numpy, and the processes that draw documents do without it.
+        # Imported late: ordinary images do not need numpy, and processes that render documents run without it.
         from serving.plugin.images.depth import deep_to_rgb
 
         return deep_to_rgb(image, background)
@@ -83,7 +83,7 @@ def to_rgb(image: Image.Image, background: Colour) -> Image.Image:
 
 
 def _lab_to_rgb(image: Image.Image) -> Image.Image:
-    """Pillow converts it by colour profiles only."""
+    """Convert an L*a*b* image, which Pillow itself converts with colour profiles only."""
     lab, rgb = (ImageCms.createProfile(name) for name in ("LAB", "sRGB"))
     converted = ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
     assert converted is not None, "None is for conversion in place"

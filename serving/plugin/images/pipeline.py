@@ -1,4 +1,4 @@
-"""From pages to views in the API process: by the pool of workers where there is one, else in the calling thread."""
+"""Creates the views of pages in the API process: with the pool of workers if there is one, else in the caller."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from serving.plugin.modes.selection import ChosenMode
 
 
 class ImagePipeline:
-    """Makes views of the pages of requests. Thread-safe."""
+    """Creates the views of requests' pages. Thread-safe."""
 
     def __init__(self, settings: ImagePipelineSettings) -> None:
         self.settings = settings
         self._pool = ImagePool(settings) if settings.workers else None
-        # One thread is enough to wait for room in the queue: who comes later waits no less long for it.
+        # One thread suffices to wait for room in the queue: later pages would not get room earlier.
         self._admission = ThreadPoolExecutor(1, "serving-image-admission")
 
     @property
@@ -36,22 +36,22 @@ class ImagePipeline:
         return self._pool is not None
 
     def start(self) -> None:
-        """Start the workers in the background, if there are any to start."""
+        """Start the workers, if any, in the background."""
         if self._pool is not None:
             self._pool.start()
 
     def close(self) -> None:
-        """End the workers. Pages that wait fail."""
+        """End the workers. Queued pages fail."""
         self._admission.shutdown(wait=False, cancel_futures=True)
         if self._pool is not None:
             self._pool.close()
 
     async def prepare(self, pages: Sequence[EncodedPage], chosen: Sequence[ChosenMode], padding: Colour) -> None:
-        """Have the workers make views of these pages, all at once; `views` finds them ready.
+        """Have the workers create the views of these pages concurrently, so that `views` finds them ready.
 
         Raises:
             ValueError: a page is damaged.
-            RetryableRequestError: no worker had time for a page (vLLM answers 503).
+            RetryableRequestError: no worker was available for a page (vLLM answers 503).
         """
         if self._pool is None:
             return
@@ -66,11 +66,11 @@ class ImagePipeline:
             await asyncio.gather(*map(asyncio.wrap_future, orders))
 
     def views(self, pages: Sequence[Image.Image], chosen: Sequence[ChosenMode], padding: Colour) -> list[PageViews]:
-        """The views of these pages, waiting for the workers where they have them.
+        """Return the views of these pages, waiting for those that workers are creating.
 
         Raises:
             ValueError: a page is damaged.
-            RetryableRequestError: no worker had time for a page (vLLM answers 503).
+            RetryableRequestError: no worker was available for a page (vLLM answers 503).
         """
         with _as_retryable():
             for page, choice in zip(pages, chosen, strict=True):
@@ -112,9 +112,9 @@ def _as_retryable() -> Iterator[None]:
 
 @cache
 def image_pipeline() -> ImagePipeline:
-    """This process's pipeline, as the environment sets it. Starts nothing.
+    """Return this process's pipeline, configured by the environment. Does not start it.
 
     Raises:
-        ValueError: a setting that is wrong.
+        ValueError: an environment variable is invalid.
     """
     return ImagePipeline(ImagePipelineSettings.from_environ())

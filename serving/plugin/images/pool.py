@@ -1,4 +1,4 @@
-"""Processes that turn image files into views outside the API process's GIL, and a bounded queue for them."""
+"""A pool of processes that decode and tile images outside the API process's GIL, with a bounded queue."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from serving.plugin.images.worker_process import WorkerHungError, WorkerLostErro
 from serving.plugin.interfaces import metrics
 
 _IDLE_CHECK_S = 1.0
-"""How often an idle worker is looked after, and a failed start tried again."""
+"""How often an idle worker is checked, and a failed start retried."""
 _START_TIMEOUT_S = 60.0
 _TRIES = 2
 _CLOSED = "the server is shutting down"
@@ -30,16 +30,16 @@ logger = logging.getLogger(__name__)
 
 
 class PoolUnavailableError(Exception):
-    """No room in the queue for as long as a page may wait, no worker, or the pool is closed: try again elsewhere."""
+    """The queue had no room within the time limit, there is no worker, or the pool is closed. Retry elsewhere."""
 
 
 class PageLostError(ValueError):
-    """The worker died over this page, and so did the one after it; or it took too long. The page is to blame."""
+    """Two workers in a row died while processing this page, or one took too long. The page is the cause."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """A page's place in the queue. `views` fails with DecodeError or PageLostError when the page is at fault."""
+    """A page in the queue. `views` fails with DecodeError or PageLostError if the page is the cause."""
 
     job: ViewJob
     data: bytes
@@ -48,9 +48,9 @@ class Ticket:
 
 
 class ImagePool:
-    """As many processes as the settings say, each driven by a thread of this process.
+    """The configured number of worker processes, each driven by a thread of this process.
 
-    Thread-safe. Workers that die are replaced, and the page they had is tried once more.
+    Thread-safe. A worker that dies is replaced, and its page is retried once.
     """
 
     def __init__(self, settings: ImagePipelineSettings) -> None:
@@ -64,7 +64,7 @@ class ImagePool:
 
     @property
     def pids(self) -> list[int]:
-        """Of the processes that are there now."""
+        """Process ids of the current workers."""
         with self._lock:
             return [worker.pid for worker in self._workers.values()]
 
@@ -92,10 +92,10 @@ class ImagePool:
         return True
 
     def put(self, ticket: Ticket) -> None:
-        """Queue a page, waiting for room as long as the settings allow, counted from the ticket's making.
+        """Queue a page, waiting for room as long as the settings allow, counted from the ticket's creation.
 
         Raises:
-            PoolUnavailableError: there was none, or the pool is closed.
+            PoolUnavailableError: there was no room, or the pool is closed.
         """
         left_s = ticket.begin_s + self._settings.queue_timeout_s - time.monotonic()
         try:
@@ -111,10 +111,10 @@ class ImagePool:
         self._queue.put(ticket, block=timeout_s > 0, timeout=timeout_s or None)
         metrics.QUEUE_PAGES.inc()
         if self._closed.is_set():
-            self._refuse_waiting(_CLOSED)  # closed meanwhile: nobody else would
+            self._refuse_waiting(_CLOSED)  # the pool was closed meanwhile, and no thread will settle it
 
     def close(self) -> None:
-        """End the processes and refuse what waits. May be called again, and in a fork, where it does nothing."""
+        """End the processes and refuse queued pages. May be called again; does nothing in a forked process."""
         if os.getpid() != self._owner:
             return
         atexit.unregister(self.close)
@@ -126,7 +126,7 @@ class ImagePool:
             worker.kill()
         for _ in threads:
             with contextlib.suppress(queue.Full):
-                self._queue.put_nowait(None)  # only to wake it
+                self._queue.put_nowait(None)  # only wakes the thread
         for thread in threads:
             thread.join()
 
@@ -140,7 +140,7 @@ class ImagePool:
                         _refuse(ticket, reason)
 
     def _drive(self) -> None:
-        """Feed one worker until the pool is closed. Runs in a thread of its own."""
+        """Give pages to one worker until the pool is closed. Runs in a thread of its own."""
         key = threading.get_ident()
         while not self._closed.is_set():
             try:
@@ -162,7 +162,7 @@ class ImagePool:
         self._drop_worker(key)
 
     def _work(self, key: int, ticket: Ticket) -> None:
-        """Settle a ticket, whatever happens to the worker."""
+        """Process a ticket and settle it, whatever happens to the worker."""
         for _ in range(_TRIES):
             if self._closed.is_set():
                 _refuse(ticket, _CLOSED)
@@ -189,7 +189,7 @@ class ImagePool:
         ticket.views.set_exception(PageLostError("Failed to load image: it could not be processed"))
 
     def _note_failed_start(self, error: WorkerStartError) -> None:
-        """Pages do not wait for workers that may never come: without a single one they are refused."""
+        """Refuse queued pages if there is no worker at all: one may never start."""
         if self._closed.is_set():
             return
         logger.error("image worker cannot be started: %s", error)
@@ -199,10 +199,10 @@ class ImagePool:
             self._refuse_waiting(_NO_WORKER)
 
     def _ready_worker(self, key: int) -> WorkerProcess:
-        """This thread's worker, replaced if it is dead.
+        """Return this thread's worker, replacing a dead one.
 
         Raises:
-            WorkerStartError: there is none now.
+            WorkerStartError: no worker can be started now.
         """
         with self._lock:
             worker = self._workers.get(key)
@@ -215,7 +215,7 @@ class ImagePool:
         with self._lock:
             self._workers[key] = worker
         if self._closed.is_set():
-            worker.kill()  # `close` may have come too early to see it
+            worker.kill()  # `close` may have run before this worker was registered
         worker.wait_until_ready(_START_TIMEOUT_S)
         return worker
 
@@ -227,7 +227,7 @@ class ImagePool:
 
 
 def _refuse(ticket: Ticket, reason: str) -> None:
-    """Fail a ticket that runs. The pool's closing is nobody's failure."""
+    """Fail a ticket in progress. Closing the pool does not count as a failure."""
     if reason is not _CLOSED:
         metrics.FAILURES.labels("unavailable").inc()
     ticket.views.set_exception(PoolUnavailableError(reason))

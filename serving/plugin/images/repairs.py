@@ -1,10 +1,10 @@
-"""Pictures that Pillow refuses as a whole for a part that can be spared.
+"""Reads images that Pillow refuses because of a part that is not needed.
 
-PNGs with texts or colour profiles of more than a megabyte, or damaged ones: Pillow fears for the memory. Nobody here
-wants such notes, so the picture is read once more without them.
+PNGs with texts or colour profiles of more than a megabyte, or with damaged ones: Pillow refuses them to protect memory.
+These chunks are not needed, so the image is read again without them.
 
-JPEGs whose last bytes are missing, as after a transfer that broke off: they are read when only a margin is lost, or the
-last refinement of a progressive one. What has lost more is refused: half a page must not pass for one.
+JPEGs whose last bytes are missing, for example after an interrupted transfer: they are read if only a margin is lost,
+or the last refinement of a progressive JPEG. Others are refused: half a page must not be accepted as a page.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from PIL import Image, ImageFile
 _PNG, _JPEG, _JPEG_END = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"\xff\xd9"
 _NOTES = frozenset({b"tEXt", b"zTXt", b"iTXt", b"iCCP"})
 _FRAME_BYTES = 12
-"""Of a PNG's chunk: its length, its name, its checksum."""
+"""Bytes of a PNG chunk in addition to its data: length, name, checksum."""
 _MAX_LOST_ROWS, _MAX_LOST_PART = 32, 0.05
-"""So much may be lost of a JPEG's height, whichever is more: the decoder withholds up to two rows of blocks."""
+"""How much of a JPEG's height may be missing, whichever is more: the decoder withholds up to two rows of blocks."""
 _SCAN, _FRAMES, _PROGRESSIVE = 0xDA, (0xC0, 0xC1, 0xC2), 0xC2
-"""Markers of JPEG; those of frames are of the kinds that libjpeg reads."""
+"""JPEG markers; the frame markers are those that libjpeg supports."""
 _WHOLE_SPECTRUM = 63
 
 Result = TypeVar("Result")
 
 
 def read_tolerantly(read: Callable[[bytes], Result], data: bytes) -> Result:
-    """What `read` makes of a file, and when it fails, of what `repair` makes of it.
+    """Call `read` on the file and, if that fails, on the repaired file.
 
     Raises:
-        Exception: what `read` has raised, when there is nothing to repair.
+        Exception: the exception from `read`, if nothing can be repaired.
     """
     try:
         return read(data)
-    except Exception:  # whatever Pillow's readers happen to raise
+    except Exception:  # Pillow's readers may raise anything
         repaired = repair(data)
         if repaired is None:
             raise
@@ -45,7 +45,7 @@ def read_tolerantly(read: Callable[[bytes], Result], data: bytes) -> Result:
 
 
 def repair(data: bytes) -> bytes | None:
-    """A file that was refused in a form that may be read; None when nothing can be spared."""
+    """Return a readable form of a refused file, or None if nothing can be removed."""
     if data.startswith(_PNG):
         return _drop_notes(data)
     if data.startswith(_JPEG) and not data.endswith(_JPEG_END):
@@ -55,7 +55,7 @@ def repair(data: bytes) -> bytes | None:
 
 
 def _drop_notes(data: bytes) -> bytes | None:
-    """A PNG without texts and profiles; None when it has none."""
+    """Return a PNG without texts and profiles, or None if it has none."""
     kept, start, end = [_PNG], len(_PNG), len(_PNG)
     while end + _FRAME_BYTES <= len(data):
         length, name = struct.unpack_from(">I4s", data, end)
@@ -78,11 +78,13 @@ def _is_nearly_whole(data: bytes) -> bool:
 
 
 def _find_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Markers of a JPEG that have a body, each with its body."""
+    """Yield the markers of a JPEG that have a body, with their bodies."""
     at = len(_JPEG) - 1
     while (at := data.find(b"\xff", at)) >= 0 and at + 4 <= len(data):
         marker = data[at + 1]
-        if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD9:  # pixels, padding, and markers without a body
+        if (
+            marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD9
+        ):  # entropy-coded data, padding, and markers without a body
             at += 1 if marker == 0xFF else 2
             continue
         (length,) = struct.unpack_from(">H", data, at + 2)
@@ -91,7 +93,7 @@ def _find_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _is_last_of_brightness(scan: bytes) -> bool:
-    """Whether it is the one that brings the last bits of the first component; all others have come before."""
+    """Whether this scan contains the last bits of the first component, which all other scans precede."""
     if len(scan) < 6 or scan[0] != 1 or scan[1] != 1:
         return False
     _, last, bits = scan[3:6]
@@ -99,9 +101,9 @@ def _is_last_of_brightness(scan: bytes) -> bool:
 
 
 def _count_rows(data: bytes) -> tuple[int, int]:
-    """A picture's height, and how many of its rows can be decoded. Black ones at the end are not counted."""
+    """Return the image's height and the number of rows that can be decoded, excluding black rows at the end."""
     parser = ImageFile.Parser()
-    with contextlib.suppress(OSError):  # it is incomplete, as is known
+    with contextlib.suppress(OSError):  # the file is known to be incomplete
         parser.feed(data)
         parser.close()
     image: Image.Image | None = parser.image

@@ -1,7 +1,7 @@
-"""Pillow's bicubic filter bit for bit, in a quarter of its time: the same fixed-point sums, several pixels at once.
+"""Pillow's bicubic filter, bit-exact in a quarter of the time: the same fixed-point sums for several pixels at once.
 
-Pillow 13 resamples in two passes and rounds to bytes between them, with weights of 22 bits. A pass over rows sums
-whole rows, which the CPU does in its vector registers; one over columns is one over the rows of the page on its side.
+Pillow 13 resamples in two passes with 22-bit weights and rounds to bytes between them. The vertical pass sums whole
+rows in the CPU's vector registers; the horizontal pass is the vertical pass over the transposed page.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from serving.plugin.images.row_sums import WEIGHT_BITS, Bounds, Weights, sum_row
 _SUPPORT = 2.0
 _SHARPNESS = -0.5
 _STRIP = 64
-"""Rows that are laid on their side at once: few enough for them to stay in the second cache."""
+"""Rows that are transposed at a time: few enough to stay in the second-level cache."""
 
 
 def resample(page: Pixels, target: Size) -> Pixels:
-    """A page in another size, as Pillow's `resize` makes it.
+    """Resize a page exactly as Pillow's `resize` does.
 
     Args:
-        page: shape (height, width, 3), contiguous; returned itself when it has the size already.
-        target: the other size.
+        page: shape (height, width, 3), contiguous; returned unchanged if it already has the size.
+        target: the new size.
     """
     if _is_vertical_first(size_of(page), target):
         return _resample_columns(_resample_rows(page, target[1]), target[0])
@@ -35,9 +35,9 @@ def resample(page: Pixels, target: Size) -> Pixels:
 
 
 def _is_vertical_first(size: Size, target: Size) -> bool:
-    """Whether Pillow 13 shortens the columns before the rows; both passes round and clip, so at sharp edges it shows.
+    """Whether Pillow 13 does the vertical pass first. Both passes round and clip, so the order matters at sharp edges.
 
-    Found by comparing 6,000 random sizes.
+    The rule was found by comparing 6,000 random sizes.
     """
     shortened_by = size[1] - target[1]
     return shortened_by > 0 and shortened_by > 2 * (size[0] - target[0])
@@ -48,7 +48,7 @@ def _resample_columns(page: Pixels, width: int) -> Pixels:
         return page
     result = np.empty((page.shape[0], width, 3), np.uint8)
     for top in range(0, len(page), _STRIP):
-        strip = page[top : top + _STRIP].copy()  # one read into the cache: turning reads across its rows
+        strip = page[top : top + _STRIP].copy()  # read into the cache once: transposing reads across rows
         result[top : top + _STRIP] = _turn(_resample_rows(_turn(strip), width))
     return result
 
@@ -67,7 +67,7 @@ def _turn(page: Pixels) -> Pixels:
 
 @lru_cache(maxsize=64)
 def _weights(num_in: int, num_out: int) -> tuple[Bounds, Weights]:
-    """First row and number of rows that each new row is made of, and their weights in fixed point."""
+    """Return the first source row and the number of rows of each new row, and their fixed-point weights."""
     scale = num_in / num_out
     stretch = max(scale, 1.0)
     centers = (np.arange(num_out) + 0.5) * scale
@@ -77,7 +77,7 @@ def _weights(num_in: int, num_out: int) -> tuple[Bounds, Weights]:
     values = _bicubic((places - centers[:, None] + 0.5) * (1.0 / stretch))
     values[places >= end[:, None]] = 0.0
     total = np.zeros(num_out)
-    for column in values.T:  # one after the other, as Pillow does, for the last bit of the sum
+    for column in values.T:  # in sequence, as Pillow does, so that the last bit of the sum is equal
         total += column
     parts = values / total[:, None] * (1 << WEIGHT_BITS)
     return np.stack([first, end - first], axis=1), np.trunc(parts + np.copysign(0.5, parts)).astype(np.int32)

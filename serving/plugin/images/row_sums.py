@@ -1,7 +1,7 @@
-"""Weighted sums of a picture's rows in fixed point, many values side by side in the CPU's vector registers.
+"""Weighted fixed-point sums of an image's rows, many values at a time in the CPU's vector registers.
 
-LLVM's own vectoriser writes every partial sum back to memory. Told the width, it keeps them in registers, whatever
-vectors the CPU has: a third of the time. Importing numba is slow; import this late.
+LLVM's own vectoriser writes every partial sum back to memory. With an explicit width it keeps them in registers on any
+CPU, which takes a third of the time. Importing numba is slow, so import this module late.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 
 WEIGHT_BITS = 22
 LANES = 64
-"""Values that are summed side by side: eight registers of AVX2, of sixteen."""
+"""Values that are summed at a time: they fill eight of the sixteen AVX2 registers."""
 
 Bounds = npt.NDArray[np.int64]
 Weights = npt.NDArray[np.int32]
@@ -29,13 +29,13 @@ _INTS, _BYTES = ir.VectorType(_INT, LANES), ir.VectorType(ir.IntType(8), LANES)
 
 
 def sum_rows(rows: Bytes, bounds: Bounds, weights: Weights, result: Bytes) -> None:
-    """result[r] = the weighted sum of the rows that the bounds name, rounded and clipped to a byte.
+    """Set result[r] to the weighted sum of the rows within bounds[r], rounded and clipped to a byte.
 
     Args:
         rows: (num_in, length), contiguous.
-        bounds: (num_out, 2), of each new row the first that goes into it and how many do.
-        weights: (num_out, most of them), times 2^WEIGHT_BITS; a row's absolute weights sum up to less than 2.
-        result: (num_out, length), contiguous, written.
+        bounds: (num_out, 2), the first source row of each new row and the number of source rows.
+        weights: (num_out, largest number), times 2^WEIGHT_BITS; the absolute weights of a row sum to less than 2.
+        result: (num_out, length), contiguous, overwritten.
     """
     length = rows.shape[1]
     if length < LANES:
@@ -48,7 +48,7 @@ def sum_rows(rows: Bytes, bounds: Bounds, weights: Weights, result: Bytes) -> No
 
 @intrinsic
 def _sum_lanes(_: Any, rows: Any, stride: Any, weights: Any, result: Any) -> Any:  # a compiler's callback: types
-    """result[:LANES] = the sum of rows[tap * stride :][:LANES] * weights[tap], for each of the weights."""
+    """Set result[:LANES] to the sum over all weights of rows[tap * stride :][:LANES] * weights[tap]."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         source, values, target = (
@@ -76,7 +76,7 @@ def _all(value: int) -> ir.Constant:
     return ir.Constant(_INTS, [value] * LANES)
 
 
-@numba.njit(nogil=True)  # compiled in half a second at the first call; a cache would need a place to write to
+@numba.njit(nogil=True)  # compiles in half a second at the first call; a cache would need a writable folder
 def _sum_rows(rows: Bytes, bounds: Bounds, weights: Weights, result: Bytes) -> None:
     length = rows.shape[1]
     source = rows.reshape(-1)
@@ -84,5 +84,5 @@ def _sum_rows(rows: Bytes, bounds: Bounds, weights: Weights, result: Bytes) -> N
         first, count = bounds[row]
         window, row_weights, target = source[first * length :], weights[row, :count], result[row]
         for begin in range(0, length, LANES):
-            place = min(begin, length - LANES)  # the last overlaps the one before
+            place = min(begin, length - LANES)  # the last block overlaps the one before
             _sum_lanes(window[place:], length, row_weights, target[place:])

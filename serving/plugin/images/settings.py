@@ -1,4 +1,4 @@
-"""How the image pipeline is set, read from the environment, since a bare vLLM server has no other settings of ours."""
+"""Settings of the image pipeline from the environment, since a bare vLLM server has no settings file of ours."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ PREFIX = "SERVING_IMAGE_"
 
 @dataclass(frozen=True, slots=True)
 class ImagePipelineSettings:
-    """The pipeline's settings; each is read from `SERVING_IMAGE_` and its name in capitals.
+    """The pipeline's settings; each is read from the variable `SERVING_IMAGE_` plus its name in capitals.
 
-    workers: processes that decode and tile; 0 leaves it to the API process's own threads.
-    queue: pages that may wait for a worker; more wait outside, for `queue_timeout_s` at most.
-    queue_timeout_s: after so long without room in the queue a request is refused with 503.
-    work_timeout_s: after so long on one page a worker is given up, and the page with it.
+    workers: processes that decode and tile; 0 uses threads of the API process.
+    queue: pages that may queue for a worker; further pages wait for room for at most `queue_timeout_s`.
+    queue_timeout_s: a request that finds no room in the queue for so long is refused with 503.
+    work_timeout_s: a worker that spends longer on one page is killed, and the page fails.
     """
 
     workers: int = 0
@@ -38,7 +38,7 @@ class ImagePipelineSettings:
         """Read the settings.
 
         Raises:
-            ValueError: a variable that is no number, no switch or out of range; the message names it.
+            ValueError: a variable is not a number, not a boolean, or out of range; the message names it.
         """
         default = cls()
         return cls(

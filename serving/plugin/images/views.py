@@ -1,6 +1,6 @@
-"""From RGB pixels to the views that the encoder sees, bit for bit those of the published preprocessing.
+"""Creates the encoder's views from RGB pixels, bit-exact with the published preprocessing.
 
-They are written straight into the buffer that they are handed on in. Imports neither torch nor vLLM.
+Views are written directly into the buffer in which they are passed on. Imports neither torch nor vLLM.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from serving.plugin.modes.resolution import ResolutionMode, TileGrid
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the views of a page lie in one flat buffer of uint8: the global view, then the tiles row by row."""
+    """The positions of a page's views in one flat uint8 buffer: the global view, then the tiles row by row."""
 
     mode: ResolutionMode
     grid: TileGrid
@@ -50,16 +50,16 @@ def draw_views(page: Pixels | Image.Image, layout: Layout, padding: Colour, buff
     """Cut a page into its views, resampled bicubically as the published preprocessing does.
 
     Args:
-        page: RGB, of the size that the layout was made for.
-        layout: the views and their places.
-        padding: colour of the borders that keep the page's aspect ratio in the global view.
-        buffer: uint8, layout.size_bytes long or longer; every byte up to there is written.
+        page: RGB, of the layout's size.
+        layout: the views and their positions.
+        padding: colour of the borders that preserve the page's aspect ratio in the global view.
+        buffer: uint8, at least layout.size_bytes long; every byte up to there is written.
     """
     if isinstance(page, Image.Image):
         page = np.array(page)
     mode = layout.mode
     if mode.squeezes:
-        # Two steps when the sizes differ, as published: the squeezed page is then padded to the view.
+        # Two steps if the sizes differ, as published: the page is distorted to a square, then padded to the view.
         page = _resample(page, (mode.image_size, mode.image_size))
     pixels = np.frombuffer(buffer, np.uint8, layout.size_bytes)
     _pad(page, pixels[: layout.view_bytes].reshape(layout.view_shape), padding)
@@ -68,7 +68,7 @@ def draw_views(page: Pixels | Image.Image, layout: Layout, padding: Colour, buff
 
 
 def _pad(page: Pixels, view: Pixels, padding: Colour) -> None:
-    """Put the whole page into the middle of the square; places and rounding are those of Pillow's `ImageOps.pad`."""
+    """Centre the whole page in the square, with the positions and rounding of Pillow's `ImageOps.pad`."""
     side = view.shape[1]
     width, height = _contained(size_of(page), side)
     left, top = (0, round((side - height) * 0.5)) if width == side else (round((side - width) * 0.5), 0)
@@ -82,7 +82,7 @@ def _pad(page: Pixels, view: Pixels, padding: Colour) -> None:
 
 
 def _contained(size: Size, side: int) -> Size:
-    """The largest size of the same aspect ratio within a square. A very long page may have nothing left of it."""
+    """Return the largest size with the same aspect ratio within a square; it may be zero for a very long page."""
     width, height = size
     if width == height:
         return side, side
@@ -100,7 +100,7 @@ def _cut(page: Pixels, layout: Layout, tiles: Pixels) -> None:
 
 
 def _resample(page: Pixels, target: Size) -> Pixels:
-    # Late: vLLM 0.32 looks through all modules when an engine starts on a CPU, and stumbles over numba's.
+    # Imported late: vLLM 0.32 inspects all modules when an engine starts on a CPU, and fails on numba's.
     from serving.plugin.images.resampling import resample
 
     return resample(page, target)
@@ -108,5 +108,5 @@ def _resample(page: Pixels, target: Size) -> Pixels:
 
 def split_channels(pixels: Pixels, planes: Pixels) -> None:
     """(height, width, 3) into (3, height, width); both may be parts of something larger."""
-    # Not numpy's transposition, which is several times as slow on single bytes.
+    # numpy's own transposition is several times slower on single bytes.
     cv2.split(pixels, list(planes))

@@ -1,7 +1,7 @@
 """The process that decodes and tiles pages for the API process: `python -m serving.plugin.images.worker SOCKET MEMORY`.
 
-SOCKET and MEMORY are file descriptors that the parent passes on: for jobs and answers, and for the pixels. Neither has
-a name, so nothing is left behind however the processes end. Neither torch nor vLLM is imported.
+SOCKET and MEMORY are inherited file descriptors: for jobs and answers, and for the pixels. Neither has a name, so
+nothing is left behind however the processes end. Neither torch nor vLLM is imported.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _ORPHAN_CHECK_S = 5.0
 
 
 def run_job(job: ViewJob, data: bytes, buffer: mmap.mmap) -> None:
-    """Decode a file and draw its views.
+    """Decode a file and create its views.
 
     Raises:
-        DecodeError: the file is damaged, or not what its header said.
+        DecodeError: the file is damaged, or differs from its header.
     """
     page = decode(data, job.formats, job.background)
     if size_of(page) != job.size:
@@ -38,7 +38,7 @@ def run_job(job: ViewJob, data: bytes, buffer: mmap.mmap) -> None:
 
 
 def serve(connection: Connection, memory_fd: int) -> None:
-    """Answer jobs until the parent hangs up or is gone."""
+    """Process jobs until the parent closes the connection or ends."""
     parent = os.getppid()
     memory: mmap.mmap | None = None
     while _has_work(connection, parent):
@@ -56,7 +56,7 @@ def serve(connection: Connection, memory_fd: int) -> None:
 
 
 def _has_work(connection: Connection, parent: int) -> bool:
-    """Wait for a job. The parent's end may outlive it in a process that it forked: so its life is watched as well."""
+    """Wait for a job. The parent's process is watched too, since a process that it forked may keep the socket open."""
     while not connection.poll(_ORPHAN_CHECK_S):
         if os.getppid() != parent:
             return False
@@ -64,17 +64,17 @@ def _has_work(connection: Connection, parent: int) -> bool:
 
 
 def main(socket_fd: int, memory_fd: int) -> None:
-    # Ctrl-C reaches the whole group; the parent decides when its workers end.
+    # Ctrl-C reaches the whole process group, but the parent decides when its workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     cv2.setNumThreads(1)
     with Connection(socket_fd) as connection, contextlib.suppress(EOFError, ConnectionError):
         _warm_up()
         connection.send(Ready())
-        serve(connection, memory_fd)  # until the parent hangs up
+        serve(connection, memory_fd)  # until the parent closes the connection
 
 
 def _warm_up() -> None:
-    """Import and start what the first page would otherwise wait for."""
+    """Import and initialise everything that would otherwise delay the first page."""
     layout = Layout.of((2, 1), ResolutionMode())
     draw_views(np.zeros((1, 2, 3), np.uint8), layout, (0, 0, 0), np.empty(layout.size_bytes, np.uint8))
 

@@ -1,4 +1,4 @@
-"""What the API process and its image workers say to each other."""
+"""The messages between the API process and its image workers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from serving.plugin.modes.resolution import ResolutionMode
 
 @dataclass(frozen=True, slots=True)
 class ViewJob:
-    """What is to be made of the file that follows as raw bytes.
+    """How to process the file that follows as raw bytes.
 
-    size: that the header promised, turned; the pixels must be of this size.
-    memory_bytes: how long the shared memory is by now; the sender knows.
+    size: displayed size according to the header, which the pixels must have.
+    memory_bytes: current length of the shared memory.
     """
 
     size: Size
@@ -27,18 +27,18 @@ class ViewJob:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The worker has imported all it needs; said once, before the first job."""
+    """The worker has imported everything; sent once, before the first job."""
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The views lie in the shared memory. seconds: how long it took."""
+    """The views are in the shared memory. seconds: how long it took."""
 
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The file is at fault, for this reason."""
+    """The file is invalid, for this reason."""
 
     reason: str

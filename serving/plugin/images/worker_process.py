@@ -1,4 +1,4 @@
-"""The parent's end of one image worker: starts the process, gives it a job, takes the pixels, ends it."""
+"""The parent's side of one image worker: starts the process, sends jobs, receives pixels, ends it."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from serving.plugin.images.worker_messages import Done, Ready, Refused, ViewJob
 
 _EXIT_TIMEOUT_S = 2.0
 _MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**28)}
-"""Freed memory is kept, up to 256 MiB: faulting a page's arrays in anew is a quarter of the work on an A4 page."""
+"""Keeps up to 256 MiB of freed memory: page faults for new arrays are a quarter of the work on an A4 page."""
 
 
 class WorkerStartError(Exception):
-    """The process could not be started, or ended or hung before it was ready. No page is to blame."""
+    """The process could not be started, or ended or hung before it was ready. No page is the cause."""
 
 
 class WorkerLostError(Exception):
-    """The worker died over a job, or could not be given it."""
+    """The worker died during a job, or could not receive it."""
 
 
 class WorkerHungError(Exception):
@@ -37,17 +37,17 @@ class WorkerHungError(Exception):
 
 
 class WorkerProcess:
-    """One process with memory that both sides map. Used by one thread at a time, `kill` by any.
+    """One process and memory that both sides map. Use it from one thread at a time, except `kill`.
 
-    The memory is anonymous (memfd): it has no name in /dev/shm that could stay behind, no limit of a container's
-    /dev/shm, and is gone with the last process that maps it.
+    The memory is anonymous (memfd): no file in /dev/shm can be left behind, a container's limit on /dev/shm does not
+    apply, and the memory is freed with the last process that maps it.
     """
 
     def __init__(self) -> None:
-        """Start the process; `wait_until_ready` before anything else.
+        """Start the process. Call `wait_until_ready` before anything else.
 
         Raises:
-            WorkerStartError: the system has no room for it.
+            WorkerStartError: the system cannot start another process.
         """
         self._memory: mmap.mmap | None = None
         self._is_lost = False
@@ -61,7 +61,7 @@ class WorkerProcess:
         self._connection, theirs = Pipe()
         self._memory_fd = os.memfd_create("serving-image-views")
         command = [sys.executable, "-m", "serving.plugin.images.worker", str(theirs.fileno()), str(self._memory_fd)]
-        # Not multiprocessing's spawn: its children import the parent's main module, here all of vLLM.
+        # multiprocessing's spawn is not used: its children import the parent's main module, which is all of vLLM.
         with theirs:
             try:
                 self._process = subprocess.Popen(
@@ -72,10 +72,10 @@ class WorkerProcess:
                 raise
 
     def wait_until_ready(self, timeout_s: float) -> None:
-        """Wait for the process to have imported what it needs.
+        """Wait until the process has imported everything.
 
         Raises:
-            WorkerStartError: it ended, or took too long; it is not alive any more.
+            WorkerStartError: the process ended, or took too long and was killed.
         """
         try:
             self.is_ready = self._connection.poll(timeout_s) and isinstance(self._connection.recv(), Ready)
@@ -94,12 +94,12 @@ class WorkerProcess:
         return not self._is_lost and self._process.poll() is None
 
     def run(self, job: ViewJob, data: bytes, timeout_s: float) -> tuple[PageViews, float]:
-        """Have a job done. Returns the views, in memory of their own, and the seconds that the worker took.
+        """Run a job. Return a copy of the views and the seconds that the worker took.
 
         Raises:
-            DecodeError: the file is at fault.
+            DecodeError: the file is invalid.
             WorkerLostError: the process died; another one may succeed.
-            WorkerHungError: the process took too long. Like the one before, it is not alive any more.
+            WorkerHungError: the process took too long and was killed.
         """
         layout = Layout.of(job.size, job.mode)
         try:
@@ -112,7 +112,8 @@ class WorkerProcess:
             raise WorkerHungError
         if isinstance(answer, Refused):
             raise DecodeError(answer.reason)
-        # One copy, so that the shared memory is free again at once: a request keeps its pixels until it is answered.
+        # One copy, so that the shared memory can be reused immediately: a request keeps its pixels until it is
+        # answered.
         shared = torch.frombuffer(self._memory, dtype=torch.uint8, count=layout.size_bytes)
         return PageViews.in_buffer(shared.clone(), layout), answer.seconds
 
@@ -125,19 +126,19 @@ class WorkerProcess:
         return answer
 
     def _reserve(self, size_bytes: int) -> int:
-        """Make the shared memory at least so long; returns how long it is."""
+        """Extend the shared memory to at least this length and return its length."""
         if self._memory is None or len(self._memory) < size_bytes:
             os.ftruncate(self._memory_fd, size_bytes)
             self._memory = mmap.mmap(self._memory_fd, size_bytes)
         return len(self._memory)
 
     def kill(self) -> None:
-        """End the process now; `run` in another thread then raises WorkerLostError."""
+        """Kill the process; `run` in another thread then raises WorkerLostError."""
         self._is_lost = True
         self._process.kill()
 
     def close(self) -> None:
-        """End the process and give back what it used."""
+        """End the process and release its resources."""
         self._connection.close()
         try:
             self._process.wait(_EXIT_TIMEOUT_S)
@@ -150,6 +151,6 @@ class WorkerProcess:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, one thread for libraries that would take all cores, and this package found where the parent found it."""
+    """Return the worker's environment: the parent's, with one thread for libraries, and this package's location."""
     paths = [str(Path(serving.__path__[0]).parent), os.environ.get("PYTHONPATH", "")]
     return {**_MEMORY, **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
