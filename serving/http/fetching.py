@@ -121,11 +121,11 @@ class Fetcher:
         """
         if self._session is None:
             raise InternalError("The service has not started.")
-        url = self._checked(text)
+        url = self.check_url(text)
         for _ in range(self._settings.max_redirects + 1):
             async with self._session.get(url, allow_redirects=False) as answer:
                 if answer.status in _REDIRECTS:
-                    url = self._checked(answer.headers.get("location", ""), url)
+                    url = self.check_url(answer.headers.get("location", ""), url)
                     continue
                 encoding = answer.headers.get("content-encoding", "identity")
                 too_large = (answer.content_length or 0) > self._settings.max_bytes
@@ -140,8 +140,12 @@ class Fetcher:
                 return
         raise FetchRefusedError
 
-    def _checked(self, text: str, base: URL | None = None) -> URL:
-        """Check a URL's scheme, host and port. The addresses of a name are checked when it is resolved."""
+    def check_url(self, text: str, base: URL | None = None) -> URL:
+        """Check a URL's scheme, host and port. The addresses of a name are checked when it is resolved.
+
+        Raises:
+            FetchRefusedError, ValueError: it may not be fetched.
+        """
         url = URL(text)
         if base is not None:
             url = base.join(url)
@@ -154,9 +158,8 @@ class Fetcher:
             if not _HOST_NAME.fullmatch(host):
                 raise FetchRefusedError from None
         else:
-            if not self._check_address(
-                host
-            ):  # aiohttp does not resolve addresses, so the resolver cannot check this one
+            # aiohttp does not resolve addresses, so the resolver cannot check this one.
+            if not self._check_address(host):
                 raise FetchRefusedError
         if not self._is_listed(host.lower(), url.port or 0, _PORTS[url.scheme]):
             raise FetchRefusedError

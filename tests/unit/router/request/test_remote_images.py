@@ -14,7 +14,7 @@ from yarl import URL
 
 from serving.errors import ImageTooLargeError, InvalidImageError, RequestError
 from serving.http.addresses import is_public_address
-from serving.http.fetching import FetchRefusedError
+from serving.http.fetching import Fetcher, FetchRefusedError
 from serving.router.request.image_headers import check_image_url
 from serving.router.request.parsing import RoutedRequest, parse_request
 from serving.router.request.remote_images import RemoteImages
@@ -333,12 +333,12 @@ async def test_what_comes_has_to_be_an_image(data: bytes, code: str) -> None:
     ],
 )
 def test_hosts_are_those_of_the_list(hosts: tuple[str, ...], url: str, is_allowed: bool) -> None:
-    images = RemoteImages(RemoteImageSettings(enabled=True, hosts=hosts))
+    fetcher = Fetcher(RemoteImageSettings(enabled=True, hosts=hosts), "image/*", "test/1", is_public_address)
     if is_allowed:
-        assert images._fetcher._checked(url) == URL(url)
+        assert fetcher.check_url(url) == URL(url)
         return
     with pytest.raises((FetchRefusedError, ValueError)):
-        images._fetcher._checked(url)
+        fetcher.check_url(url)
 
 
 @pytest.mark.parametrize(
