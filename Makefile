@@ -6,9 +6,10 @@ SECONDS ?= 60
 RATE ?= 1
 ARRIVALS ?= poisson
 WORKERS ?= 1
+PROCESSES ?= 3
 BIN    := .venv/bin
 
-.PHONY: help install serve demo-metrics lint format test test-k8s test-slow load bench bench-full bench-check bench-gpu soak checkpoint clean
+.PHONY: help install serve demo-metrics lint format test test-fast coverage test-k8s test-slow load bench bench-full bench-check bench-gpu soak checkpoint clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,8 +37,16 @@ format: install ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: install ## the tests that every change must pass
-	$(BIN)/python -m pytest
+test: install ## the tests that every change must pass, in PROCESSES processes
+	$(BIN)/python -m pytest -n $(PROCESSES)
+
+test-fast: install ## those of them that start no stack, server or browser: the inner loop
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not process"
+
+coverage: install ## lines and branches that `make test` runs, by room, and what no test reaches
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m pytest -n $(PROCESSES) --cov --cov-report= || true
+	$(BIN)/python -m tests.support.coverage_by_room
 
 test-k8s: install ## manifests, images and their names, checked offline (`make test` does that too)
 	$(BIN)/python -m pytest tests/k8s

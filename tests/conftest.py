@@ -25,6 +25,7 @@ class OneLaneForStacks(LoadScopeScheduling):
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> OneLaneForStacks:
+    config.option.loadscopereorder = False  # the order below is better than one by numbers of tests
     return OneLaneForStacks(config, log)
 
 
