@@ -1,4 +1,4 @@
-"""Which pages of a document are meant, by the words of a person. Pure; the service and its clients read them alike."""
+"""Parses page selections such as `1-3,7`, for the service and its clients. Pure."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ _RANGE = re.compile(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?")
 
 
 def select_pages(selection: str | None, num_pages: int, max_pages: int) -> list[int]:
-    """Pages that are meant, counted from 0, in the document's order and each once.
+    """Indices of the selected pages, counted from 0, in document order and without duplicates.
 
     Args:
-        selection: `1-3,7`, counted from 1 as people do; None for all of them.
-        num_pages: that the document has.
-        max_pages: that may be read of one document.
+        selection: `1-3,7`, counted from 1; None for all pages.
+        num_pages: number of pages of the document.
+        max_pages: how many pages of one document may be read.
 
     Raises:
-        InvalidRequestError: it cannot be understood, names pages that there are not, or too many.
+        InvalidRequestError: the selection is malformed, or names missing or too many pages.
     """
     if selection is None:
         ranges = [(1, num_pages)]
     elif len(selection) > _MAX_SELECTION_CHARS:
-        raise _refuse(f"pages may be {_MAX_SELECTION_CHARS} characters long at most.")
+        raise _refuse(f"pages is too long; at most {_MAX_SELECTION_CHARS} characters are allowed.")
     else:
         ranges = [_read_range(part, num_pages) for part in selection.split(",")]
-    # Bounded by the document's length, whatever overlaps.
+    # Merged ranges are no longer than the document, even when ranges overlap.
     if num_pages > max_pages and sum(last - first + 1 for first, last in _merge(ranges)) > max_pages:
         raise _refuse(
-            f"The document has {num_pages} pages and {max_pages} may be read at once; choose some with pages."
+            f"The document has {num_pages} pages and {max_pages} may be read at once; select some with pages."
         )
     return [page - 1 for first, last in _merge(ranges) for page in range(first, last + 1)]
 
@@ -38,13 +38,13 @@ def select_pages(selection: str | None, num_pages: int, max_pages: int) -> list[
 def _read_range(part: str, num_pages: int) -> tuple[int, int]:
     found = _RANGE.fullmatch(part)
     if found is None:
-        raise _refuse("pages must be numbers and ranges with commas between, such as 1-3,7.")
+        raise _refuse("pages must be numbers and ranges separated by commas, such as 1-3,7.")
     first = int(found.group(1))
     last = int(found.group(2) or first)
     if not 1 <= first <= last:
-        raise _refuse("pages are counted from 1, and ranges go upwards.")
+        raise _refuse("pages are counted from 1, and ranges must be ascending.")
     if last > num_pages:
-        raise _refuse(f"There is no page {last}: the document has {num_pages}.")
+        raise _refuse(f"pages selects page {last}, but the document has {num_pages} pages.")
     return first, last
 
 

@@ -213,6 +213,16 @@ async def test_a_service_that_stops_leaves_its_job_to_the_next(tmp_path: Path) -
         assert (job["pages_done"], len(service.engine.asked)) == (12, 12)
 
 
+async def test_a_job_whose_document_is_gone_fails(tmp_path: Path) -> None:
+    async with run_service(tmp_path) as service:
+        await service.host.service.runner.close(0)  # the next service reads it
+        job = (await service.upload(blank_pdf(tmp_path, 2), "/v1/ocr/jobs")).json()
+        (tmp_path / "ocr" / "documents" / job["id"]).unlink()
+        async with run_host(service.settings, service.router.port):
+            done = await service.wait_for(job["id"], "completed", "failed")
+    assert (done["status"], done["error"]["code"], done["pages_done"]) == ("failed", "document_missing", 0)
+
+
 async def test_what_the_router_refuses_for_all_pages_ends_the_job(tmp_path: Path) -> None:
     async with run_service(tmp_path) as service:
         job = (await service.upload(blank_pdf(tmp_path, 9), "/v1/ocr/jobs", model="other")).json()
