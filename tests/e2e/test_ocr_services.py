@@ -19,6 +19,7 @@ from support.papers import write_pdf
 from unit.ocr.rendering.test_hostile_documents import raw_pdf, stream
 
 from e2e.scripted_stack import ScriptedStack, run_scripted_stack, wait_until
+from serving.billing.credits import SERVICE_MARK
 
 # That documents are read at all is seen in test_keys_and_doors.
 pytestmark = pytest.mark.slow
@@ -94,7 +95,7 @@ def test_the_other_service_goes_on_with_the_job_of_one_that_was_killed(
     after = {page["number"]: page for page in ask_patiently(http, f"/v1/ocr/jobs/{job_id}/pages?limit=100")["data"]}
     assert all(after[page["number"]] == page for page in pages)
     # Each page was asked for once, but for the four that were under way; and each was paid for once.
-    where = f"FROM requests WHERE request_id LIKE '{job_id}-p%'"
+    where = f"FROM requests WHERE request_id LIKE '{SERVICE_MARK}{job_id}-p%'"
     cost = round(job["usage"]["estimated_cost"] * 10**9)
     wait_until(lambda: books(stack, f"SELECT sum(cost_nanodollars) {where}") == [(cost,)], 10, "all is in the ledger")
     asked = [int(re.findall(r"-p(\d+)-t", row[0])[0]) for row in books(stack, f"SELECT request_id {where}")]
