@@ -41,7 +41,7 @@ test: install ## the tests that every change must pass, in PROCESSES processes
 	$(BIN)/python -m pytest -n $(PROCESSES)
 
 test-fast: install ## those of them that start no stack, server or browser: the inner loop
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not process"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not heavy"
 
 coverage: install ## lines and branches that `make test` runs, by room, and what no test reaches
 	$(BIN)/python -m coverage erase

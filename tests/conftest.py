@@ -12,6 +12,16 @@ from xdist.workermanage import Producer
 pytest_plugins = ("support.databases",)
 STACKS = "tests/e2e/"
 _ROOMS = ("e2e", "k8s", "monitoring", "unit")
+HEAVY = (
+    *("tests/e2e/", "tests/k8s/", "tests/monitoring/", "tests/unit/benchmarks/", "tests/unit/nano/", "tests/unit/ocr/"),
+    *("tests/unit/planning/", "tests/unit/plugin/images/test_pool", "tests/unit/plugin/images/test_worker"),
+    *("tests/unit/plugin/model/", "tests/unit/requirements/", "tests/unit/web/test_playground"),
+    *("tests/unit/billing/test_ledger", "tests/unit/cli/test_ocr", "tests/unit/cli/test_plan"),
+    *("tests/unit/engine/test_replica", "tests/unit/engine/test_serve_log", "tests/unit/router/lookups/test_openapi"),
+    *("tests/unit/stack/test_supervisor", "tests/unit/test_skips"),
+)
+"""What starts servers, browsers or other processes, or computes for seconds: marked `heavy`."""
+_LIGHT = ("tests/unit/ocr/text/", "tests/unit/ocr/limits/test_shares", "tests/unit/ocr/limits/test_turns")
 
 
 class OneLaneForStacks(LoadScopeScheduling):
@@ -30,7 +40,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> OneLane
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest begins first: files are handed out in this order."""
+    """Mark what is heavy. What takes longest begins first: files are handed out in this order."""
+    for item in items:
+        is_slow_database = getattr(item, "callspec", None) and item.callspec.params.get("database_url") == "postgresql"
+        if is_slow_database or (item.nodeid.startswith(HEAVY) and not item.nodeid.startswith(_LIGHT)):
+            item.add_marker(pytest.mark.heavy)
     items.sort(key=lambda item: _rank(item.path))
 
 

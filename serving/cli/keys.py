@@ -18,15 +18,14 @@ from serving.settings.tenants import Priority, Tenant
 
 app = typer.Typer(
     help="API keys and the limits of the tenants behind them, in a file that `router.keys_file` names.\n\n"
-    "A tenant is whoever shares one budget and one set of limits; a key is one way in for it. Start with\n\n"
+    "A tenant is a group of clients with one budget and one set of limits; it may have several keys. Start with\n\n"
     "    serving keys create --file keys.yaml --tenant acme --rpm 600 --concurrent 32\n\n"
-    "which prints a key to be given to the client (`Authorization: Bearer sk-...`). Only its salted hash is kept: a "
-    "lost key cannot be shown again, make a new one and revoke the old. Running routers read the file again when it "
-    "changes.",
+    "which prints a key for the client (`Authorization: Bearer sk-...`). Only its salted hash is stored, so a lost key "
+    "cannot be shown again: create a new one and revoke the old one. Running routers reload the file when it changes.",
     no_args_is_help=True,
 )
 
-FileOption = Annotated[Path, typer.Option("--file", "-f", help="The keys file; `create` makes it if it is missing.")]
+FileOption = Annotated[Path, typer.Option("--file", "-f", help="The keys file; `create` creates it if it is missing.")]
 RpmOption = Annotated[int | None, typer.Option("--rpm", min=0, help="Requests per minute; 0 for no limit.")]
 TpmOption = Annotated[
     int | None, typer.Option("--tpm", min=0, help="Tokens per minute, of prompts and answers; 0 for no limit.")

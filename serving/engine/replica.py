@@ -88,7 +88,7 @@ class EngineReplica:
             raise
 
     async def _report_failure(self, model: str, reason: str) -> None:
-        """Report a failed start to the directory: Serve retries, but nobody should wait for a start that cannot
+        """Report a failed start to the directory: Serve retries, but clients should not wait for a start that cannot
         succeed."""
         if not is_transient(reason):
             with contextlib.suppress(ray.exceptions.RayError):

@@ -128,7 +128,7 @@ class RouterSettings(Frozen):
     def _check_address(self) -> RouterSettings:
         if not is_loopback(self.host) and self.keys_file is None and not self.allow_unauthenticated:
             raise ValueError(
-                f"host {self.host} can be reached by others and nobody is asked for a key; set keys_file (see `serving "
-                "keys --help`), or allow_unauthenticated: true if that is meant, or listen on 127.0.0.1"
+                f"host {self.host} can be reached by others and no API keys are required; set keys_file (see `serving "
+                "keys --help`), or allow_unauthenticated: true if that is intended, or listen on 127.0.0.1"
             )
         return self

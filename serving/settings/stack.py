@@ -192,8 +192,8 @@ class Settings(Frozen):
         is_open = self.router.keys_file is None and not self.ocr.allow_unauthenticated
         if self.ocr.enabled and not is_loopback(self.ocr.host) and is_open:
             raise ValueError(
-                f"ocr.host {self.ocr.host} can be reached by others and nobody is asked for a key; set "
-                "router.keys_file, or ocr.allow_unauthenticated: true if the network keeps them out"
+                f"ocr.host {self.ocr.host} can be reached by others and no API keys are required; set "
+                "router.keys_file, or ocr.allow_unauthenticated: true if the network is trusted"
             )
         return self
 

@@ -46,5 +46,5 @@ class Identity:
     is_admin: bool = False
 
 
-NOBODY = Identity(tenant_id="anonymous", tenant=Tenant(), is_admin=False)
+ANONYMOUS = Identity(tenant_id="anonymous", tenant=Tenant(), is_admin=False)
 """The identity of every request when no keys are configured."""

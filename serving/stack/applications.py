@@ -128,8 +128,8 @@ def build_engine(name: str, settings: Settings, checkpoints: Path = CHECKPOINTS_
     """
     if settings.engine.needs_key:
         raise SettingsError(
-            f"engine.host {settings.engine.host} can be reached by others and engines ask nobody for a key; set "
+            f"engine.host {settings.engine.host} can be reached by others and engines require no key; set "
             "engine.api_key (environment SERVING__ENGINE__API_KEY on every node), or engine.allow_unauthenticated: "
-            "true if the network keeps them out"
+            "true if the network is trusted"
         )
     return build_engine_app(name, settings, resolve_checkpoint(settings.models[name].checkpoint, checkpoints))

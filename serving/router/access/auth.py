@@ -10,7 +10,7 @@ from pathlib import Path
 
 from serving.errors import AuthenticationError, PermissionDeniedError, SettingsError
 from serving.router.access.keys_file import KeyRecord, read_keys, split_key, verify_secret
-from serving.settings.tenants import NOBODY, Identity
+from serving.settings.tenants import ANONYMOUS, Identity
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class Authenticator:
             SettingsError: the file cannot be used.
         """
         self._file = keys_file
-        self._anonymous = dataclasses.replace(NOBODY, is_admin=is_local)
+        self._anonymous = dataclasses.replace(ANONYMOUS, is_admin=is_local)
         self._clock = clock
         self._stamp: _Stamp | None = None
         self._known: dict[str, tuple[KeyRecord, Identity]] = {}
@@ -66,7 +66,7 @@ class Authenticator:
         scheme, _, text = header[:_MAX_HEADER].partition(b" ")
         parts = split_key(text.strip().decode("latin-1")) if scheme.lower() == _SCHEME else None
         key_id, secret = parts or ("", "")
-        record, identity = self._known.get(key_id, (None, NOBODY))
+        record, identity = self._known.get(key_id, (None, ANONYMOUS))
         if not verify_secret(record, secret) or record is None:
             raise AuthenticationError("Incorrect API key provided.")
         if record.is_expired(self._clock()):

@@ -22,7 +22,7 @@ def describe_documents(names: list[str]) -> dict[str, Any]:
     job_id = [{"name": "job_id", "in": "path", "required": True, "schema": _TEXT}]
     body = _body(names)
     key = {"name": "Idempotency-Key", "in": "header", "schema": {"type": "string", "maxLength": 255}}
-    submit = {**_answering("A document to be read while nobody waits", "202", OcrJob), "requestBody": body}
+    submit = {**_answering("Submit a document to be read in the background", "202", OcrJob), "requestBody": body}
     return {
         "/v1/ocr": {"post": {**_answering("Read a document", "200", OcrResult, has_stream=True), "requestBody": body}},
         "/v1/ocr/quote": {

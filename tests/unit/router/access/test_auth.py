@@ -21,7 +21,7 @@ from serving.router.access.keys_file import (
     verify_secret,
     write_keys,
 )
-from serving.settings.tenants import NOBODY, Identity, Priority, Tenant
+from serving.settings.tenants import ANONYMOUS, Identity, Priority, Tenant
 
 NOW = datetime(2026, 1, 31, 12, tzinfo=UTC)
 ACME = Tenant(requests_per_minute=5, priority=Priority.HIGH)
@@ -47,8 +47,8 @@ def at(moment: datetime) -> Callable[[], float]:
 def test_everybody_is_let_in_where_no_keys_are_set() -> None:
     open_ = Authenticator(None)
     assert open_.is_open
-    assert open_.identify({}) == NOBODY
-    assert open_.identify(bearer("whatever")) == NOBODY
+    assert open_.identify({}) == ANONYMOUS
+    assert open_.identify(bearer("whatever")) == ANONYMOUS
     assert not open_.reload_if_changed()
 
 
