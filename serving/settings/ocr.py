@@ -103,9 +103,10 @@ class OcrSettings(Frozen):
     """Folder of documents while they are read, including those of jobs. Services that share a database must share this
     folder as well."""
     secret: SecretStr | None = None
-    """Secret that encrypts the API keys of jobs, authenticates services and routers to one another, and signs the tenant
-    of a request that a router relays. Both must have the same one; otherwise a page that has to be read again is charged
-    again, and the service asks the router whose key a request has. None creates the file `secret` in `directory`."""
+    """Secret that encrypts the API keys of jobs, authenticates services and routers to one another, and signs the
+    tenant of a request that a router relays. Both must have the same one; otherwise a page that has to be read again is
+    charged again, and the service asks the router whose key a request has. None creates the file `secret` in
+    `directory`."""
     playground: bool = True
     """Whether to serve the playground at `/`."""
     max_document_bytes: Annotated[int, Field(ge=1024)] = 100 * 2**20
