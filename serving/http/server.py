@@ -85,6 +85,11 @@ class HttpServer:
         return int(self._socket.getsockname()[1])
 
     @property
+    def connections(self) -> set[Any]:
+        """The open connections, as uvicorn's protocol objects."""
+        return self._server.server_state.connections
+
+    @property
     def is_serving(self) -> bool:
         return self._task is not None and not self._task.done() and self._server.started
 

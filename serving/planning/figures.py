@@ -78,6 +78,9 @@ class Figures:
     def __init__(self, figures: Iterable[PlanFigure]) -> None:
         self._figures = {figure.key: figure for figure in figures}
 
+    def __len__(self) -> int:
+        return len(self._figures)
+
     def __getitem__(self, key: str) -> PlanFigure:
         return self._figures[key]
 

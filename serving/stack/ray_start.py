@@ -54,10 +54,12 @@ class Cluster:
 
     def __init__(self, settings: Settings) -> None:
         self._is_own = settings.ray.address is None
-        self._head: list[psutil.Process] = []
-        self._children: list[psutil.Process] = []
+        self.head: list[psutil.Process] = []
+        """The processes of our own cluster that it cannot do without; empty for a cluster that was joined."""
+        self.children: list[psutil.Process] = []
         """All processes that `ray.init` started. Ray itself collects their exit statuses."""
-        self._address = ""
+        self.address = ""
+        """host:port of the cluster's GCS."""
         self._num_failed = 0
         self.num_cpus = 0
         """CPUs that our own cluster declares; 0 for a cluster that was joined."""
@@ -72,7 +74,7 @@ class Cluster:
         """
         options: dict[str, Any] = {"address": settings.ray.address or "local"}
         if self._is_own:
-            self.num_cpus = settings.ray.num_cpus or needed_cpus(_with_documents(settings))
+            self.num_cpus = settings.ray.num_cpus or needed_cpus(with_documents(settings))
             options |= {
                 "num_cpus": self.num_cpus,
                 "include_dashboard": False,
@@ -85,15 +87,15 @@ class Cluster:
             "configure_logging": is_verbose,
         }
         if self._is_own:
-            _init_ray(options)
+            init_ray(options)
         else:
             _join_ray(options, settings.ray)
         import ray
 
-        self._address = ray.get_runtime_context().gcs_address
+        self.address = ray.get_runtime_context().gcs_address
         if self._is_own:
-            self._head = [child for child in psutil.Process().children(recursive=True) if _is_head(child)]
-            self._children = psutil.Process().children()
+            self.head = [child for child in psutil.Process().children(recursive=True) if _is_head(child)]
+            self.children = psutil.Process().children()
 
     def check(self) -> None:
         """Check that the cluster is alive. Call it regularly: Ray's own calls wait for minutes for a dead cluster.
@@ -102,14 +104,14 @@ class Cluster:
             LostError: the cluster has died.
         """
         if self._is_own:
-            reap_adopted([child.pid for child in self._children])
-        gone = next((process for process in self._head if not _is_alive(process)), None)
+            reap_adopted([child.pid for child in self.children])
+        gone = next((process for process in self.head if not _is_alive(process)), None)
         if gone is not None:
             self.is_lost = True
             raise LostError(f"a process of Ray's has died (pid {gone.pid}), and the replicas with it")
         if self._is_own:
             return
-        host, _, port = self._address.rpartition(":")
+        host, _, port = self.address.rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_S).close()
             self._num_failed = 0
@@ -117,7 +119,7 @@ class Cluster:
             self._num_failed += 1
             if self._num_failed >= _MAX_PROBES:
                 self.is_lost = True
-                raise LostError(f"the Ray cluster at {self._address} cannot be reached ({error})") from error
+                raise LostError(f"the Ray cluster at {self.address} cannot be reached ({error})") from error
 
     def check_whole(self) -> None:
         """Check the cluster while the stack stops; here the end of a minor process means that all were signalled.
@@ -128,12 +130,12 @@ class Cluster:
             LostError: the cluster has died or is about to.
         """
         self.check()
-        if not all(map(_is_alive, self._children)):
+        if not all(map(_is_alive, self.children)):
             self.is_lost = True
             raise LostError("processes of Ray's were told to end as well")
 
 
-def _init_ray(options: dict[str, Any]) -> None:
+def init_ray(options: dict[str, Any]) -> None:
     """Call `ray.init`, and once more if the node did not start within Ray's 30 seconds because the machine is busy.
 
     Processes of the first attempt, which Ray leaves running, are ended before the second.
@@ -298,9 +300,8 @@ def needed_cpus(settings: Settings) -> int:
     return max(os.cpu_count() or 1, math.ceil(engines + routers + services) + 1)
 
 
-def _with_documents(settings: Settings) -> Settings:
-    """Return the CPUs of all replicas. The OCR service is always included: a reload may enable it, but cannot add
-    CPUs."""
+def with_documents(settings: Settings) -> Settings:
+    """Return the settings with the OCR service enabled: a reload may enable it, but cannot add CPUs."""
     return settings.model_copy(update={"ocr": settings.ocr.model_copy(update={"enabled": True})})
 
 

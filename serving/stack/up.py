@@ -147,7 +147,7 @@ class _Stack:
 
     def _serve(self, cluster: Cluster) -> None:
         """Wait until the stack is asked to stop."""
-        self.console.print(_greeting(self.settings, _read_directory(self.settings)), markup=False)
+        self.console.print(render_greeting(self.settings, _read_directory(self.settings)), markup=False)
         self.run_file.note_ready()
         while not self.requests.stop.wait(_POLL_S):
             cluster.check()
@@ -158,7 +158,7 @@ class _Stack:
     @contextlib.contextmanager
     def _status(self, text: str) -> Iterator[Callable[[str], None]]:
         with self.console.status(text) as status:
-            yield _teller(self.console, status.update)
+            yield build_teller(self.console, status.update)
 
     def _stop_apps(self, is_urgent: bool) -> None:
         import ray
@@ -177,7 +177,7 @@ class _Stack:
         before = self.settings
         with self._status("reading the settings again") as say:
             try:
-                after = _read_again(before, self.config)
+                after = read_again(before, self.config)
                 check_room(after, cluster)
                 self.settings = after  # its process, which may have to be killed
                 deploy(after, say)
@@ -216,7 +216,7 @@ class _Stack:
             applications = {name: found[name] for name in app_names(settings) if name in found}
             for name, application in applications.items():
                 if application.status in _FAILED:
-                    raise StartError(f"{name} failed: {_reason(application, self.is_verbose)}")
+                    raise StartError(f"{name} failed: {find_reason(application, self.is_verbose)}")
             snapshot = _read_directory(settings)
             for record in snapshot.records:
                 if record.stage:
@@ -231,7 +231,7 @@ class _Stack:
         return False
 
 
-def _read_again(before: Settings, config: Path) -> Settings:
+def read_again(before: Settings, config: Path) -> Settings:
     """Read the current settings.
 
     Raises:
@@ -250,12 +250,12 @@ def _read_again(before: Settings, config: Path) -> Settings:
         resolve_checkpoint(model.checkpoint)
         known = before.models.get(name)
         if model.script is None and (known is None or known.engine_args != model.engine_args):
-            _check_engine_args(config)
+            check_engine_args(config)
             break
     return after
 
 
-def _check_engine_args(config: Path) -> None:
+def check_engine_args(config: Path) -> None:
     """Let vLLM check the settings before anything is replaced, in a separate process that frees its memory again."""
     command = [sys.executable, "-m", "serving.cli.main", "check-config", str(config)]
     checked = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -264,7 +264,7 @@ def _check_engine_args(config: Path) -> None:
 
 
 def _remove_apps(before: Settings, after: Settings) -> None:
-    """Return the running applications that are no longer in the settings."""
+    """Remove the running applications that are no longer in the settings."""
     from ray import serve
 
     for name in app_names(before):
@@ -272,8 +272,8 @@ def _remove_apps(before: Settings, after: Settings) -> None:
             serve.delete(name)
 
 
-def _teller(console: Console, update: Callable[[str], None]) -> Callable[[str], None]:
-    """Prints progress with the seconds since the start, each message once."""
+def build_teller(console: Console, update: Callable[[str], None]) -> Callable[[str], None]:
+    """Return a function that prints progress with the seconds since the start, without repeating a message."""
     started = time.monotonic()
     last = ""
 
@@ -309,7 +309,7 @@ def deploy(settings: Settings, say: Callable[[str], None]) -> None:
     serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
 
-def _reason(application: Any, is_verbose: bool) -> str:
+def find_reason(application: Any, is_verbose: bool) -> str:
     """Return why an application failed: the error that ended its replica's start, or Ray's whole message."""
     messages = [deployment.message for deployment in application.deployments.values() if deployment.message]
     text = "\n".join(messages or [application.message])
@@ -337,7 +337,8 @@ def _address(settings: Settings) -> str:
     return http_url(host, settings.router.port)
 
 
-def _greeting(settings: Settings, snapshot: Snapshot) -> str:
+def render_greeting(settings: Settings, snapshot: Snapshot) -> str:
+    """Return what is printed when the stack is ready: its addresses and a command to try."""
     url = _address(settings)
     model = next(iter(settings.models))
     engines = "".join(

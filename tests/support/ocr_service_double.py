@@ -29,8 +29,8 @@ from serving.http.server import HttpServer
 from serving.web.app import build_routes
 
 USAGE = {"prompt_tokens": 83, "completion_tokens": 30, "image_tokens": 73, "estimated_cost": 0.00001}
-PIECES = ("<|ref|>title<|/ref|><|det|>[[100, 50, 900, 100]]<|/det|>\n", "# Page ", "{n}", "\n\n", "<|ref|>text<|/ref|>")
-PIECES += ("<|det|>[[100, 150, 900, 500]]<|/det|>\n", "Read ", "by ", "nobody.")
+PIECES: tuple[str, ...] = ("<|ref|>title<|/ref|><|det|>[[100, 50, 900, 100]]<|/det|>\n", "# Page ", "{n}", "\n\n")
+PIECES += ("<|ref|>text<|/ref|>", "<|det|>[[100, 150, 900, 500]]<|/det|>\n", "Read ", "by ", "nobody.")
 
 
 @dataclass
@@ -119,7 +119,7 @@ class OcrDouble:
                 return refuse(401, "There is no such key.", "invalid_api_key")
             if "id" in request.path_params and request.path_params["id"] not in self.jobs:
                 return refuse(404, "There is no such job.", "not_found")
-            return await handler(request)  # type: ignore[no-any-return]
+            return await handler(request)
 
         return guarded
 
@@ -132,7 +132,7 @@ class OcrDouble:
             return refuse(400, "This is no document that can be read.", "unsupported_document")
         if fields.get("stream") == "true":
             return StreamingResponse(self._stream(data, fields, numbers), media_type="text/event-stream")
-        pages = [await self._read_page(fields, number) for number in numbers]
+        pages = [await self.read_page(fields, number) for number in numbers]
         facts = {"format": "pdf", "num_pages": len(numbers), "size_bytes": len(data)}
         answer = {"id": "ocr-1", "object": "ocr.result", "created": 1, "model": fields["model"], "document": facts}
         return JSONResponse({**answer, "pages": pages, "usage": add_up(pages)})
@@ -152,7 +152,7 @@ class OcrDouble:
         pages = []
         for number in numbers:
             index = {"index": number - 1}
-            page = {**(await self._read_page(fields, number)), "dimensions": None}
+            page = {**(await self.read_page(fields, number)), "dimensions": None}
             yield {"type": "page.started", **index, "try": 1, "mode": None}
             if fields.get("include_page_images") == "true":
                 url, width, height = draw(data, number)
@@ -165,7 +165,7 @@ class OcrDouble:
             yield {"type": f"page.{page['status']}", **index, "page": page}
         yield {"type": "result", "usage": add_up(pages)}
 
-    async def _read_page(self, fields: dict[str, str], number: int) -> dict[str, Any]:
+    async def read_page(self, fields: dict[str, str], number: int) -> dict[str, Any]:
         self.reads[fields.get("name", ""), number] += 1
         common = {"index": number - 1, "number": number, "mode": fields.get("mode", "tiny"), "retries": 0}
         common["dimensions"] = {"width": 512, "height": 512, "dpi": 144}
@@ -203,7 +203,7 @@ class OcrDouble:
             if number not in done and job.status == "running" and not self._stop.is_set():
                 await asyncio.sleep(self.page_s)
                 if job.status == "running" and not self._stop.is_set():
-                    page = await self._read_page(job.fields, number)
+                    page = await self.read_page(job.fields, number)
                     job.pages.append({**page, "seq": len(job.pages) + 1})
         if job.status == "running" and len(job.pages) == len(job.numbers):
             job.status = "completed"

@@ -78,12 +78,11 @@ async def serve(app: Any, limits: LimitSettings | None = QUICK) -> AsyncIterator
     await server.start()
     try:
         yield server
-        connections = server._server.server_state.connections
         for _ in range(100):
-            if not connections:
+            if not server.connections:
                 break
             await asyncio.sleep(0.05)
-        assert not connections
+        assert not server.connections
     finally:
         await server.stop()
 

@@ -130,7 +130,7 @@ async def test_an_idle_connection_does_not_hold_up_the_end() -> None:
 async def test_small_writes_are_not_held_back() -> None:
     async with httpx.AsyncClient(trust_env=False) as client, serve(App()) as server:
         await client.get(f"http://127.0.0.1:{server.port}/")
-        (connection,) = server._server.server_state.connections
+        (connection,) = server.connections
         accepted = connection.transport.get_extra_info("socket")
         assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
@@ -168,8 +168,6 @@ def test_an_app_that_refuses_to_start_is_told_to_the_caller() -> None:
             with pytest.raises(RuntimeError):
                 await server.start()
         finally:
-            server._socket.close()
-            assert server._task is not None
-            server._task.exception()  # so that nobody complains of it later
+            await server.stop()
 
     asyncio.run(start())

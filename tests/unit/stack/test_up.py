@@ -108,7 +108,7 @@ def test_settings_that_do_not_fit_the_running_cluster_are_refused() -> None:
 def test_a_cluster_of_our_own_has_room_for_documents_that_a_reload_brings() -> None:
     settings = Settings(models={"m": ModelSettings(checkpoint="x", num_replicas=600)})
     ours = Cluster(settings)
-    ours.num_cpus = ray_start.needed_cpus(ray_start._with_documents(settings))
+    ours.num_cpus = ray_start.needed_cpus(ray_start.with_documents(settings))
     ray_start.check_room(settings.model_copy(update={"ocr": OcrSettings(enabled=True)}), ours)
 
 
@@ -132,7 +132,7 @@ def test_a_ray_that_was_too_slow_is_ended_and_started_once_more(
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
         with contextlib.nullcontext() if num_failures == 1 else pytest.raises(Exception, match=ray_start.SLOW_START):
-            ray_start._init_ray({"address": "local"})
+            ray_start.init_ray({"address": "local"})
         assert len(started) == 2
         assert not psutil.pid_exists(started[0].pid)
         assert started[1].poll() is bystander.poll() is None
@@ -151,7 +151,7 @@ def test_what_is_wrong_with_the_options_is_not_tried_twice(monkeypatch: pytest.M
 
     monkeypatch.setattr(ray, "init", init)
     with pytest.raises(ConnectionError):
-        ray_start._init_ray({})
+        ray_start.init_ray({})
     assert len(calls) == 1
 
 
@@ -166,10 +166,10 @@ def test_ray_still_says_so_when_it_was_too_slow() -> None:
 def test_a_head_that_has_died_is_noticed() -> None:
     ours = Cluster(build_settings())
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    ours._head = [psutil.Process(child.pid)]
+    ours.head = [psutil.Process(child.pid)]
     ours.check()
     child.kill()
-    child_ended = ours._head[0]
+    child_ended = ours.head[0]
     while child_ended.status() != psutil.STATUS_ZOMBIE:
         pass
     with pytest.raises(LostError, match=str(child.pid)):
@@ -183,7 +183,7 @@ def test_a_joined_cluster_is_lost_when_it_cannot_be_reached_three_times() -> Non
     with socket.socket() as head:
         head.bind(("127.0.0.1", 0))
         head.listen()
-        ours._address = f"127.0.0.1:{head.getsockname()[1]}"
+        ours.address = f"127.0.0.1:{head.getsockname()[1]}"
         ours.check()
     ours.check()
     ours.check()
@@ -210,18 +210,18 @@ def test_what_a_running_stack_cannot_change_is_refused(
 ) -> None:
     before = Settings(models={"nano": ModelSettings(checkpoint="nano")})
     with pytest.raises(SettingsError, match=reason) as caught:
-        up._read_again(before, write_settings(text))
+        up.read_again(before, write_settings(text))
     assert "other" not in str(caught.value)
 
 
 def test_what_can_change_is_read(write_settings: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[Path] = []
-    monkeypatch.setattr(up, "_check_engine_args", checked.append)
+    monkeypatch.setattr(up, "check_engine_args", checked.append)
     before = Settings(models={"nano": ModelSettings(checkpoint="nano")})
-    assert up._read_again(before, write_settings("router: {max_tries: 7}")).router.max_tries == 7
+    assert up.read_again(before, write_settings("router: {max_tries: 7}")).router.max_tries == 7
     assert checked == []
     file = write_settings("models: {nano: {checkpoint: nano, engine_args: {dtype: auto}}}", is_whole=True)
-    assert up._read_again(before, file).models["nano"].engine_args == {"dtype": "auto"}
+    assert up.read_again(before, file).models["nano"].engine_args == {"dtype": "auto"}
     assert checked == [file], "vLLM is asked before anything is replaced"
 
 
@@ -233,7 +233,7 @@ def test_engine_arguments_are_checked_in_a_process_of_its_own(
 
     monkeypatch.setattr(subprocess, "run", refuse)
     with pytest.raises(SettingsError, match=r"^no such argument$"):
-        up._check_engine_args(write_settings())
+        up.check_engine_args(write_settings())
 
 
 # What the user is told
@@ -253,7 +253,7 @@ def test_engine_arguments_are_checked_in_a_process_of_its_own(
     ],
 )
 def test_the_greeting_shows_a_command_that_works(host: str, url: str) -> None:
-    greeting = up._greeting(build_settings(host=host, port=8123), EMPTY)
+    greeting = up.render_greeting(build_settings(host=host, port=8123), EMPTY)
     assert f"curl {url}/v1/chat/completions " in greeting
     assert f"{url}/v1," in greeting
     assert '{"model": "nano", ' in greeting
@@ -261,10 +261,10 @@ def test_the_greeting_shows_a_command_that_works(host: str, url: str) -> None:
 
 def test_the_greeting_tells_where_documents_go() -> None:
     settings = build_settings(port=8123)
-    assert "/v1/ocr" not in up._greeting(settings, EMPTY)
+    assert "/v1/ocr" not in up.render_greeting(settings, EMPTY)
 
     def greet(**ocr: object) -> str:
-        return up._greeting(settings.model_copy(update={"ocr": OcrSettings.model_validate(ocr)}), EMPTY)
+        return up.render_greeting(settings.model_copy(update={"ocr": OcrSettings.model_validate(ocr)}), EMPTY)
 
     assert "POST http://127.0.0.1:8123/v1/ocr," in greet(enabled=True)
     assert "In a browser: http://127.0.0.1:8123/\n" in greet(enabled=True)
@@ -273,7 +273,7 @@ def test_the_greeting_tells_where_documents_go() -> None:
 
 def test_the_greeting_tells_where_the_engines_are() -> None:
     record = ReplicaRecord("a", "nano", "http://127.0.0.1:4321", ReplicaState.READY)
-    assert "nano at http://127.0.0.1:4321" in up._greeting(build_settings(), Snapshot((1, 1), (record,)))
+    assert "nano at http://127.0.0.1:4321" in up.render_greeting(build_settings(), Snapshot((1, 1), (record,)))
 
 
 def application(message: str, *deployments: str) -> SimpleNamespace:
@@ -310,13 +310,13 @@ serving.errors.SettingsError: vLLM does not accept them
     ],
 )
 def test_the_reason_of_a_failure_is_its_last_error(told: SimpleNamespace, is_verbose: bool, expected: str) -> None:
-    assert up._reason(told, is_verbose) == expected
+    assert up.find_reason(told, is_verbose) == expected
 
 
 def test_each_thing_is_said_once_and_as_it_is() -> None:
     output = io.StringIO()
     updates: list[str] = []
-    say = up._teller(Console(file=output, width=100), updates.append)
+    say = up.build_teller(Console(file=output, width=100), updates.append)
     for text in ("loading [/weights]", "loading [/weights]", "ready", "loading [/weights]"):
         say(text)
     assert updates == ["loading [/weights]", "ready", "loading [/weights]"]
@@ -391,7 +391,7 @@ def test_a_cluster_that_dies_while_it_stops_is_not_waited_for(
     ended = Ended(hangs=True)
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     with ray_start.run_cluster(joined(), True, requests, ended.stop_apps) as ours:
-        ours._children = [psutil.Process(child.pid)]  # one of Ray's lesser processes
+        ours.children = [psutil.Process(child.pid)]  # one of Ray's lesser processes
         ours.check()
         child.kill()
     child.wait()

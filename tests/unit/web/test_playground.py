@@ -163,8 +163,8 @@ def test_markup_in_an_answer_stays_text(tab: Visit, service: OcrDouble, book: Pa
     async def read(fields: dict[str, str], number: int) -> dict[str, object]:
         return {**await plain(fields, number), "markdown": "<img src=x onerror=alert(1)><script>1</script>"}
 
-    plain = service._read_page
-    service._read_page = read  # type: ignore[method-assign]
+    plain = service.read_page
+    service.read_page = read  # type: ignore[method-assign]
     tab.choose(book)
     tab.read()
     tab.expect_status("Done")
