@@ -72,8 +72,13 @@ class ScriptedEngine:
         self._started_s = int(time.time())
 
     @property
+    def batch(self) -> RunningBatch:
+        """The running and queued sequences."""
+        return self._core.batch
+
+    @property
     def script(self) -> ScriptSettings:
-        return self._core.batch.script
+        return self.batch.script
 
     @property
     def dead_error(self) -> BaseException | None:
@@ -135,7 +140,7 @@ class ScriptedEngine:
             await send_body(send, 200 if self.is_running else 503, b"")
         elif path == "/metrics":
             text = b"text/plain; version=0.0.4; charset=utf-8"
-            await send_body(send, 200, render_metrics(self.names, self._core.batch, self._core.counts), text)
+            await send_body(send, 200, render_metrics(self.names, self.batch, self._core.counts), text)
         elif path.startswith(_USAGE):
             await self._answer_usage(path.removeprefix(_USAGE), send)
         elif path == "/script":
@@ -169,7 +174,7 @@ class ScriptedEngine:
                 raise ScriptedRefusalError(str(error)) from error
             if "failures" in changes:
                 self._failures = failures  # starts counting requests again
-            self._core.batch.change(script)
+            self.batch.change(script)
         told = {**self.script.model_dump(), "num_requests": self._failures.num_requests, "pid": self.pid}
         await send_body(send, 200, orjson.dumps(told))
 
