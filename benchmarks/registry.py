@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.effort import Effort
 
@@ -36,7 +37,7 @@ class Benchmark:
         return [*self.arguments, *(self.quick if effort is Effort.QUICK else ())]
 
 
-def _measure(package: str, name: str, minutes: float, about: str, **more: Callable[[], str]) -> Benchmark:
+def _measure(package: str, name: str, minutes: float, about: str, **more: Any) -> Benchmark:
     return Benchmark(
         f"{package}.{name}", f"benchmarks.{package}", ("--only", name), minutes=minutes, about=about, **more
     )

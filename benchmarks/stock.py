@@ -101,5 +101,6 @@ def patch_sizes(stock: types.ModuleType, sizes: NanoConfig) -> None:
         "image_size": sizes.clip_patch_size * sizes.grid_side,
         "patch_size": sizes.clip_patch_size,
     }
-    stock.build_sam_vit_b = build_sam
-    stock.CLIPVisionConfig = lambda **given: CLIPVisionConfig(**{**given, **clip})
+    vars(stock).update(
+        build_sam_vit_b=build_sam, CLIPVisionConfig=lambda **given: CLIPVisionConfig(**{**given, **clip})
+    )

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ["VLLM_PLUGINS"] = "none"  # this project's plugin would take the architecture's place
 
@@ -21,8 +22,9 @@ from serving.nano.config import NanoConfig
 
 def install(checkpoint: Path) -> None:
     """Register vLLM's own class under the published name, patched to the checkpoint's sizes and mode."""
-    values = json.loads((checkpoint / SIZES_FILE).read_text())
-    sizes = NanoConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    values: dict[str, Any] = json.loads((checkpoint / SIZES_FILE).read_text())
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    sizes = NanoConfig(**fields)
     stock = import_stock()
     patch_sizes(stock, sizes)
     mode = json.loads((checkpoint / "preprocessor_config.json").read_text())

@@ -58,8 +58,8 @@ def compare_accuracy(ours: Server, stock: Server, pages: Sequence[RenderedPage])
     """The checkpoint's own mode, which is tiny, through both servers."""
     urls, truths = [encode(page, 1) for page in pages], [page.text for page in pages]
     reads = apply_load(ours, urls, None, {}).texts, apply_load(stock, urls, None, GUARD_REQUEST).texts
-    rates = [100 * mean_error_rate(texts, truths) for texts in reads]
-    yield Row.of_costs(f"nano checkpoint, CER of {len(pages)} pages", *rates, STOCK_NAME, None, "%")
+    mine, theirs = (100 * mean_error_rate(texts, truths) for texts in reads)
+    yield Row.of_costs(f"nano checkpoint, CER of {len(pages)} pages", mine, theirs, STOCK_NAME, None, "%")
     equal = sum(left == right for left, right in zip(*reads, strict=True))
     yield Row.of_rates("nano checkpoint, answers equal to stock's", equal, len(pages), STOCK_NAME, None, "answers")
 
@@ -71,13 +71,13 @@ def compare_modes(server: Server, pages: Sequence[RenderedPage]) -> Iterator[Row
     modes = [{"mm_processor_kwargs": {"mode": mode}} for mode in ("auto", "gundam")]
     reads = [apply_load(server, urls, None, mode).texts for mode in modes]
     rounds = [[apply_load(server, urls, NUM_TOKENS, mode) for mode in modes] for _ in range(rounds_of(ROUNDS, least=1))]
-    best = [max(load.pages_per_s for load in loads) for loads in zip(*rounds, strict=True)]
-    cheapest = [min(load.cpu_s_per_page for load in loads) for loads in zip(*rounds, strict=True)]
-    yield Row.of_rates("nano checkpoint, a mix in mode auto", *best, _MODE_PEER, None, "pages/s")
-    yield Row.of_costs("nano checkpoint, a mix in mode auto: CPU", *cheapest, _MODE_PEER, None, "s per page")
+    most, most_theirs = (max(load.pages_per_s for load in loads) for loads in zip(*rounds, strict=True))
+    least, least_theirs = (min(load.cpu_s_per_page for load in loads) for loads in zip(*rounds, strict=True))
+    yield Row.of_rates("nano checkpoint, a mix in mode auto", most, most_theirs, _MODE_PEER, None, "pages/s")
+    yield Row.of_costs("nano checkpoint, a mix in mode auto: CPU", least, least_theirs, _MODE_PEER, None, "s per page")
     for name, part in (("", slice(None)), (", small pages", slice(0, None, 2)), (", large pages", slice(1, None, 2))):
-        rates = [100 * mean_error_rate(texts[part], truths[part]) for texts in reads]
-        yield Row.of_costs(f"nano checkpoint, a mix in mode auto: CER{name}", *rates, _MODE_PEER, None, "%")
+        mine, theirs = (100 * mean_error_rate(texts[part], truths[part]) for texts in reads)
+        yield Row.of_costs(f"nano checkpoint, a mix in mode auto: CER{name}", mine, theirs, _MODE_PEER, None, "%")
 
 
 def encode(page: RenderedPage, scale: int) -> str:

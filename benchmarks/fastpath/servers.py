@@ -14,6 +14,7 @@ import io
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -63,7 +64,7 @@ def compare(
         checkpoint = write_checkpoint(Path(folder) / "checkpoint", sizes)
         ours = servers.enter_context(run_server(VLLM_SERVER, checkpoint, environment=PIPELINE))
         stock = servers.enter_context(run_server(STOCK_SERVER, checkpoint, *STOCK_GUARD, environment={}))
-        sides = ((ours, {}), (stock, GUARD_REQUEST))
+        sides: tuple[tuple[Any, dict[str, Any]], ...] = ((ours, {}), (stock, GUARD_REQUEST))
         for server, extra in sides:  # first requests pay for what is only done once
             apply_load(server, pages[:4], 2, extra)
         for num_tokens in tokens_out:
@@ -71,11 +72,11 @@ def compare(
                 [apply_load(server, pages, num_tokens, extra) for server, extra in sides]
                 for _ in range(rounds_of(num_rounds, least=1))
             ]
-            best = [max(load.pages_per_s for load in loads) for loads in zip(*rounds, strict=True)]
-            cheapest = [min(load.cpu_s_per_page for load in loads) for loads in zip(*rounds, strict=True)]
+            most, most_of_stock = (max(load.pages_per_s for load in loads) for loads in zip(*rounds, strict=True))
+            least, least_of_stock = (min(load.cpu_s_per_page for load in loads) for loads in zip(*rounds, strict=True))
             label = f"whole requests, {name}, {num_tokens} token{'s' * (num_tokens > 1)} out"
-            yield Row.of_rates(label, *best, STOCK_NAME, None, "pages/s")
-            yield Row.of_costs(f"{label}: CPU", *cheapest, STOCK_NAME, None, "s per page")
+            yield Row.of_rates(label, most, most_of_stock, STOCK_NAME, None, "pages/s")
+            yield Row.of_costs(f"{label}: CPU", least, least_of_stock, STOCK_NAME, None, "s per page")
 
 
 def run() -> Iterator[Row]:

@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -67,7 +68,8 @@ def _read_requests(url: str, number: int) -> int:
         for _ in range(number):
             with session.post(f"{url}/v1/chat/completions", body, headers=headers, stream=True, timeout=60) as answer:
                 # A chunk size of None takes what has come, as the other client does.
-                for line in answer.iter_lines(chunk_size=None, delimiter=b"\n\n"):
+                lines: Iterable[bytes] = answer.iter_lines(chunk_size=None, delimiter=b"\n\n")  # type: ignore[call-overload]
+                for line in lines:
                     if line and not line.endswith(b"[DONE]"):
                         choices = orjson.loads(line.removeprefix(b"data: "))["choices"]
                         num_events += any(choice["delta"].get("content") for choice in choices)

@@ -110,7 +110,7 @@ def main(
         spoken = find_connections(rehearsal, watch)
     is_clean = finish(console, losses, books, spoken, total)
     if json_file is not None:
-        result = {"engines": engines, "serve_config": overlay.serve_config, "log": rehearsal.events}
+        result: dict[str, Any] = {"engines": engines, "serve_config": overlay.serve_config, "log": rehearsal.events}
         result |= {"losses": [asdict(loss) for loss in losses], "total": total}
         result |= {"books": [asdict(check) for check in books], "connections": to_json(spoken), "is_clean": is_clean}
         json_file.write_text(json.dumps(result, indent=2) + "\n")

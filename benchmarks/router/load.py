@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, cast
 from urllib.parse import urlsplit
 
@@ -136,8 +137,9 @@ async def apply(url: str, request: bytes, num_requests: int, concurrency: int) -
     tally = _Tally(num_requests)
     started_s = time.perf_counter()
     finished = [loop.create_future() for _ in range(concurrency)]
+    assert parts.hostname is not None
     for future in finished:
-        await loop.create_connection(lambda future=future: _Client(request, tally, future), parts.hostname, parts.port)
+        await loop.create_connection(partial(_Client, request, tally, future), parts.hostname, parts.port or 80)
     await asyncio.gather(*finished)
     return LoadResult(time.perf_counter() - started_s, tally.num_chunks, tuple(sorted(tally.first_s)))
 

@@ -10,7 +10,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, MutableMapping
 from typing import Any
 
 _HAPROXY = {
@@ -62,7 +62,7 @@ class ScriptedVLLM:
 
     async def chat(self, request: Any, raw_request_info: Any = None) -> AsyncIterator[str]:
         """What the other modes take frames from."""
-        frames: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        frames: asyncio.Queue[MutableMapping[str, Any]] = asyncio.Queue()
         messages = iter([{"type": "http.request", "body": request.model_dump_json(exclude_unset=True).encode()}])
         never: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
 

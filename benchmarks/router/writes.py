@@ -61,7 +61,7 @@ def _count(kind: Kind, num_connections: int) -> int:
 async def serve(way: str, kind: Kind, num_connections: int) -> None:
     """Serve one client, and print both sides' figures."""
     if way == "separate":
-        protocol.JoiningProtocol.connection_made = HttpToolsProtocol.connection_made  # type: ignore[method-assign,assignment]
+        protocol.JoiningProtocol.connection_made = HttpToolsProtocol.connection_made  # type: ignore[method-assign]
     clock = Clock()
     server = HttpServer(clock.stream if kind == "chunk" else answer, host="127.0.0.1", port=0, drain_s=1)
     await server.start()

@@ -32,7 +32,7 @@ app = typer.Typer(add_completion=False)
 
 REPLICAS, ROUTERS = 2, 2
 WANTED = {"replica": REPLICAS, "router": ROUTERS, "directory": 1}
-CLIENTS = {"num_streams": 24, "num_whole": 24, "num_leaving": 8}
+CLIENTS: dict[str, Any] = {"num_streams": 24, "num_whole": 24, "num_leaving": 8}
 CALM_PART = 0.3
 """At the end there is load and no more kills, so that what lives then shows whether it grows."""
 _HEALED_WITHIN_S = 60.0

@@ -43,7 +43,7 @@ def bomb(width: int, height: int) -> bytes:
     )
 
 
-def page_message(url: str, prompt: str = "Free OCR.") -> list[dict[str, Any]]:
+def page_message(url: str, prompt: str = "Free OCR.") -> list[Any]:
     """One user message with an image and a prompt."""
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompt}]
     return [{"role": "user", "content": content}]

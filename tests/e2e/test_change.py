@@ -190,7 +190,7 @@ def head(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
 def run_head(folder: Path, auth_mode: str) -> Iterator[str]:
     """`ray start --head` while the context lasts; gives the cluster's address."""
     port = free_port()
-    command = [SERVING.parent / "ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=4"]
+    command = [str(SERVING.parent / "ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=4"]
     command += ["--include-dashboard=false", "--disable-usage-stats", "--object-store-memory=100000000"]
     with (folder / "log").open("wb") as out:
         # Sockets have short names, pytest's folders long ones.

@@ -134,7 +134,7 @@ def test_a_stream_gives_the_text_of_the_whole_answer_and_ends_in_done(stack: Sta
 def test_a_stream_carries_usage_and_cost_in_its_last_chunk_when_asked(client: openai.OpenAI) -> None:
     stream = client.chat.completions.create(
         model=ALIAS,
-        messages=page_message(PAGE),  # type: ignore[arg-type]
+        messages=page_message(PAGE),
         max_tokens=9,
         stream=True,
         stream_options={"include_usage": True},
@@ -175,7 +175,7 @@ def test_concurrent_requests_run_in_one_batch(stack: Stack, client: openai.OpenA
     def ask(number: int) -> Any:
         return client.chat.completions.create(
             model=MODEL,
-            messages=page_message(encode(build_page(text=f"page {number}"))),  # type: ignore[arg-type]
+            messages=page_message(encode(build_page(text=f"page {number}"))),
             max_tokens=400,
             extra_body={"ignore_eos": True},
         )

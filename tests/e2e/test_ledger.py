@@ -145,7 +145,7 @@ def settle(stack: ScriptedStack, folder: Path, num_routers: int) -> None:
         journals = [file for spool in spools for file in spool.glob("*.journal") if file.stat().st_size]
         names = [spool.name for spool in spools]
         rows = {row[0] for row in Books(folder).read("SELECT DISTINCT router_id FROM requests")}
-        return len(names) <= num_routers and not any(_open(spool) for spool in spools) and (rows or not journals)
+        return len(names) <= num_routers and not any(_open(spool) for spool in spools) and bool(rows or not journals)
 
     wait_until(lambda: len(routers(stack)) >= num_routers, 90, "the routers were there again")
     wait_until(is_settled, 90, f"the spools were adopted: {stack.log[-2000:]}")

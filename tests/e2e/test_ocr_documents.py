@@ -42,7 +42,7 @@ class Service:
         self.url = f"http://127.0.0.1:{self.port}"
         places = {"SERVING__OCR__DIRECTORY": folder / "ocr", "SERVING__BILLING__DIRECTORY": folder / "billing"}
         self._environment = {**os.environ, **{name: str(place) for name, place in places.items()}}
-        self._command = [SERVING, "ocr-service", "--router", router_url, "--port", str(self.port)]
+        self._command = [str(SERVING), "ocr-service", "--router", router_url, "--port", str(self.port)]
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -84,7 +84,7 @@ def check_texts(texts: list[str]) -> None:
 def test_fifty_pages_survive_a_kill_of_the_service(stack: Stack, service: Service, book: Path, tmp_path: Path) -> None:
     read_before = stack.metric("vllm:request_success_total")
     out = tmp_path / "out"
-    command = [SERVING, "ocr", book, "--out", out, "--format", "text", "--url", service.url]
+    command: list[str | Path] = [SERVING, "ocr", book, "--out", out, "--format", "text", "--url", service.url]
     run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
     with OcrClient(service.url) as client:
         wait_until(lambda: bool(client.jobs().data), 120, "the job was there")

@@ -23,7 +23,7 @@ SEED, NUM_PAGES = 100, 100
 def read(client: openai.OpenAI, image: Image.Image, mode: str, must_end: bool = True) -> str:
     answer = client.chat.completions.create(
         model="nano",
-        messages=page_message(encode(image)),  # type: ignore[arg-type]
+        messages=page_message(encode(image)),
         max_tokens=600,
         extra_body={"mm_processor_kwargs": {"mode": mode}},
     )

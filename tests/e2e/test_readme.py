@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,7 +58,7 @@ def test_a_book_is_read_by_the_command_and_by_curl(stack: Stack, tmp_path: Path)
     def run_here(marker: str) -> str:
         block = find_block("sh", marker).replace("--pages 50", "--pages 7")
         block = block.replace(".venv/bin", str(ROOT / ".venv/bin")).replace("http://127.0.0.1:8000", stack.url)
-        given = {"cwd": tmp_path, "env": {**os.environ, "SERVING_URL": stack.url}, "timeout": 240}
+        given: dict[str, Any] = {"cwd": tmp_path, "env": {**os.environ, "SERVING_URL": stack.url}, "timeout": 240}
         done = subprocess.run(["bash", "-ec", block], capture_output=True, text=True, check=False, **given)
         assert done.returncode == 0, done.stderr
         return done.stdout

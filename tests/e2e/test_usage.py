@@ -70,14 +70,14 @@ async def test_every_request_is_told_as_the_engine_counted_it(stack: Stack) -> N
             totals = await answer.json()
         async with http.get(f"{url}/usage/nobody") as answer:
             assert answer.status == 404
-    for (kind, name), answer, usage in zip(ids, answers, told, strict=True):
+    for (kind, name), answered, usage in zip(ids, answers, told, strict=True):
         assert usage["request_id"] == name
-        if answer:
-            assert usage["completion_tokens"] == answer["completion_tokens"], kind
-            assert usage["prompt_tokens"] == answer["prompt_tokens"], kind
-            images = ((answer.get("prompt_tokens_details") or {}).get("multimodal_tokens") or {}).get("image", 0)
+        if answered:
+            assert usage["completion_tokens"] == answered["completion_tokens"], kind
+            assert usage["prompt_tokens"] == answered["prompt_tokens"], kind
+            images = ((answered.get("prompt_tokens_details") or {}).get("multimodal_tokens") or {}).get("image", 0)
             assert usage["image_tokens"] == images, kind
-        elif answer is None:
+        elif answered is None:
             assert usage["finish_reason"] in ("abort", ""), "empty when it had not begun yet"
         else:
             assert (usage["prompt_tokens"], usage["completion_tokens"]) == (0, 0)

@@ -62,7 +62,7 @@ def buildah(tmp_path: Path) -> Iterator[Buildah]:
 def test_the_cpu_image_answers(buildah: Buildah, tmp_path: Path) -> None:
     started_s = time.monotonic()
     base = tmp_path / "base.tar"
-    command = ["mmdebstrap", "--variant=minbase", f"--include={','.join(_DEBIAN)}", "bookworm", base]
+    command = ["mmdebstrap", "--variant=minbase", f"--include={','.join(_DEBIAN)}", "bookworm", str(base)]
     subprocess.run(command, capture_output=True, timeout=600, check=True)
     (tmp_path / "Base").write_text("FROM scratch\nADD base.tar /\n")
     buildah.run("build", "--isolation", "chroot", "-t", "base", "-f", str(tmp_path / "Base"), str(tmp_path))

@@ -86,7 +86,7 @@ def test_the_rayservice_is_valid(made: Manifests, texts: dict[str, str], compone
     file = tmp_path / "made.yaml"
     file.write_text(text)
     (crd,) = (shared / "kuberay").glob("ray.io_rayservices-*.gz")
-    command = [sys.executable, shared / "tools/check_crd.py", crd, file]
+    command = [sys.executable, str(shared / "tools/check_crd.py"), str(crd), str(file)]
     checked = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert checked.returncode == 0, checked.stdout
 

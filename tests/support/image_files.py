@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import struct
 from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +25,9 @@ def scene(width: int, height: int) -> Image.Image:
     return Image.fromarray(shades)
 
 
-def encode(image: Image.Image, image_format: str, **options: object) -> bytes:
+def encode(image: Image.Image, image_format: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, image_format, **options)  # type: ignore[arg-type]
+    image.save(buffer, image_format, **options)
     return buffer.getvalue()
 
 
@@ -33,6 +35,10 @@ def with_orientation(image: Image.Image, orientation: int, image_format: str = "
     exif = Image.Exif()
     exif[0x0112] = orientation
     return encode(image, image_format, exif=exif)
+
+
+def turned(orientation: int) -> bytes:
+    return with_orientation(scene(*SIZE), orientation)
 
 
 def sixteen_bit(width: int, height: int) -> Image.Image:
@@ -82,10 +88,10 @@ FILES: dict[str, Callable[[], bytes]] = {
 }
 SHOWN_OTHERWISE = {"16-bit png", "transparent rgb png"}
 """vLLM cuts the one at 255 and shows what is transparent in the other; no page can be read so (test_picture.py)."""
-FILES |= {f"jpeg turned {turn}": lambda turn=turn: with_orientation(scene(*SIZE), turn) for turn in range(10)}
+FILES |= {f"jpeg turned {turn}": partial(turned, turn) for turn in range(10)}
 
 
-def tiff(values: npt.NDArray[np.generic], order: str = "<", *, photometric: int = 1) -> bytes:
+def tiff(values: npt.NDArray[np.generic], order: Literal["<", ">"] = "<", *, photometric: int = 1) -> bytes:
     """One strip without compression, of numbers of any kind, as the tags say.
 
     order: `<` for Intel's byte order, `>` for Motorola's.

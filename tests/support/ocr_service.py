@@ -109,9 +109,8 @@ async def run_service(
     **ocr: Any,
 ) -> AsyncIterator[RunningService]:
     settings = settings or build_service_settings(folder, **ocr)
-    router_settings = build_settings(
-        limits=settings.router.limits, **({"keys_file": keys_file} if keys_file is not None else {})
-    )
+    given: dict[str, Any] = {"keys_file": keys_file} if keys_file is not None else {}
+    router_settings = build_settings(limits=settings.router.limits, **given)
     async with (
         Engine(script or reads(), max_num_seqs=64) as engine,
         run_router(engine.record, settings=router_settings) as router,

@@ -25,8 +25,8 @@ def test_that_runs(): ...
 
 def run_tests(folder: Path, text: str) -> str:
     (folder / "test_it.py").write_text(text)
-    command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-c", "/dev/null", "--rootdir", folder, folder]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-c", "/dev/null", "--rootdir"]
+    return subprocess.run([*command, folder, folder], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
 def test_a_run_ends_with_what_was_skipped_and_what_to_install(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_a_line_shows_both_sides_the_ratio_and_the_aim() -> None:
     [({"at_most": 9}, True), ({"at_most": 10}, False), ({"at_least": 11}, True), ({"ratio_at_least": 2.6}, True),
      ({"ratio_at_least": 2.5}, False), ({}, False)],
 )  # fmt: skip
-def test_an_aim_that_is_not_reached_is_remembered(aim: dict[str, float], is_missed: bool) -> None:
+def test_an_aim_that_is_not_reached_is_remembered(aim: dict[str, Any], is_missed: bool) -> None:
     found = figures(COST)
     found.line("a chunk", "b", "cost", **aim)
     assert bool(found.misses) is is_missed

@@ -36,8 +36,8 @@ def test_a_histogram_is_right_to_two_percent_and_adds_up_over_processes() -> Non
         together.merge(Histogram.load(json.loads(json.dumps(part.dump()))))
     assert together.counts == whole.counts
     assert together.mean == pytest.approx(sum(values) / len(values))
-    for part in (0.5, 0.9, 0.99):
-        assert together.quantile(part) == pytest.approx(quantile(values, part), rel=0.021)
+    for share in (0.5, 0.9, 0.99):
+        assert together.quantile(share) == pytest.approx(quantile(values, share), rel=0.021)
 
 
 def test_an_empty_histogram_has_no_summary() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import msgspec
 import pytest
@@ -82,7 +83,7 @@ def test_fields_of_other_versions_are_passed_over_or_take_their_defaults() -> No
 
 
 @pytest.mark.parametrize("changes", [{"tenant_id": "\ud800"}, {"status": 2**70}, {"key_id": "x" * MAX_PAYLOAD_BYTES}])
-def test_what_cannot_be_written_is_refused(changes: dict[str, object]) -> None:
+def test_what_cannot_be_written_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"."):
         encode_frame(make_record(**changes))
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from serving.cli.main import app
 from serving.errors import SettingsError
@@ -158,10 +157,19 @@ class Running:
         self.reload_error = ""
         self.had_apps = False
         self.told: list[StackRun] = []
+
+        def stop(run: StackRun, say: Callable[[str], None]) -> bool:
+            self.told.append(run)
+            return self.has_stopped
+
+        def reload(run: StackRun, say: Callable[[str], None]) -> str:
+            self.told.append(run)
+            return self.reload_error
+
         monkeypatch.setattr(run_file, "find_runs", lambda config=None: self.runs)
         monkeypatch.setattr(run_file, "find_run_at", lambda settings: self.at)
-        monkeypatch.setattr(run_file, "stop_run", lambda run, say: self.told.append(run) or self.has_stopped)
-        monkeypatch.setattr(run_file, "reload_run", lambda run, say: self.told.append(run) or self.reload_error)
+        monkeypatch.setattr(run_file, "stop_run", stop)
+        monkeypatch.setattr(run_file, "reload_run", reload)
         monkeypatch.setattr(run_file, "remove_apps", lambda settings: self.had_apps)
 
 

@@ -139,7 +139,7 @@ def test_folders_that_cannot_be_looked_into_are_told_and_are_status_one(
     (tmp_path / "scans/locked").chmod(0)
     # To root no folder is locked, unless it gives that up.
     humble = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.getuid() == 0 else []
-    command = [*humble, *SERVING, "ocr", tmp_path / argument, "--out", out, "--url", service.url]
+    command: list[str | Path] = [*humble, *SERVING, "ocr", tmp_path / argument, "--out", out, "--url", service.url]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     (tmp_path / "scans/locked").chmod(0o700)
     assert done.returncode == 1, done.stderr
@@ -293,7 +293,7 @@ def test_a_run_that_was_ended_goes_on_where_it_was(
 ) -> None:
     service.page_s = 0.15
     papers = [write_pdf(tmp_path / f"{n}.pdf", 8) for n in range(3)]
-    command = [*SERVING, "ocr", *papers, "--out", out, "--url", service.url, "--jobs", "2"]
+    command: list[str | Path] = [*SERVING, "ocr", *papers, "--out", out, "--url", service.url, "--jobs", "2"]
     # A shell's background jobs, and all below them, are started deaf to Ctrl-C.
     process = subprocess.Popen(
         command,

@@ -10,7 +10,6 @@ import pytest
 import ray
 
 from serving.cluster.directory import EMPTY, ReplicaRecord, ReplicaState, RouterReport, Snapshot
-from serving.engine import autoscaling
 from serving.engine.autoscaling import ModelLoad, WorkPolicy, build_autoscaling, measure_load
 from serving.settings.stack import AutoscalingSettings, ModelSettings, Settings
 
@@ -54,9 +53,9 @@ class Directory:
         self.is_answered = True
         self.is_there = True
         self.num_asked = 0
-        monkeypatch.setattr(autoscaling.ray, "get_actor", self.get_actor)
-        monkeypatch.setattr(autoscaling.ray, "wait", lambda refs, timeout: (refs if self.is_answered else [], []))
-        monkeypatch.setattr(autoscaling.ray, "get", self.get)
+        monkeypatch.setattr(ray, "get_actor", self.get_actor)
+        monkeypatch.setattr(ray, "wait", lambda refs, timeout: (refs if self.is_answered else [], []))
+        monkeypatch.setattr(ray, "get", self.get)
 
     def get_actor(self, name: str, namespace: str) -> SimpleNamespace:
         assert (name, namespace) == ("replica-directory", "ns")
@@ -85,7 +84,7 @@ def tick(directory: Directory) -> Tick:
     policy = WorkPolicy("m", "ns", target_load=0.5, window_s=4, work_per_replica=None)
 
     def tick(now_s: float) -> float:
-        wanted, state = policy(SimpleNamespace(current_time=now_s, target_num_replicas=7))  # type: ignore[arg-type]
+        wanted, state = policy(SimpleNamespace(current_time=now_s, target_num_replicas=7))
         assert state == {}
         return wanted
 

@@ -91,7 +91,7 @@ def found(front: FrontEnd, request_id: str) -> tuple[int, int, int, int, str, bo
     usage = front.usage.find(request_id)
     assert usage is not None
     numbers = (usage[f"{kind}_tokens"] for kind in ("prompt", "image", "cached", "completion"))
-    return (*numbers, usage["finish_reason"], usage["is_finished"])  # type: ignore[return-value]
+    return (*numbers, usage["finish_reason"], usage["is_finished"])
 
 
 def test_a_request_is_followed_to_its_end() -> None:

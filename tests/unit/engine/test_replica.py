@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from ray import serve
 
 from serving.cluster.directory import EMPTY, ReplicaRecord, ReplicaState
 from serving.cluster.directory_actor import ReplicaDirectory
@@ -26,7 +27,7 @@ class Replica(EngineReplica):
 
     leave = EngineReplica.__del__
 
-    def __del__(self) -> None:
+    def __del__(self) -> None:  # type: ignore[override]
         pass
 
 
@@ -67,7 +68,7 @@ Start = Callable[..., Awaitable[Stand]]
 async def start(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Start]:
     directory = ReplicaDirectory(lease_s=60)
     context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="r1"))
-    monkeypatch.setattr(replica_module.serve, "get_replica_context", lambda: context)
+    monkeypatch.setattr(serve, "get_replica_context", lambda: context)
     monkeypatch.setattr(replica_module, "reach_directory", lambda *_: Handle(directory))
     monkeypatch.setattr(replica_module, "_USAGE_S", 0.3)
     started: list[Replica] = []

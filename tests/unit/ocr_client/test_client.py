@@ -167,7 +167,7 @@ def test_what_waiting_does_not_mend_is_not_tried_again(
 def test_a_whole_document_is_not_paid_twice_but_a_question_is_asked_again(
     client: Both, service: OcrDouble, paper: Path
 ) -> None:
-    broken = (500, {}, {"message": "oh", "code": "internal_error"})
+    broken: tuple[int, dict[str, str], dict[str, Any]] = (500, {}, {"message": "oh", "code": "internal_error"})
     service.refusals = [broken]
     with pytest.raises(ServiceError):
         client.call("read", paper, NANO)
@@ -243,11 +243,11 @@ def test_an_error_in_a_stream_ends_it() -> None:
     assert isinstance(from_answer(200, {"error": {"message": "gone", "code": "no_replica"}}), ServiceError)
 
 
-def _subclasses(kind: type) -> set[type]:
-    return {kind, *(below for child in kind.__subclasses__() for below in _subclasses(child))}
+def subclasses(kind: type[Exception]) -> set[type[Exception]]:
+    return {kind}.union(*map(subclasses, kind.__subclasses__()))
 
 
-@pytest.mark.parametrize("kind", sorted(_subclasses(httpx.TransportError), key=lambda kind: kind.__name__))
+@pytest.mark.parametrize("kind", sorted(subclasses(httpx.TransportError), key=repr))
 def test_every_failure_of_the_transport_becomes_ours(kind: type[httpx.TransportError], paper: Path) -> None:
     def fail(request: httpx.Request) -> httpx.Response:
         raise kind("x")

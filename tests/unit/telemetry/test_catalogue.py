@@ -6,8 +6,8 @@ from support.paths import ROOT
 from serving.telemetry.catalogue import OCR, ROUTER, Metric, MetricKind, render_table, render_tables
 
 UNBOUNDED = {"request_id", "key", "client", "ip", "path", "prompt"}
-UNITS = ("_total", "_seconds", "_tokens", "_requests", "_records", "_ratio", "_replicas", "_state", "_info")
-UNITS += ("_bytes", "_dollars", "_wanted", "_documents", "_jobs")
+UNITS: tuple[str, ...] = ("_total", "_seconds", "_tokens", "_requests", "_records", "_ratio", "_replicas", "_state")
+UNITS += ("_info", "_bytes", "_dollars", "_wanted", "_documents", "_jobs")
 
 
 @pytest.mark.parametrize("metric", [*ROUTER, *OCR], ids=lambda metric: metric.name)

@@ -4,6 +4,7 @@ import signal
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ SMALL = NanoConfig(
     dense_size=64,
     expert_size=16,
 )
-SMALL_PAGES = {"size_px": 128, "num_lines": (1, 3)}
+SMALL_PAGES: dict[str, Any] = {"size_px": 128, "num_lines": (1, 3)}
 PLAN = Plan(
     batch_pages=2,
     encoder_until=0.3,

@@ -104,6 +104,7 @@ async def test_pictures_are_one_page(tmp_path: Path) -> None:
             (image,) = sent(service)
             assert image.size == SIZE
             pixel = image.getpixel((30, 20))
+            assert isinstance(pixel, tuple)
             assert all(abs(one - other) <= 4 for one, other in zip(pixel, COLOURS[0], strict=True)), (name, pixel)
 
 

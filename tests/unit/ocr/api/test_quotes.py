@@ -67,7 +67,7 @@ def holds(shown: dict[str, Any], value: Any) -> bool:
 
 @pytest.mark.parametrize("mode", list(IMAGE_TOKENS))
 async def test_a_quote_is_what_the_document_is_billed_for(mode: str, tmp_path: Path) -> None:
-    form = {
+    form: dict[str, Any] = {
         "data": {"model": "nano", "mode": mode, "max_tokens": "50", "pages": "2-3"},
         "files": {"file": ("x.pdf", write_pdf(tmp_path / "x.pdf", 3).read_bytes())},
     }

@@ -74,7 +74,7 @@ def is_trusted(answer: httpx.Response) -> bool:
 async def test_the_router_says_whose_request_it_is_and_is_not_asked_back(tmp_path: Path) -> None:
     pdf = write_pdf(tmp_path / "x.pdf", 1, (50, 50)).read_bytes()
     async with run_stack(tmp_path) as stack:
-        form = {"data": {"model": "nano"}, "files": {"file": ("x", pdf)}}
+        form: dict[str, Any] = {"data": {"model": "nano"}, "files": {"file": ("x", pdf)}}
         submitted = await stack.router.client.post("/v1/openai/ocr/jobs/", **form, headers=stack.acme)
         assert submitted.status_code == 202, submitted.text
         path = f"{PATH}/{submitted.json()['id']}"

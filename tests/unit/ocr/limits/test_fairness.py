@@ -224,7 +224,7 @@ FORM, JSON = "multipart/form-data; boundary=x", "application/json"
 )
 async def test_slow_uploads_of_one_tenant_leave_places_to_others(path: str, code: str, tmp_path: Path) -> None:
     pdf = write_pdf(tmp_path / "x.pdf", 1, (50, 50)).read_bytes()
-    places = {"max_documents": 4, "max_submissions": 4}
+    places: dict[str, Any] = {"max_documents": 4, "max_submissions": 4}
     async with served(tmp_path, **places) as (service, hostile, other), contextlib.AsyncExitStack() as uploads:
         inside = service.host.service
         for _ in range(4):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,6 @@ from support.papers import write_pdf
 from support.router_stack import eventually
 
 from serving.errors import OverloadedError, RateLimitError, ServingError
-from serving.ocr.limits import storage as storage_module
 from serving.ocr.limits.storage import Storage, refusing_full_disk
 from serving.settings.ocr import OcrSettings
 from unit.ocr.api.test_metrics import scrape
@@ -138,7 +138,7 @@ async def test_a_full_disk_refuses_uploads_and_is_no_failure(
 
     async with run_service(tmp_path) as service:
         with monkeypatch.context() as patched:
-            patched.setattr(storage_module.tempfile, "mkstemp", make_full)
+            patched.setattr(tempfile, "mkstemp", make_full)
             for data in (pdf, pdf + bytes(300_000)):  # in the buffer to the end, and beyond it
                 answer = await service.upload(data, path)
                 assert (answer.status_code, answer.json()["error"]["code"]) == (503, "storage_full"), answer.text
@@ -162,7 +162,7 @@ async def submit(service: RunningService, data: bytes, key: dict[str, str]) -> t
 async def test_documents_of_one_tenant_do_not_fill_the_disk(tmp_path: Path) -> None:
     """Neither those of jobs that wait, nor those of an earlier run; and what was taken in is read to its end."""
     keys_file, (acme, other) = make_keys(tmp_path, "acme", "other")
-    bounds = {"max_stored_bytes": 80 * KIB, "max_document_bytes": 10 * KIB}
+    bounds: dict[str, Any] = {"max_stored_bytes": 80 * KIB, "max_document_bytes": 10 * KIB}
     settings = build_service_settings(tmp_path, **bounds)
     data = padded_pdf(tmp_path, 10 * KIB)
     async with run_service(tmp_path, reads(), settings=settings, keys_file=keys_file) as service:
@@ -204,7 +204,7 @@ async def test_all_documents_together_have_a_bound(tmp_path: Path) -> None:
 
 async def test_results_have_a_bound_and_deleting_jobs_helps(tmp_path: Path) -> None:
     keys_file, (acme, other) = make_keys(tmp_path, "acme", "other")
-    bounds = {"max_result_bytes": 20 * KIB, "max_document_bytes": 5 * KIB}
+    bounds: dict[str, Any] = {"max_result_bytes": 20 * KIB, "max_document_bytes": 5 * KIB}
     async with run_service(tmp_path, reads("x" * 6000), keys_file=keys_file, **bounds) as service:
         look = service.host.service.sweeper.look
         data = padded_pdf(tmp_path, 2 * KIB)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -102,7 +103,7 @@ DEEP: dict[str, tuple[Values, float, float]] = {
     # Pillow does not read big-endian numbers of 32 bits without a sign.
     [(name, order) for name, (values, *_) in DEEP.items() for order in "<>" if (order, values.dtype) != (">", "u4")],
 )
-def test_more_than_8_bits_are_scaled_by_their_real_range(name: str, order: str, read: Read) -> None:
+def test_more_than_8_bits_are_scaled_by_their_real_range(name: str, order: Literal["<", ">"], read: Read) -> None:
     values, black, white = DEEP[name]
     assert np.array_equal(grey_of(read(tiff(values, order))), scaled(values, black, white))
 
@@ -217,7 +218,7 @@ def test_colours_of_8_bits_are_those_of_the_picture(mode: str, read: Read) -> No
         lightness = ramp(0, 255, "u1")
         zero = Image.fromarray(np.full(SHAPE, 128, "u1"))
         picture = Image.merge("LAB", [Image.fromarray(lightness), zero, zero])
-        star = lightness / 255 * 100
+        star = lightness.astype(np.float64) / 255 * 100
         linear = np.where(star > 8, ((star + 16) / 116) ** 3, star / 903.3)
         srgb = np.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear)
         expected = np.repeat((srgb * 255)[..., None], 3, axis=2)

@@ -118,7 +118,7 @@ def test_a_full_queue_is_a_503_and_loses_nothing_that_waits(server: Server, stre
 def test_a_loop_that_is_cut_shows_in_the_metrics(server: Server) -> None:
     names = ("serving_repetition_stops_total", ""), ("serving_wasted_tokens_total", '{reason="repetition"}')
     before = [metric(server, *name) for name in names]
-    forced = {"logit_bias": {"300": 100}, "max_tokens": 400}
+    forced: dict[str, Any] = {"logit_bias": {"300": 100}, "max_tokens": 400}
     status, answer = ask(server, **forced, vllm_xargs={"ngram_size": 0, "repeated_tokens": 64})
     assert status == 200
     assert (answer["choices"][0]["finish_reason"], answer["choices"][0]["stop_reason"]) == ("length", "repetition")

@@ -40,7 +40,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 
 def _run(implementation: str, checkpoint: Path, folder: Path) -> dict[str, Any]:
     out = folder / f"{implementation}.pt"
-    command = [sys.executable, "-W", "ignore", HERE / "parity_run.py", implementation, checkpoint, out]
+    command = [sys.executable, "-W", "ignore", *map(str, (HERE / "parity_run.py", implementation, checkpoint, out))]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=280, check=False, env=environment)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

@@ -101,7 +101,7 @@ def request(output: list[int], *, has_image: bool = True, **params: Any) -> Any:
 
 
 class Hashable(types.SimpleNamespace):
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # type: ignore[assignment]  # SimpleNamespace has None
 
 
 def is_cut(default: int, **given: Any) -> bool:
@@ -163,7 +163,8 @@ def test_configuration() -> None:
     assert configured_tokens(engine_config({})) == DEFAULT_REPEATED_TOKENS
     assert configured_tokens(engine_config({"loop_stop": {"repeated_tokens": 64}})) == 64
     assert configured_tokens(engine_config({"loop_stop": False})) == 0
-    for wrong in (True, [], {"tokens": 3}, {"repeated_tokens": "many"}):
+    wrongs: list[Any] = [True, [], {"tokens": 3}, {"repeated_tokens": "many"}]
+    for wrong in wrongs:
         with pytest.raises(ValueError, match="loop_stop"):
             configure(engine_config({"loop_stop": wrong}))
 
@@ -210,9 +211,12 @@ def test_a_request_that_ended_anyway_keeps_its_reason(monkeypatch: pytest.Monkey
     monkeypatch.setattr(Scheduler, "__init__", lambda self, **arguments: None)
     monkeypatch.setattr(Scheduler, "_update_request_with_output", lambda self, request, new, stale: (new, True))
     asked: list[int] = []
-    scheduler = vllm_internals.build_watched_scheduler(
-        lambda request, count: bool(asked.append(count)), "why", vllm_config=engine_config({})
-    )
+
+    def must_end(request: Any, count: int) -> bool:
+        asked.append(count)
+        return False
+
+    scheduler = vllm_internals.build_watched_scheduler(must_end, "why", vllm_config=engine_config({}))
     assert scheduler._update_request_with_output(types.SimpleNamespace(), [1]) == ([1], True)
     assert not asked
 

@@ -135,7 +135,8 @@ def test_what_is_no_final_usage_passes_as_it_is(stream: bytes) -> None:
 
 
 def test_a_whole_answer_carries_the_cost_and_is_otherwise_the_same() -> None:
-    answer = {"id": "c-1", "model": "nano", "choices": [{"message": {"content": "tschüß \u2028"}}], "usage": USAGE}
+    answer: dict[str, Any] = {"id": "c-1", "model": "nano", "choices": [{"message": {"content": "tschüß \u2028"}}]}
+    answer["usage"] = USAGE
     priced = json.loads(annotate_answer(orjson.dumps(answer), UsageNotes(PRICE)))
     assert priced == {**answer, "usage": {**USAGE, "estimated_cost": COST}}
     assert list(priced) == list(answer)

@@ -63,7 +63,8 @@ TOOL = {"type": "function", "function": {"name": "find", "parameters": {"type": 
 @given(st.lists(st.text(), min_size=1, max_size=4), st.booleans())
 def test_a_token_per_byte_and_what_a_template_adds_fit(texts: list[str], has_tools: bool) -> None:
     messages = [{"role": "user", "content": text} for text in texts]
-    found = bounds(max_model_len=10**6, messages=messages, **({"tools": [TOOL]} if has_tools else {}))
+    tools: dict[str, Any] = {"tools": [TOOL]} if has_tools else {}
+    found = bounds(max_model_len=10**6, messages=messages, **tools)
     written = sum(len(text.encode()) for text in texts) + (len(orjson.dumps(TOOL)) if has_tools else 0)
     assert found.prompt.most >= written + 4 * len(texts)
 

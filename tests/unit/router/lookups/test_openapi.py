@@ -6,6 +6,7 @@ import asyncio
 import threading
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, seed, settings
@@ -66,7 +67,7 @@ def url() -> Iterator[str]:
 @seed(0)
 @settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @SCHEMA.parametrize()
-def test_nothing_happens_that_is_not_documented(case: schemathesis.Case, url: str) -> None:
+def test_nothing_happens_that_is_not_documented(case: schemathesis.Case[Any], url: str) -> None:
     response = case.call(base_url=url, timeout=10)
     # The ledger is not kept here: reports are refused for now, which the document allows.
     is_report = case.path in ("/v1/usage", "/v1/organization/usage/completions", "/admin/costs")

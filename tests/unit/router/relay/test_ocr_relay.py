@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import orjson
 from support.ocr_service import BODY_BYTES, build_service_settings, reads, run_host
@@ -41,7 +43,7 @@ def follow(router: RunningRouter, *urls: str) -> None:
 
 async def test_a_document_goes_through_the_router_and_back(tmp_path: Path) -> None:
     pdf = write_pdf(tmp_path / "x.pdf", 3, (100, 100)).read_bytes()
-    form = {"data": {"model": "nano", "format": "text"}, "files": {"file": ("x.pdf", pdf)}}
+    form: dict[str, Any] = {"data": {"model": "nano", "format": "text"}, "files": {"file": ("x.pdf", pdf)}}
     async with (
         Engine(reads(), max_num_seqs=16) as engine,
         run_router(engine.record, settings=with_ocr()) as router,
@@ -79,7 +81,8 @@ async def test_the_quote_of_a_document_is_the_services() -> None:
         (asked,) = service.asked
         assert (asked.method, asked.path, asked.body) == ("POST", "/v1/ocr/quote", body)
         assert asked.headers["authorization"] == "Bearer k"
-        for chat in ({"messages": []}, {"prompt": "a"}):
+        chats: list[dict[str, Any]] = [{"messages": []}, {"prompt": "a"}]
+        for chat in chats:
             await router.client.post("/v1/quote", json={"model": "nano", "document": {}, **chat})
         assert len(service.asked) == 1
     async with run_router() as router:
@@ -157,7 +160,7 @@ async def test_a_body_over_the_limit_is_cut_off() -> None:
     async with service, run_router(settings=settings) as router:
         follow(router, f"http://127.0.0.1:{service.sockets[0].getsockname()[1]}")
 
-        async def pieces() -> object:  # chunked: no length is announced
+        async def pieces() -> AsyncIterator[bytes]:  # chunked: no length is announced
             for _ in range(40):
                 yield bytes(10_000)
 

@@ -28,4 +28,4 @@ def test_the_same_seed_gives_the_same_figures() -> None:
     assert first == again
     rows = build_rows(first)
     assert len(rows) == 2 * 3 * len(PEERS)
-    assert all(row.ratio > 0 for row in rows)
+    assert all(row.ratio is not None and row.ratio > 0 for row in rows)

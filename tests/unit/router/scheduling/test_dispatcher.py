@@ -35,8 +35,8 @@ BREAKER = BreakerSettings(failures=2, open_s=0.1, max_open_s=0.1)
 
 
 def replica(name: str, state: ReplicaState = ReplicaState.READY, **more: Any) -> ReplicaRecord:
-    fields = {"max_num_seqs": 0, "capacity_tokens": 1000, "max_model_len": 8192, "image_config": CONFIG} | more
-    return ReplicaRecord(name, "nano", f"http://{name}", state, **fields)
+    fields: dict[str, Any] = {"max_num_seqs": 0, "capacity_tokens": 1000, "max_model_len": 8192}
+    return ReplicaRecord(name, "nano", f"http://{name}", state, **{**fields, "image_config": CONFIG, **more})
 
 
 def ask(work: int = 100, **more: Any) -> RoutedRequest:
