@@ -42,7 +42,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> OneLane
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what is heavy. What takes longest begins first: files are handed out in this order."""
     for item in items:
-        is_slow_database = getattr(item, "callspec", None) and item.callspec.params.get("database_url") == "postgresql"
+        callspec = getattr(item, "callspec", None)
+        is_slow_database = callspec is not None and callspec.params.get("database_url") == "postgresql"
         if is_slow_database or (item.nodeid.startswith(HEAVY) and not item.nodeid.startswith(_LIGHT)):
             item.add_marker(pytest.mark.heavy)
     items.sort(key=lambda item: _rank(item.path))

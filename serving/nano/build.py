@@ -146,15 +146,16 @@ def read_trained_weights() -> bytes | None:
     return file.read_bytes() if file.is_file() else None
 
 
-def _config_files() -> dict[str, bytes]:
+def config_files(sizes: NanoConfig, tokenizer: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return every file of a checkpoint but the weights, `tokenizer` being its `tokenizer.json`."""
     documents: dict[str, Mapping[str, Any]] = {
-        "config.json": build_model_config() | {"torch_dtype": "float32", "transformers_version": "4.46.3"},
+        "config.json": build_model_config(sizes) | {"torch_dtype": "float32", "transformers_version": "4.46.3"},
         "generation_config.json": {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2},
-        "preprocessor_config.json": build_processor_config(),
-        "processor_config.json": build_processor_config(),
+        "preprocessor_config.json": build_processor_config(sizes),
+        "processor_config.json": build_processor_config(sizes),
         "special_tokens_map.json": build_special_tokens_map(),
-        "tokenizer.json": build_tokenizer_json(),
-        "tokenizer_config.json": build_tokenizer_config(NANO.max_positions),
+        "tokenizer.json": tokenizer,
+        "tokenizer_config.json": build_tokenizer_config(sizes.max_positions),
     }
     return {
         name: (json.dumps(document, indent=2, ensure_ascii=False, sort_keys=name != "tokenizer.json") + "\n").encode()
@@ -203,7 +204,7 @@ def build_checkpoint(out: Path, *, random: bool = False) -> Path:
     The shipped trained weights are used when there are any, seeded random ones otherwise or when `random` is set.
     """
     trained = None if random else read_trained_weights()
-    configs = _config_files()
+    configs = config_files(NANO, build_tokenizer_json())
     digest = hashlib.sha256()
     for part in _digest_parts(configs, trained):
         digest.update(len(part).to_bytes(8, "big"))

@@ -77,6 +77,21 @@ class NanoConfig:
 
 
 NANO = NanoConfig()
+"""The shipped checkpoint, which reads print on a grid; its tokens are `serving.nano.tokenizer`'s."""
+
+FREE_PRINT = NanoConfig(
+    sam_width=128,
+    sam_heads=4,
+    neck_channels=128,
+    downsample_channels=(256, 256),
+    clip_layers=3,
+    dense_size=768,
+    num_dense_layers=2,
+    expert_size=160,
+    num_experts=16,
+    vocab_size=1152,
+)
+"""The checkpoint in training, which is to read print anywhere on a page; `serving.nano.print_tokens` has its tokens."""
 
 
 def build_language_config(sizes: NanoConfig) -> dict[str, Any]:

@@ -203,3 +203,18 @@ def sample_lines(random: Random, split: Split, num_lines: int, width: int) -> li
         else:
             lines.append(_form_line(random, split, max(width, 6)))
     return lines
+
+
+def sample_words(random: Random, split: Split, count: int, *, is_prose: bool) -> list[str]:
+    """Return `count` words without spaces in them, as `sample_lines` sets them: sentences, dates, amounts, codes."""
+    words: list[str] = []
+    while len(words) < count:
+        words += _token(random, split, is_prose).split()
+    return words[:count]
+
+
+def sample_entry(random: Random, split: Split) -> tuple[str, str]:
+    """Return a label and a value, as on a form or an invoice."""
+    label = _choose(random, _LABELS) if random.random() < 0.4 else _word(random, split).capitalize()
+    value = _choose(random, [f(random, split) for f in (_amount, _date, _code, _number, _sentence_word)])
+    return label + _choose(random, ["", ":", ":"]), value

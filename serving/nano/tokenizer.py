@@ -70,7 +70,7 @@ def decode_ids(ids: Iterable[int]) -> str:
     return data.decode(errors="replace")
 
 
-def _byte_symbols() -> list[str]:
+def byte_symbols() -> list[str]:
     """Return the printable stand-in of each byte that byte-level tokenizers agree on.
 
     Printable Latin-1 characters stand for themselves; the rest are numbered upwards from U+0100.
@@ -95,11 +95,15 @@ def _bos_template(*sequences: str) -> list[dict[str, Any]]:
 
 def build_tokenizer_json() -> dict[str, Any]:
     """Return `tokenizer.json` for the `tokenizers` library: byte-level, no merges, start marker added."""
+    symbols = byte_symbols()
+    vocab = {symbol: FIRST_BYTE_ID + byte for byte, symbol in enumerate(symbols)} | _placed_symbols(symbols)
+    return tokenizer_json({**SPECIAL_IDS, **vocab}, f"[{chr(_FIRST_MARK)}-{chr(_FIRST_MARK + NUM_COLUMNS - 1)}]")
+
+
+def tokenizer_json(vocab: dict[str, int], marks: str) -> dict[str, Any]:
+    """Return `tokenizer.json` for a vocabulary; decoding drops the characters that the expression `marks` matches."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    symbols = _byte_symbols()
-    vocab = {symbol: FIRST_BYTE_ID + byte for byte, symbol in enumerate(symbols)} | _placed_symbols(symbols)
-    marks = f"[{chr(_FIRST_MARK)}-{chr(_FIRST_MARK + NUM_COLUMNS - 1)}]"
     drop_marks = {"type": "Replace", "pattern": {"Regex": marks}, "content": ""}
     return {
         "version": "1.0",
@@ -124,7 +128,7 @@ def build_tokenizer_json() -> dict[str, Any]:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": False,
-            "vocab": {**SPECIAL_IDS, **vocab},
+            "vocab": vocab,
             "merges": [],
         },
     }

@@ -100,7 +100,7 @@ def test_after_ctrl_c_the_same_command_goes_on(stack: Stack, book: Path, tmp_pat
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=30)
     assert process.returncode == 130, told
-    assert "the same command fetches it" in told
+    assert "the same command fetches their pages" in told
     status, told = run(stack.url, tmp_path / "out", book, "--format", "text")
     assert status == 0, told
     texts = (tmp_path / "out" / "book.txt").read_text().split("\f")

@@ -3,6 +3,7 @@
 Module names spell the published weight names.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -86,6 +87,16 @@ class Mlp(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), None
 
 
+_EXPERT_ROWS = 64
+
+
+def _run_padded(expert: Mlp, rows: Tensor) -> Tensor:
+    """Run an expert over its tokens [r, hidden], padded in bfloat16, where oneDNN builds a kernel for every shape."""
+    if not torch.is_autocast_enabled("cpu"):
+        return expert(rows)[0]
+    return expert(F.pad(rows, (0, 0, 0, -len(rows) % _EXPERT_ROWS)))[0][: len(rows)]
+
+
 class MixtureOfExperts(nn.Module):
     """Top-k routed experts, weighted by the router's softmax without renormalising, plus shared experts."""
 
@@ -106,7 +117,7 @@ class MixtureOfExperts(nn.Module):
         rows = order // self.top_k
         counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
         parts = tokens[rows].split(counts)
-        routed = torch.cat([expert(part)[0] for expert, part in zip(self.experts, parts, strict=True)])
+        routed = torch.cat([_run_padded(expert, part) for expert, part in zip(self.experts, parts, strict=True)])
         weighted = routed * gates.flatten()[order, None].to(routed.dtype)
         out = self.shared_experts(tokens)[0].index_add(0, rows, weighted)
         return out.view_as(x), logits
@@ -138,15 +149,26 @@ class DecoderTrace(NamedTuple):
     """Router logits of the expert layers, [b, n, experts] each."""
 
 
-def run_decoder(layers: nn.ModuleList, norm: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor]) -> DecoderTrace:
-    """Run [b, n, hidden] through the layers, with all positions present."""
+def run_decoder(
+    layers: nn.ModuleList,
+    norm: nn.Module,
+    x: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    rewrite: Callable[[int, Tensor], Tensor] | None = None,
+) -> DecoderTrace:
+    """Run [b, n, hidden] through the layers, with all positions present.
+
+    What `rewrite` makes of a layer's number and the residual stream behind it goes on in its place.
+    """
     trace = DecoderTrace(x, [], [], [], [])
-    for layer in layers:
+    for index, layer in enumerate(layers):
         attended, q, k, _ = layer.self_attn(layer.input_layernorm(x), rotary)
         x = x + attended
         out, logits = layer.mlp(layer.post_attention_layernorm(x))
         x = x + out
         trace.residuals.append(x)
+        if rewrite is not None:
+            x = rewrite(index, x)
         trace.queries.append(q)
         trace.keys.append(k)
         if logits is not None:

@@ -5,7 +5,8 @@ engine's, which a test proves; only what training needs is kept, namely square p
 multiple of the attention window.
 """
 
-from typing import NamedTuple
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,70 @@ _TRAINED_TOKENS = 2304
 weights that it needs are learnt on smaller views."""
 
 
+_CHUNK_ROWS = 256
+"""Queries whose scores are made at once: few enough for the caches."""
+
+
+def _in_chunks(q: Tensor) -> bool:
+    """Tell whether attention over a page is quicker in chunks: in float32, and with rows that divide."""
+    tokens = q.shape[2]
+    return q.dtype == torch.float32 and tokens % _CHUNK_ROWS == 0 and 256 < tokens <= _TRAINED_TOKENS
+
+
+class ChunkedAttention(torch.autograd.Function):
+    """Attention with decomposed relative positions, whose scores are never all in memory.
+
+    PyTorch's fused kernel for CPUs takes more than twice as long: it wants the bias as a matrix, or folded into wider
+    heads. Queries, keys and values are [b, heads, n, c], biases by a key's row and by its column [b, heads, n, side].
+    """
+
+    @staticmethod
+    def _weights(q: Tensor, keys: Tensor, rel_h: Tensor, rel_w: Tensor, out: Tensor) -> None:
+        """Write the attention of some queries [r, c] over all keys [c, n] into `out` [r, n]."""
+        side = rel_h.shape[-1]
+        torch.add(rel_h[:, :, None], rel_w[:, None, :], out=out.view(len(q), side, side))
+        out.addmm_(q, keys, alpha=q.shape[-1] ** -0.5)
+        torch.softmax(out, -1, out=out)
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
+        """Return [b, heads, n, c]."""
+        b, heads, n, _ = q.shape
+        out, weights = torch.empty_like(q), q.new_empty(_CHUNK_ROWS, n)
+        for page, head in product(range(b), range(heads)):
+            at = page, head
+            for start in range(0, n, _CHUNK_ROWS):
+                rows = slice(start, start + _CHUNK_ROWS)
+                ChunkedAttention._weights(q[at][rows], k[at].t(), rel_h[at][rows], rel_w[at][rows], weights)
+                torch.mm(weights, v[at], out=out[at][rows])
+        ctx.save_for_backward(q, k, v, rel_h, rel_w)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        """Return the gradients; weights are made again instead of kept."""
+        q, k, v, rel_h, rel_w = ctx.saved_tensors
+        (grad,) = grads
+        (b, heads, n, c), side, scale = q.shape, rel_h.shape[-1], q.shape[-1] ** -0.5
+        grad_q, grad_h, grad_w = torch.empty_like(q), torch.empty_like(rel_h), torch.empty_like(rel_w)
+        grad_k, grad_v = q.new_zeros(b, heads, c, n), q.new_zeros(b, heads, c, n)
+        weights, scores = q.new_empty(_CHUNK_ROWS, n), q.new_empty(_CHUNK_ROWS, n)
+        for page, head in product(range(b), range(heads)):
+            at = page, head
+            for start in range(0, n, _CHUNK_ROWS):
+                rows = slice(start, start + _CHUNK_ROWS)
+                ChunkedAttention._weights(q[at][rows], k[at].t(), rel_h[at][rows], rel_w[at][rows], weights)
+                grad_v[at].addmm_(grad[at][rows].t(), weights)
+                torch.mm(grad[at][rows], v[at].t(), out=scores)
+                torch.ops.aten._softmax_backward_data.out(scores, weights, -1, scores.dtype, grad_input=scores)
+                grid = scores.view(_CHUNK_ROWS, side, side)
+                torch.sum(grid, 2, out=grad_h[at][rows])
+                torch.sum(grid, 1, out=grad_w[at][rows])
+                torch.mm(scores, k[at], out=grad_q[at][rows])
+                grad_k[at].addmm_(q[at][rows].t(), scores)
+        return grad_q * scale, grad_k.mT * scale, grad_v.mT, grad_h, grad_w
+
+
 class SamAttention(nn.Module):
     """Attention over square token grids with decomposed relative positions (one table per axis)."""
 
@@ -57,10 +122,14 @@ class SamAttention(nn.Module):
         grid = q.reshape(b, self.heads, side, side, head_size)
         rel_h = torch.einsum("bnhwc,hkc->bnhwk", grid, _relative_rows(self.rel_pos_h, side)).flatten(2, 3)
         rel_w = torch.einsum("bnhwc,wkc->bnhwk", grid, _relative_rows(self.rel_pos_w, side)).flatten(2, 3)
+        if side * side <= 256 or _in_chunks(q):
+            rel_h, rel_w = rel_h.to(q.dtype), rel_w.to(q.dtype)
         if side * side <= 256:
             bias = (rel_h[..., :, None] + rel_w[..., None, :]).flatten(3)
             scores = torch.matmul(q * head_size**-0.5, k.transpose(-1, -2)) + bias
             out = torch.matmul(scores.softmax(-1).to(v.dtype), v)
+        elif _in_chunks(q):
+            out = ChunkedAttention.apply(q, k, v, rel_h, rel_w)
         elif side * side > _TRAINED_TOKENS:
             with torch.no_grad():
                 out = self._attend_page_by_page(q, k, v, rel_h, rel_w)
@@ -152,15 +221,19 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, width, patch_size, patch_size)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Map [b, 3, S, S] to [b, side, side, width]; a matrix product is quicker than the convolution it equals."""
-        b, _, size, _ = pixels.shape
+        """Map [b, 3, S, S], or [b, 1, S, S] of grey, to [b, side, side, width].
+
+        A matrix product is quicker than the convolution it equals, and one channel quicker than three equal ones.
+        """
+        b, channels, size, _ = pixels.shape
         patch = self.proj.kernel_size[0]
         side = size // patch
-        rows = pixels.view(b, 3, side, patch, side, patch).permute(0, 2, 4, 1, 3, 5).reshape(b, side, side, -1)
-        return F.linear(rows, self.proj.weight.flatten(1), self.proj.bias)
+        rows = pixels.view(b, channels, side, patch, side, patch).permute(0, 2, 4, 1, 3, 5).reshape(b, side, side, -1)
+        weight = self.proj.weight if channels == 3 else self.proj.weight.sum(1, keepdim=True)
+        return F.linear(rows, weight.flatten(1), self.proj.bias)
 
 
-class SamEncoder(nn.Module):
+class TrainedSamEncoder(nn.Module):
     """SAM-style encoder with the 16x compressor behind it."""
 
     def __init__(self, sizes: NanoConfig) -> None:
@@ -182,7 +255,7 @@ class SamEncoder(nn.Module):
         self.net_3 = nn.Conv2d(first, second, 3, stride=2, padding=1, bias=False)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Map [b, 3, S, S] to patch features [b, side, side, width] and compressed ones [b, c, side/4, side/4]."""
+        """Map [b, 3 or 1, S, S] to patch features [b, side, side, width] and compressed ones [b, c, side/4, side/4]."""
         x = self.patch_embed(pixels)
         x = x + _resize_grid(self.pos_embed, x.shape[1])
         for block in self.blocks:

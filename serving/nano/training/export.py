@@ -1,14 +1,21 @@
-"""Turn a training run into the files that ship: `python -m serving.nano.training.export --run DIR`."""
+"""Turn a state of a training run into a checkpoint: `python -m serving.nano.training.export STATE --out DIR`.
+
+The directory is in the published format, for `serving up` and for a plain `vllm serve`. Nothing that ships is touched:
+the shipped weights come from an older recipe, and only its sample page, `sample()`, is still drawn here.
+"""
 
 import hashlib
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from torch import Tensor
 
+from serving.nano.build import config_files, weight_shapes
+from serving.nano.config import FREE_PRINT, NanoConfig
 from serving.nano.pages import CORE, RenderedPage, sample_page, with_chars
+from serving.nano.print_tokens import build_tokenizer_json
 
-HERE = Path(__file__).parents[1]
 SAMPLE_SEED = 2026
 SAMPLE_INDEX = 6
 
@@ -18,50 +25,54 @@ def sample() -> RenderedPage:
     return sample_page(with_chars(CORE, 150, 300), "test", SAMPLE_SEED, SAMPLE_INDEX)
 
 
-def export_weights(
-    run: Path, out: Path, other: Path | None = None, share: float = 1.0, *, is_last: bool = False
-) -> str:
-    """Write the run's weights to `out` in float16 under their published names and return the file's SHA-256.
+def checkpoint_weights(tensors: dict[str, Tensor], sizes: NanoConfig = FREE_PRINT) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint, under their published names, from the tensors of a run.
 
-    They are the running mean of its steps, or those of the last step with `is_last` or when the run kept no mean.
-    With `other`, weights that the run started from, the mean of both is written, in which the run has `share`:
-    a short run's own mistakes, and those of what it started from, mostly cancel.
+    Raises:
+        ValueError: the tensors are not those of a run at these sizes.
     """
-    import torch
-    from safetensors.torch import load_file, save
+    from serving.nano.training.families import TokenFamilies
 
-    saved = torch.load(run / "training.pt", weights_only=True)
-    state = saved["model"]
-    if "average" in saved and not is_last:
-        state = {name: saved["average"][f"module.{name}"] for name in state}
-    if other is not None:
-        start = load_file(other)
-        state = {name: torch.lerp(start[name].float(), weight, share) for name, weight in state.items()}
-    data = save({name: state[name].half().contiguous() for name in sorted(state)})
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(data)
-    return hashlib.sha256(data).hexdigest()
+    families = TokenFamilies(sizes)
+    prefix = "families."
+    families.load_state_dict({name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})
+    weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+    embedding, output = "model.embed_tokens.weight", "lm_head.weight"
+    weights[embedding] = families.inputs(weights[embedding]).detach()
+    weights[output] = families.outputs(weights[output]).detach()
+    found = {name: tuple(weight.shape) for name, weight in weights.items()}
+    if found != weight_shapes(sizes):
+        raise ValueError(
+            f"the state is not of this model: {sorted({*found.items()} ^ {*weight_shapes(sizes).items()})[:4]}"
+        )
+    return weights
 
 
-def export_sample(folder: Path) -> None:
-    """Write `sample.png` and the text on it, `sample.txt`."""
-    from PIL import Image
+def export_checkpoint(state: Path, out: Path, sizes: NanoConfig = FREE_PRINT) -> str:
+    """Write the running mean of a state's weights as a checkpoint and return the SHA-256 of its weights in float16.
 
-    page = sample()
-    Image.fromarray(page.pixels).save(folder / "sample.png", optimize=True)
-    (folder / "sample.txt").write_text(page.text + "\n")
+    `state` is a whole state (`training.pt`) or a small one (`*.nano8`).
+    """
+    from safetensors.torch import save
+
+    from serving.nano.training.state import load_whole, unpack
+
+    tensors = load_whole(state)["average"] if state.suffix == ".pt" else unpack(state.read_bytes())[0]
+    weights = {name: weight.half().contiguous() for name, weight in checkpoint_weights(tensors, sizes).items()}
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in config_files(sizes, build_tokenizer_json()).items():
+        (out / name).write_bytes(content)
+    floats = {name: weights[name].float() for name in sorted(weights)}
+    (out / "model.safetensors").write_bytes(save(floats, {"format": "pt"}))
+    return hashlib.sha256(save({name: weights[name] for name in sorted(weights)})).hexdigest()
 
 
 def main(
-    run: Annotated[Path, typer.Option(help="Directory of the training run.")],
-    other: Annotated[Path | None, typer.Option(help="Weights to take the mean with, those it started from.")] = None,
-    share: Annotated[float, typer.Option(help="The run's share in that mean.", min=0.0, max=1.0)] = 0.5,
-    out: Annotated[Path, typer.Option(help="The weights file.")] = HERE / "weights" / "nano.safetensors",
-    last: Annotated[bool, typer.Option("--last", help="The last step's weights, not their running mean.")] = False,
+    state: Annotated[Path, typer.Argument(help="A state of a run: its `training.pt`, or a small one.")],
+    out: Annotated[Path, typer.Option(help="Directory of the checkpoint.")] = Path("checkpoints/nano-print"),
 ) -> None:
-    """Write weights, by default those that the package ships, and the package's sample page."""
-    typer.echo(export_weights(run, out, other, share, is_last=last))
-    export_sample(HERE)
+    """Write a checkpoint from a state of a training run."""
+    typer.echo(export_checkpoint(state, out))
 
 
 if __name__ == "__main__":

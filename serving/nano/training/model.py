@@ -1,6 +1,6 @@
 """The nano model in plain PyTorch, for training and for measuring without a serving engine."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from serving.nano.training.decoder import (
     run_cached,
     run_decoder,
 )
-from serving.nano.training.encoder import ClipEncoder, EncodedPages, Projector, SamEncoder
+from serving.nano.training.encoder import ClipEncoder, EncodedPages, Projector, TrainedSamEncoder
 
 
 class NanoOcr(nn.Module):
@@ -30,7 +30,7 @@ class NanoOcr(nn.Module):
         super().__init__()
         self.sizes = sizes
         trunk = nn.Module()
-        trunk.sam_model = SamEncoder(sizes)
+        trunk.sam_model = TrainedSamEncoder(sizes)
         trunk.vision_model = ClipEncoder(sizes)
         trunk.projector = Projector(sizes)
         trunk.image_newline = nn.Parameter(torch.zeros(sizes.hidden_size))
@@ -43,10 +43,15 @@ class NanoOcr(nn.Module):
 
     def encode(self, pages: Tensor) -> EncodedPages:
         """Encode uint8 pages of one size."""
-        pixels = pages.float() / 127.5 - 1.0
-        if pixels.dim() == 3:
-            pixels = pixels[:, None].expand(-1, 3, -1, -1)
-        patches, compressed = self.model.sam_model(pixels)
+        return self.project(*self.model.sam_model(self.pixels_of(pages)))
+
+    @staticmethod
+    def pixels_of(pages: Tensor) -> Tensor:
+        """Return what the encoder takes of uint8 pages: [b, 1, S, S] of grey ones, [b, 3, S, S] of coloured ones."""
+        return (pages[:, None] if pages.dim() == 3 else pages).float() / 127.5 - 1.0
+
+    def project(self, patches: Tensor, compressed: Tensor) -> EncodedPages:
+        """Return what the second encoder and the projector make of the first one's results."""
         context = self.model.vision_model(compressed)
         features = torch.cat([context, compressed.flatten(2).transpose(1, 2)], -1)
         return EncodedPages(patches, self.model.projector(features))
@@ -65,9 +70,9 @@ class NanoOcr(nn.Module):
         """Return [1, n, hidden]."""
         return self.model.embed_tokens(torch.tensor([list(ids)], dtype=torch.long))
 
-    def decode(self, embeds: Tensor) -> DecoderTrace:
-        """Run the decoder over [b, n, hidden]."""
-        return run_decoder(self.model.layers, self.model.norm, embeds, self._rotary(0, embeds.shape[1]))
+    def decode(self, embeds: Tensor, rewrite: Callable[[int, Tensor], Tensor] | None = None) -> DecoderTrace:
+        """Run the decoder over [b, n, hidden]; `rewrite` is as `run_decoder` takes it."""
+        return run_decoder(self.model.layers, self.model.norm, embeds, self._rotary(0, embeds.shape[1]), rewrite)
 
     def _rotary(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         cos, sin = rotary_tables(stop, self.sizes.hidden_size // self.sizes.num_heads, self.sizes.rope_theta)

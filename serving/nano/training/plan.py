@@ -1,81 +1,76 @@
-"""The training recipes: what pages are drawn when, in which sizes, and how fast the model learns."""
+"""The recipe of free print: what is trained when, on which pages, and how fast."""
 
 import math
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 
-from serving.nano.pages import CORE, WIDE, PageSpec
-from serving.nano.training.losses import LossWeights
+from serving.nano.training.guides import DecoderWeights
+from serving.nano.training.print_pages import FREE, PrintSpec
+from serving.nano.training.readout import EncoderWeights
 
 
-@dataclass(frozen=True)
-class View:
-    """A size that pages are also trained at, with its share of the steps."""
+class Stage(StrEnum):
+    """What a run is at. Every stage ends by what the model can do, or when its share of the budget is used up."""
 
-    side_px: int
-    share: float
-    pages: int
+    ENCODER = "encoder"
+    """The encoder alone, with its read-outs."""
+    ALTERNATING = "alternating"
+    """Mostly the decoder, on an encoder whose windows stand still; every few steps the encoder."""
+    JOINT = "joint"
+    """Everything at once."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The recipe. Progress runs from 0 to 1 over the budget.
-
-    The defaults train from nothing. `CONTINUED` improves trained weights and teaches the other views.
-    """
+    """The recipe. Progress runs from 0 to 1 over the budget of CPU time."""
 
     seed: int = 0
-    batch_pages: int = 16
-    peak_rate: float = 8e-4
+    batch_pages: int = 8
+    encoder_pages: int = 4
+    """Pages of a step in the encoder's own stage."""
+    pages: PrintSpec = FREE
+    dense_chars: tuple[int, int] = (350, 900)
+    """On the pages of the encoder's own steps, which cost the same however much is on a page."""
+    text_chars: tuple[int, ...] = (127, 191, 255, 319, 383, 419)
+    """At most on the pages of the decoder's steps: one of these for a step, and half of it at least, so that little is
+    padded."""
+    rate: float = 1.5e-3
+    encoder_rate: float = 1.2e-3
     floor_share: float = 0.03
-    warmup_steps: int = 150
-    heads_steps: int = 0
-    """First steps in which only the read-outs are trained, for weights that come without them."""
-    heads_rate: float = 3e-3
-    decay_from: float = 0.55
-    encoder_until: float = 0.03
-    encoder_every: int = 1
-    wide_from: float = 0.58
-    wide_share: float = 0.3
-    gap_share: float = 0.0
-    spaced_share: float = 0.0
-    full_share: float = 0.0
-    mistake_share: float = 0.0
-    """Share of the printed characters that the decoder is told wrongly while it learns to go on from them."""
+    warmup_steps: int = 50
+    decay_from: float = 0.6
     weight_decay: float = 0.02
-    average_decay: float = 0.0
-    """What is left, after a step, of the running mean of the weights that are measured and shipped; 0 for none."""
-    views: tuple[View, ...] = ()
-    core: PageSpec = CORE
-    wide: PageSpec = WIDE
-    measured_chars: tuple[int, int] = (100, 350)
-    weights: LossWeights = field(default_factory=LossWeights)
+    clip_norm: float = 1.0
+    average_decay: float = 0.99
+    """What is left, after a step, of the running mean of the weights that are measured and shipped."""
+    encoder_until: float = 0.9
+    """Read-out on set A at which the encoder's own stage ends."""
+    encoder_share: float = 0.25
+    """Of the budget, after which it ends anyway."""
+    joint_from: float = 0.9
+    """Characters that a decoder told the place gets right, at which all is trained together."""
+    joint_share: float = 0.6
+    """Of the budget, after which it is anyway."""
+    encoder_every: int = 4
+    """In the alternating stage, one step in so many is the encoder's."""
+    told_share: float = 0.75
+    """Of the pages, until all is trained together, for which the decoder is told where the next character is."""
+    told_fades: float = 0.25
+    """Of the budget, over which that share then goes to nothing."""
+    encoder: EncoderWeights = field(default_factory=EncoderWeights)
+    decoder: DecoderWeights = field(default_factory=DecoderWeights)
 
-
-CONTINUED = Plan(
-    seed=6,
-    batch_pages=8,
-    peak_rate=1.5e-4,
-    floor_share=0.02,
-    warmup_steps=40,
-    heads_steps=80,
-    decay_from=0.4,
-    encoder_until=0.0,
-    wide_from=0.0,
-    wide_share=0.3,
-    gap_share=0.1,
-    spaced_share=0.35,
-    full_share=0.25,
-    mistake_share=0.03,
-    average_decay=0.995,
-    views=(View(1024, 0.2, 4),),
-    weights=LossWeights(line_turn=1.0, end_turn=1.0, end_label=2.0),
-)
-"""A later stretch, on weights that already read pages at the native size: wide gaps and a larger view."""
+    def spec(self, step: int, *, is_dense: bool) -> PrintSpec:
+        """Return what the pages of a step may look like."""
+        if is_dense:
+            return replace(self.pages, num_chars=self.dense_chars)
+        most = self.text_chars[int(step * 0.618034 % 1 * len(self.text_chars))]
+        return replace(self.pages, num_chars=(most // 2, most))
 
 
 @dataclass
 class Clock:
-    """How far a run is: steps and seconds done, against the budget of either."""
+    """How far a run is: steps, and seconds of CPU time, against the budget of either."""
 
     max_steps: int
     max_seconds: float
@@ -88,37 +83,8 @@ class Clock:
         return max(self.step / self.max_steps, self.seconds / self.max_seconds)
 
 
-def learning_rate(plan: Plan, step: int, progress: float) -> float:
-    """Return the rate: a short warm-up, a plateau, then half a cosine down to the floor."""
+def rate_share(plan: Plan, steps_since_start: int, progress: float) -> float:
+    """Return the share of the peak rate: a short warm-up after every start, a plateau, half a cosine to the floor."""
     decay = min(1.0, max(0.0, (progress - plan.decay_from) / (1 - plan.decay_from)))
     share = plan.floor_share + (1 - plan.floor_share) * 0.5 * (1 + math.cos(math.pi * decay))
-    return plan.peak_rate * share * min(1.0, (step + 1 - plan.heads_steps) / plan.warmup_steps)
-
-
-def view_of(step: int, plan: Plan) -> View | None:
-    """Return the view of a step, None for the native one; any stretch of steps has the plan's shares."""
-    if step < plan.heads_steps:
-        return None
-    place = step * 0.618034 % 1
-    for view in plan.views:
-        if place < view.share:
-            return view
-        place -= view.share
-    return None
-
-
-def training_spec(index: int, plan: Plan, progress: float) -> PageSpec:
-    """Return what page number `index` may look like at this progress; every second page is a long one."""
-    is_wide = progress >= plan.wide_from and (index * 0.618034) % 1 < plan.wide_share
-    return _sometimes_long(plan.wide if is_wide else plan.core, index, plan)
-
-
-def view_spec(index: int, plan: Plan) -> PageSpec:
-    """Return what a page of another view may look like: a core page."""
-    return _sometimes_long(plan.core, index, plan)
-
-
-def _sometimes_long(spec: PageSpec, index: int, plan: Plan) -> PageSpec:
-    spec = replace(spec, gap_share=plan.gap_share, spaced_share=plan.spaced_share, full_share=plan.full_share)
-    most = spec.num_lines[1]
-    return replace(spec, num_lines=((most + 1) // 2, most)) if index % 2 else spec
+    return share * min(1.0, (steps_since_start + 1) / plan.warmup_steps)

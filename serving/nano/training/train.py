@@ -1,12 +1,12 @@
-"""Train the nano checkpoint on the CPU: `python -m serving.nano.training.train --out DIR`.
+"""Train the nano that reads free print, on the CPU: `python -m serving.nano.training.train --out DIR`.
 
 Pages are rendered on the way, so there is no data set. The run can be stopped at any time (Ctrl-C or SIGTERM) and goes
-on from its own checkpoint. A budget in minutes counts only the time spent training. With `--from-weights FILE` a new
-run starts from trained weights, without the state of their optimiser, and follows the recipe of a second stretch.
+on from what it left in its directory; with `--resume FILE` a new run goes on from a small state of another one. The
+budget and the log's time axis are CPU time, so that a run that is paused or shares its core loses nothing. The shipped
+checkpoint comes from an older recipe and is not touched.
 """
 
 import json
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -15,180 +15,252 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor, nn
 
-from serving.nano.config import NANO, NanoConfig
-from serving.nano.pages import PageSpec, with_chars
-from serving.nano.tokenizer import BOS_ID, EOS_ID, encode_text
-from serving.nano.training.batches import OCR_PROMPT, Batch
-from serving.nano.training.decoder import DecoderTrace
-from serving.nano.training.initial import start_weights
-from serving.nano.training.losses import (
-    TrainingHeads,
-    attention_loss,
-    balance_loss,
-    encoder_losses,
-    place_loss,
-    text_loss,
+from serving.nano.config import FREE_PRINT, NanoConfig
+from serving.nano.training.batches import OCR_PROMPT, SPACE, Batch
+from serving.nano.training.families import TokenFamilies, place_code
+from serving.nano.training.fonts import check_fonts
+from serving.nano.training.guides import (
+    PLACED_AFTER,
+    PlaceGuides,
+    Places,
+    attention_losses,
+    code_loss,
+    overwrite_places,
+    place_losses,
+    router_loss,
+    spoil,
+    text_losses,
 )
-from serving.nano.training.measure import measure_pages
-from serving.nano.training.model import NanoOcr, load_model
-from serving.nano.training.plan import CONTINUED, Clock, Plan, learning_rate
-from serving.nano.training.stream import BatchStream
+from serving.nano.training.held_out import SETS, HeldOut, error_rate, read_out
+from serving.nano.training.initial import start_reading, start_weights
+from serving.nano.training.model import NanoOcr
+from serving.nano.training.plan import Clock, Plan, Stage, rate_share
+from serving.nano.training.print_pages import sample_print
+from serving.nano.training.readout import Readouts, encoder_losses
+from serving.nano.training.state import load_whole, save_small, save_whole, unpack
 
-_OTHER_EVERY = 10
-"""Prompts without an image come once in so many steps."""
-_OTHER_PROMPTS = ("", "\nFree OCR", "Free OCR.\n", "\nOCR this image.", "\nRead this page.", "\nWhat does this say?")
+WHOLE_NAME = "training.pt"
+_ACCURACIES = ("read", "seen", "placed", "told", "own", "attended")
 
 
 class Trainer:
     """Model, read-outs and optimiser, with the step that improves them."""
 
-    def __init__(self, plan: Plan, clock: Clock, sizes: NanoConfig = NANO, weights: Path | None = None) -> None:
+    def __init__(self, plan: Plan, clock: Clock, sizes: NanoConfig = FREE_PRINT) -> None:
         torch.manual_seed(plan.seed)
-        self.plan, self.clock = plan, clock
+        self.plan, self.clock, self.sizes = plan, clock, sizes
+        self.stage = Stage.ENCODER
+        self.started_at = 0
+        """Step at which the optimiser last started anew."""
+        self.joint_at = 0.0
+        """Progress at which all began to be trained together."""
+        self.told = 0.0
+        """Running mean of the characters that the decoder gets right where it is told the place."""
         self.model = NanoOcr(sizes)
-        self.heads = TrainingHeads(sizes)
-        start_weights(self.model)
-        if weights is not None:
-            self.model.load_state_dict(load_model(weights, sizes).state_dict())
-        trainable = [p for module in (self.model, self.heads) for p in module.parameters() if p.requires_grad]
+        self.readouts = Readouts(sizes)
+        self.families = TokenFamilies(sizes)
+        self.guides = PlaceGuides(sizes)
+        start_weights(self.model, self.batch(0, is_dense=True).pages)
+        parts = {"model": self.model, "readouts": self.readouts, "families": self.families, "guides": self.guides}
+        self.modules = nn.ModuleDict(parts)
+        self.named = {name: p for name, p in self.modules.named_parameters() if p.requires_grad}
+        self.average = {name: p.detach().clone() for name, p in self.modules.named_parameters()}
         groups = [
-            {"params": [p for p in trainable if p.dim() > 1], "weight_decay": plan.weight_decay},
-            {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
+            {"params": [p for p in self.named.values() if p.dim() > 1], "weight_decay": plan.weight_decay},
+            {"params": [p for p in self.named.values() if p.dim() <= 1], "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW(groups, plan.peak_rate, betas=(0.9, 0.98), fused=True)
-        self.parameters = trainable
-        self.average: AveragedModel | None = None
-        if plan.average_decay:
-            self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(plan.average_decay))
+        self.optimizer = torch.optim.AdamW(groups, plan.rate, betas=(0.9, 0.98), fused=True)
 
-    @property
-    def reader(self) -> NanoOcr:
-        """The model to read with: the running mean of the weights when there is one."""
-        return cast(NanoOcr, self.average.module) if self.average else self.model
+    def batch(self, step: int, *, is_dense: bool) -> Batch:
+        """Return the pages of a step, which is all that they depend on."""
+        count = self.plan.encoder_pages if is_dense else self.plan.batch_pages
+        spec = self.plan.spec(step, is_dense=is_dense)
+        first = step * max(self.plan.batch_pages, self.plan.encoder_pages)
+        pages = [sample_print(spec, "train", self.plan.seed, first + i) for i in range(count)]
+        return Batch.from_pages(pages, np.random.default_rng((self.plan.seed, step)))
 
-    def step(self, batch: Batch) -> dict[str, float]:
+    def step(self) -> dict[str, float]:
         """Take one optimiser step and return the loss terms and accuracies."""
-        is_heads_only = self.clock.step < self.plan.heads_steps
-        progress = self.clock.progress
-        rate = self.plan.heads_rate if is_heads_only else learning_rate(self.plan, self.clock.step, progress)
+        share = rate_share(self.plan, self.clock.step - self.started_at, self.clock.progress)
+        rate = share * (self.plan.encoder_rate if self.stage is Stage.ENCODER else self.plan.rate)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         with _quickest_precision():
-            terms = self._head_terms(batch) if is_heads_only else self._terms(batch)
+            terms = self._terms()
         loss = torch.stack([value for name, value in terms.items() if name not in _ACCURACIES]).sum()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        trained = [p for p in self.named.values() if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(trained, self.plan.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.average and not is_heads_only:
-            self.average.update_parameters(self.model)
+        self._update_average()
         self.clock.step += 1
         values = {name: round(float(value.detach()), 4) for name, value in terms.items()}
-        values["view"] = batch.pages.shape[-1]
+        if "told" in values:
+            self.told += 0.02 * (values["told"] - self.told)
         return values | {"loss": round(float(loss.detach()), 4), "norm": round(float(norm), 3), "rate": round(rate, 6)}
 
-    def _terms(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the terms of a step; past its own stage the encoder is trained in every `encoder_every`-th only."""
-        progress = self.clock.progress
-        if self.clock.step % self.plan.encoder_every and progress >= self.plan.encoder_until:
-            with torch.no_grad():
-                encoded = self.model.encode(batch.pages)
-            terms = {}
-        else:
-            encoded = self.model.encode(batch.pages)
-            terms = encoder_losses(encoded, self.heads, batch, self.plan.weights)
-        if progress < self.plan.encoder_until:
-            return terms
-        terms |= self._text_terms(encoded.cells, batch)
-        return terms if self.clock.step % _OTHER_EVERY else terms | {"other": self._other_loss()}
+    def _terms(self) -> dict[str, Tensor]:
+        """Return the terms of a step, by the stage that the run is at."""
+        is_encoders = self.stage is Stage.ENCODER or (
+            self.stage is Stage.ALTERNATING and self.clock.step % self.plan.encoder_every == 0
+        )
+        batch = self.batch(self.clock.step, is_dense=is_encoders)
+        if is_encoders:
+            return encoder_losses(self.model.encode(batch.pages), self.readouts, batch, self.plan.encoder)
+        is_joint = self.stage is Stage.JOINT
+        with torch.set_grad_enabled(is_joint):
+            patches, compressed = self.model.model.sam_model(self.model.pixels_of(batch.pages))
+        encoded = self.model.project(patches, compressed)
+        terms = encoder_losses(encoded, self.readouts, batch, self.plan.encoder, with_patches=is_joint)
+        return terms | self._text_terms(encoded.cells, batch)
 
-    def _head_terms(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the terms that train the read-outs on the model as it is."""
-        with torch.no_grad():
-            encoded = self.model.encode(batch.pages)
-            trace, start = self._decode_text(encoded.cells, batch)
-        places = self.plan.weights.places * place_loss(trace, self.heads, batch, start)
-        return encoder_losses(encoded, self.heads, batch, self.plan.weights) | {"places": places}
-
-    def _decode_text(self, cells: Tensor, batch: Batch) -> tuple[DecoderTrace, int]:
-        """Run the decoder over image, prompt and text; the second result is where the first character comes out."""
-        image = self.model.embed_prompt(cells, self._sample_prompt())
-        text = self.model.model.embed_tokens(self.mistake(batch.ids[:, :-1]))
-        return self.model.decode(torch.cat([image, text], 1)), image.shape[1] - 1
-
-    def mistake(self, ids: Tensor) -> Tensor:
-        """Replace a share of the printed characters: the reader is to go on from its own mistakes as well."""
-        if not self.plan.mistake_share:
-            return ids
-        is_print = (ids > _PRINTABLE_IDS[0]) & (ids < _PRINTABLE_IDS[1])
-        is_wrong = is_print & (torch.rand(ids.shape) < self.plan.mistake_share)
-        return torch.where(is_wrong, torch.randint(*_PRINTABLE_IDS, ids.shape), ids)
+    def _told_share(self) -> float:
+        if self.stage is not Stage.JOINT:
+            return self.plan.told_share
+        return self.plan.told_share * max(0.0, 1 - (self.clock.progress - self.joint_at) / self.plan.told_fades)
 
     def _text_terms(self, cells: Tensor, batch: Batch) -> dict[str, Tensor]:
-        weights = self.plan.weights
-        trace, start = self._decode_text(cells, batch)
-        loss, right, turned = text_loss(self.model.lm_head(trace.hidden[:, start:]), batch, weights)
-        balance = sum(balance_loss(logits) for logits in trace.router_logits)
-        return {
-            "text": weights.text * loss,
-            "places": weights.places * place_loss(trace, self.heads, batch, start),
-            "attention": weights.attention * attention_loss(trace, batch, start),
-            "balance": weights.balance * balance,
-            "right": right,
-            "turned": turned,
+        """Return the decoder's terms; `told` and `own` are the printed characters it gets right, told or by itself."""
+        weights, model, trunk = self.plan.decoder, self.model, self.model.model
+        image = model.embed_prompt(cells, OCR_PROMPT)
+        rows = self.families.inputs(trunk.embed_tokens.weight)
+        text = F.embedding(spoil(batch.ids[:, :-1], weights), rows)
+        start = image.shape[1] - 1
+        places = Places.of(batch, self.sizes)
+        is_told = torch.rand(len(batch.pages)) < self._told_share()
+        code = place_code(places.at)
+
+        def tell(layer: int, residual: Tensor) -> Tensor:
+            return overwrite_places(residual, code, is_told, start) if layer == PLACED_AFTER else residual
+
+        trace = model.decode(torch.cat([image, text], 1), tell)
+        outputs = self.families.outputs(model.lm_head.weight)
+        loss, right = text_losses(F.linear(trace.hidden[:, start:], outputs), batch, weights)
+        early = F.linear(trunk.norm(trace.residuals[-2][:, start:]), outputs)
+        attention, reading = attention_losses(trace, places, batch, start)
+        is_print = batch.is_text & (batch.classes < SPACE)
+        found = {"attended": reading}
+        for name, is_group in (("told", is_told), ("own", ~is_told)):
+            if bool(is_group.any()):
+                found[name] = (right & is_print)[is_group].sum() / is_print[is_group].sum()
+        return found | {
+            "text": loss,
+            "early": weights.early * text_losses(early, batch, weights)[0],
+            "whereabouts": weights.places * place_losses(trace, self.guides, places, batch, start),
+            "code": weights.code * code_loss(trace, places, batch, start),
+            "attention": weights.attention * attention,
+            "router": weights.router * router_loss(trace, places, batch, start),
         }
 
-    def _sample_prompt(self) -> list[int]:
-        pick = int(torch.randint(5 * len(_OTHER_PROMPTS), ()))
-        return encode_text(_OTHER_PROMPTS[pick]) if pick < len(_OTHER_PROMPTS) else OCR_PROMPT
+    def advance(self, read_a: float | None = None) -> None:
+        """Go to the next stage if this one is done; `read_a` is the read-out on set A, where it was measured."""
+        plan, progress = self.plan, self.clock.progress
+        is_read = read_a is not None and read_a >= plan.encoder_until
+        if self.stage is Stage.ENCODER and (is_read or progress >= plan.encoder_share):
+            maps = self.readouts.cell_patches.weight.detach().view(16, -1, self.sizes.hidden_size)
+            start_reading(self.model, maps, self.readouts.cell_slots.weight.detach())
+            self._load_average_of(self.model.model.layers[-2:])
+            self.stage, self.started_at = Stage.ALTERNATING, self.clock.step
+        elif self.stage is Stage.ALTERNATING and (self.told >= plan.joint_from or progress >= plan.joint_share):
+            self.stage, self.joint_at = Stage.JOINT, progress
 
-    def _other_loss(self) -> Tensor:
-        """Return the loss of ending at once when there is no image: a few random printable texts of one length."""
-        length = int(torch.randint(1, 40, ()))
-        ids = torch.randint(*_PRINTABLE_IDS, (4, length))
-        starts = torch.full((4, 1), BOS_ID)
-        trace = self.model.decode(self.model.model.embed_tokens(torch.cat([starts, ids], 1)))
-        ends = torch.full((4,), EOS_ID)
-        return 0.1 * torch.nn.functional.cross_entropy(self.model.lm_head(trace.hidden[:, -1]).float(), ends)
+    def _load_average_of(self, module: nn.Module) -> None:
+        """Let the running mean of a module's weights start from what they are."""
+        own = {id(p) for p in module.parameters()}
+        self.average |= {name: p.detach().clone() for name, p in self.named.items() if id(p) in own}
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        since = self.clock.step - self.started_at
+        decay = min(self.plan.average_decay, (1 + since) / (10 + since))
+        mean = list(self.average.values())
+        torch._foreach_lerp_(mean, [p.detach() for p in self.modules.parameters()], 1 - decay)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Let the model have the running mean of its weights for a while, as a checkpoint has them."""
+        kept = {name: p.detach().clone() for name, p in self.modules.named_parameters()}
+        self._load(self.average)
+        self.fold()
+        try:
+            yield
+        finally:
+            self._load(kept)
+
+    @torch.no_grad()
+    def _load(self, tensors: dict[str, Tensor]) -> None:
+        for name, parameter in self.modules.named_parameters():
+            if name in tensors:
+                parameter.copy_(tensors[name])
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Write the sums of the tokens' families into the model's rows, which is where a checkpoint has them."""
+        embedding, output = self.model.model.embed_tokens.weight, self.model.lm_head.weight
+        embedding.copy_(self.families.inputs(embedding))
+        output.copy_(self.families.outputs(output))
 
     def state(self) -> dict[str, Any]:
         """Return everything that going on needs."""
-        average = {"average": self.average.state_dict()} if self.average else {}
-        return average | {
-            "model": self.model.state_dict(),
-            "heads": self.heads.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+        names = {parameter: name for name, parameter in self.named.items()}
+        moments = {names[p]: dict(values) for p, values in self.optimizer.state.items()}
+        return {
+            "weights": {name: p.detach() for name, p in self.modules.named_parameters()},
+            "average": self.average,
+            "moments": moments,
             "random": torch.get_rng_state(),
+            "about": self.about(),
+        }
+
+    def about(self) -> dict[str, Any]:
+        """Return where the run is."""
+        return {
             "step": self.clock.step,
             "seconds": self.clock.seconds,
+            "stage": str(self.stage),
+            "started_at": self.started_at,
+            "joint_at": self.joint_at,
+            "told": self.told,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go back to a saved state."""
-        self.model.load_state_dict(state["model"])
-        self.heads.load_state_dict(state["heads"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.average:
-            self.average.load_state_dict(state["average"])
+        """Go back to a saved state; weights that it does not know stay as they start."""
+        self._load(state["weights"])
+        self.average |= {name: mean for name, mean in state["average"].items() if name in self.average}
+        for name, moments in state["moments"].items():
+            if name in self.named:
+                self.optimizer.state[self.named[name]] = moments
         torch.set_rng_state(state["random"])
-        self.clock.step, self.clock.seconds = state["step"], state["seconds"]
+        self._go_to(state["about"])
+
+    def resume(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+        """Go on from a small state: weights alone, the optimiser starts anew."""
+        self._load(tensors)
+        self.average |= {name: tensor.clone() for name, tensor in tensors.items() if name in self.average}
+        self._go_to(about)
+        self.started_at = self.clock.step
+
+    def _go_to(self, about: dict[str, Any]) -> None:
+        self.clock.step, self.clock.seconds = about["step"], about["seconds"]
+        self.stage, self.started_at = Stage(about["stage"]), about["started_at"]
+        self.joint_at, self.told = about["joint_at"], about["told"]
 
 
-_ACCURACIES = ("seen", "read", "right", "turned")
-_BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
-_PRINTABLE_IDS = (encode_text(" ")[0], encode_text("~")[0] + 1)
+_BFLOAT16_FLAGS = frozenset({"amx_bf16"})
 
 
 def _quickest_precision() -> torch.autocast:
-    """Return bfloat16 where the processor multiplies it, float32 where that is emulated, many times slower."""
+    """Return bfloat16 where the processor has AMX for it, float32 elsewhere, where it is slower or emulated."""
     return torch.autocast("cpu", torch.bfloat16, enabled=not _BFLOAT16_FLAGS.isdisjoint(_processor_flags()))
 
 
@@ -200,23 +272,16 @@ def _processor_flags() -> frozenset[str]:
     return frozenset(flag for line in lines if line.startswith("flags") for flag in line.split())
 
 
-def _measure(model: NanoOcr, plan: Plan, num_pages: int) -> dict[str, float]:
-    """Return the mean character error rate on held-out pages: core, wide, and core at the first other view."""
-    cases: dict[str, tuple[PageSpec, int | None]] = {"cer_core": (plan.core, None), "cer_wide": (plan.wide, None)}
-    if plan.views:
-        cases["cer_view"] = plan.core, plan.views[0].side_px
-    with torch.no_grad(), _quickest_precision():
-        results = {
-            name: measure_pages(model, with_chars(spec, *plan.measured_chars), num_pages, seed=1, view_px=view_px)
-            for name, (spec, view_px) in cases.items()
-        }
-    return {name: round(sum(result.rate for result in pages) / num_pages, 4) for name, pages in results.items()}
-
-
-def _save(state: dict[str, Any], file: Path) -> None:
-    temporary = file.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, file)
+def _measure(trainer: Trainer, held_out: list[HeldOut]) -> dict[str, float]:
+    """Return for every set, in percent, the read-outs of vision tokens and of patches and, once it reads, the CER."""
+    found: dict[str, float] = {}
+    with trainer.averaged(), _quickest_precision():
+        for one in held_out:
+            cells, patches = read_out(trainer.model, trainer.readouts, one)
+            found |= {one.name: round(100 * cells, 1), f"{one.name} patches": round(100 * patches, 1)}
+            if trainer.stage is not Stage.ENCODER:
+                found[f"{one.name} CER"] = round(100 * error_rate(trainer.model, one), 1)
+    return found
 
 
 @contextmanager
@@ -238,68 +303,80 @@ def _stop_signals() -> Iterator[list[int]]:
 
 @dataclass(frozen=True)
 class Rhythm:
-    """How often to log, measure and save, in steps, seconds and seconds; pages per measurement."""
+    """How often to log (steps), and to measure and save (seconds of CPU time); pages of every held-out set."""
 
     log_steps: int = 10
-    measure_s: float = 3600.0
+    measure_s: float = 240.0
     save_s: float = 120.0
+    small_s: float = 1200.0
+    keep_small: int = 5
     measured_pages: int = 16
 
 
 def run_training(
-    out: Path, plan: Plan, clock: Clock, rhythm: Rhythm, sizes: NanoConfig = NANO, weights: Path | None = None
-) -> NanoOcr:
-    """Train until the budget is used up or a signal comes, going on from `out` when it holds a checkpoint.
+    out: Path, plan: Plan, clock: Clock, rhythm: Rhythm, sizes: NanoConfig = FREE_PRINT, resume: Path | None = None
+) -> Trainer:
+    """Train until the budget is used up or a signal comes, going on from `out` when it holds a state.
 
-    A run without one starts from `weights` when they are given.
+    A run without one starts from the small state `resume` when it is given.
     """
     out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(plan, clock, sizes, weights)
-    checkpoint = out / "training.pt"
-    if checkpoint.exists():
-        trainer.restore(torch.load(checkpoint, weights_only=True))
-    stream = BatchStream(plan, sizes, clock)
+    trainer = Trainer(plan, clock, sizes)
+    if (out / WHOLE_NAME).exists():
+        trainer.restore(load_whole(out / WHOLE_NAME))
+    elif resume is not None:
+        trainer.resume(*unpack(resume.read_bytes()))
+    held_out = [HeldOut.draw(name, rhythm.measured_pages, plan.pages.side_px) for name in SETS]
     columns = (TextColumn("step {task.fields[step]}"), BarColumn(), TextColumn("{task.percentage:.1f}%"))
     with (
         _stop_signals() as signals,
         (out / "log.jsonl").open("a", buffering=1) as log,
-        Progress(*columns, TextColumn("{task.fields[note]}"), TimeElapsedColumn(), refresh_per_second=1) as bar,
+        Progress(*columns, TextColumn("{task.fields[note]}"), TimeElapsedColumn(), refresh_per_second=0.2) as bar,
     ):
         task = bar.add_task("", total=1.0, step=clock.step, note="")
-        saved = measured = clock.seconds
+        saved = measured = small = clock.seconds
+
+        def write(values: dict[str, Any]) -> None:
+            where = {"step": clock.step, "core_minutes": round(clock.seconds / 60, 2), "stage": str(trainer.stage)}
+            log.write(json.dumps(where | values) + "\n")
+
         while clock.progress < 1 and not signals:
-            began = time.monotonic()
-            values = trainer.step(stream.batch(clock.step))
-            clock.seconds += time.monotonic() - began
+            began = time.process_time()
+            values = trainer.step()
+            clock.seconds += time.process_time() - began
             if clock.step % rhythm.log_steps == 0:
-                log.write(json.dumps({"step": clock.step, "seconds": round(clock.seconds), **values}) + "\n")
+                write(values)
             if clock.seconds - measured >= rhythm.measure_s or clock.progress >= 1:
                 measured = clock.seconds
-                rates = _measure(trainer.reader, plan, rhythm.measured_pages)
-                log.write(json.dumps({"step": clock.step, "seconds": round(clock.seconds), **rates}) + "\n")
+                found = _measure(trainer, held_out)
+                write(found)
+                trainer.advance(found["A"] / 100)
             if clock.seconds - saved >= rhythm.save_s:
                 saved = clock.seconds
-                _save(trainer.state(), checkpoint)
-            note = f"loss {values['loss']:.3f}"
+                save_whole(trainer.state(), out / WHOLE_NAME)
+            if clock.seconds - small >= rhythm.small_s:
+                small = clock.seconds
+                save_small(trainer.average, trainer.about(), out, rhythm.keep_small)
+            note = f"{trainer.stage} loss {values['loss']:.3f}"
             bar.update(task, completed=min(1.0, clock.progress), step=clock.step, note=note)
-        _save(trainer.state(), checkpoint)
-    stream.close()
-    return trainer.reader
+        save_whole(trainer.state(), out / WHOLE_NAME)
+        save_small(trainer.average, trainer.about(), out, rhythm.keep_small)
+    return trainer
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Directory of the run: checkpoint and log.")],
-    minutes: Annotated[float, typer.Option(help="Budget of training time.")] = 120.0,
-    steps: Annotated[int, typer.Option(help="Budget of optimiser steps.")] = 1_000_000,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    seed: Annotated[int | None, typer.Option(help="Seed of the weights and the pages.")] = None,
-    from_weights: Annotated[Path | None, typer.Option(help="Trained weights to start a new run from.")] = None,
+    out: Annotated[Path, typer.Option(help="Directory of the run: states and log.")] = Path("data/nano-training"),
+    hours: Annotated[float, typer.Option(help="Budget of CPU time.")] = 25.0,
+    steps: Annotated[int, typer.Option(help="Budget of optimiser steps.")] = 10_000_000,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the weights and the pages.")] = 0,
+    resume: Annotated[Path | None, typer.Option(help="A small state that a new run goes on from.")] = None,
 ) -> None:
-    """Train the nano checkpoint on rendered pages."""
+    """Train the nano that reads free print."""
+    check_fonts()
     torch.set_num_threads(threads)
-    plan = CONTINUED if from_weights else Plan()
-    plan = plan if seed is None else replace(plan, seed=seed)
-    run_training(out, plan, Clock(steps, minutes * 60), Rhythm(), weights=from_weights)
+    torch.set_flush_denormal(True)
+    run_training(out, replace(Plan(), seed=seed), Clock(steps, hours * 3600), Rhythm(), resume=resume)
 
 
 if __name__ == "__main__":

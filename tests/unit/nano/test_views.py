@@ -1,4 +1,4 @@
-"""Pages at other sizes than the native one: the same pixels, positions and places as the serving side's."""
+"""Pages at other sizes than the native one: the same pixels and positions as the serving side's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vllm.model_executor.models.deepencoder import DeepCLIPVisionEmbeddings
 
 from serving.nano.config import NANO, build_model_config
 from serving.nano.pages import CORE, RenderedPage, sample_page
-from serving.nano.training.batches import IGNORED, PAGE_END, Batch, resize_view
+from serving.nano.training.batches import resize_view
 from serving.nano.training.model import NanoOcr
 from serving.plugin.images.page_views import build_views
 from serving.plugin.model.vision import SamEncoder, VisionSizes, normalise
@@ -81,42 +81,3 @@ def test_the_second_encoders_positions_are_the_serving_sides(model: NanoOcr, siz
     side = size // NANO.cell_size
     patches = torch.randn(1, NANO.clip_width, side, side, generator=torch.Generator().manual_seed(size))
     torch.testing.assert_close(ours(patches), served(torch.zeros(1), patches))
-
-
-def test_a_native_view_is_the_page(page: RenderedPage) -> None:
-    batch = Batch.from_pages([page])
-    assert np.array_equal(batch.pages[0].numpy(), page.pixels)
-    side = NANO.grid_side
-    columns, rows = batch.columns[0], batch.rows[0]
-    assert torch.equal(batch.targets[0], rows // 4 * (side + 1) + columns // 4)
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_every_place_is_shown_by_one_token_in_the_room_that_it_has_on_a_native_page(
-    page: RenderedPage, size: int
-) -> None:
-    batch = Batch.from_pages([page], view_px=size)
-    side = size // NANO.cell_size
-    assert batch.pages.shape == (1, size, size)
-    assert batch.patch_chars.shape == (1, size // NANO.patch_size, size // NANO.patch_size)
-    assert batch.cell_chars.shape == (1, 4 * side, 4 * side)
-    rooms = batch.cell_chars[0].view(side, 4, side, 4).permute(0, 2, 1, 3)
-    for index, char in enumerate(page.text + chr(PAGE_END)):
-        column, row, target = (int(table[0, index]) for table in (batch.columns, batch.rows, batch.targets))
-        token = rooms[target // (side + 1), target % (side + 1)]
-        center = np.array([column * 16 + 8, row // 2 * 32 + 16]) * size / NANO.image_size
-        assert [target % (side + 1), target // (side + 1)] == (center // NANO.cell_size).astype(int).tolist()
-        if column < 31 or char not in ("\n", chr(PAGE_END)):
-            assert token[row % 4, column % 4] in (ord(char), IGNORED), (index, char)
-    native = Batch.from_pages([page]).cell_chars
-    assert int((rooms != IGNORED).sum()) == int((native != IGNORED).sum())
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_tokens_know_whether_text_follows_below(page: RenderedPage, size: int) -> None:
-    batch = Batch.from_pages([page], view_px=size)
-    known = batch.is_more[0] != IGNORED
-    assert int(known.sum()) == 16
-    last = int(page.centers[-1, 1]) // 32
-    assert int((batch.is_more[0] == 1).sum()) == last
-    assert int(batch.is_near_end[0].sum()) == min(last + 1, 2)

@@ -1,0 +1,14 @@
+"""Training needs fonts that a machine may not have."""
+
+from __future__ import annotations
+
+import pytest
+
+from serving.nano.training.fonts import MONO, PROPORTIONAL, UNSEEN
+
+
+@pytest.fixture(scope="session")
+def fonts() -> None:
+    """Skip what draws pages of free print where their fonts are not installed."""
+    if not all(font.path.is_file() for font in (*MONO, *PROPORTIONAL, *UNSEEN)):
+        pytest.skip("the fonts of the training are not installed: see serving.nano.training.fonts")
