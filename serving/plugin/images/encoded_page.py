@@ -35,6 +35,10 @@ class EncodedPage(Image.Image):
         self.order: tuple[ResolutionMode, Future[PageViews]] | None = None
         self._decoded: Pixels | Image.Image | None = None
 
+    @property
+    def is_decoded(self) -> bool:
+        return self._decoded is not None
+
     def decoded(self) -> Pixels | Image.Image:
         """Return the pixels, uint8 of shape (height, width, 3) or a Pillow image, decoding them once."""
         if self._decoded is None:

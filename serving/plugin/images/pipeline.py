@@ -25,9 +25,15 @@ from serving.plugin.modes.selection import ChosenMode
 class ImagePipeline:
     """Creates the views of requests' pages. Thread-safe."""
 
-    def __init__(self, settings: ImagePipelineSettings) -> None:
+    def __init__(self, settings: ImagePipelineSettings, pool: ImagePool | None = None) -> None:
+        """Create the pipeline.
+
+        Args:
+            settings: the settings of the workers.
+            pool: the workers; None creates them according to the settings.
+        """
         self.settings = settings
-        self._pool = ImagePool(settings) if settings.workers else None
+        self._pool = ImagePool(settings) if pool is None and settings.workers else pool
         # One thread suffices to wait for room in the queue: later pages would not get room earlier.
         self._admission = ThreadPoolExecutor(1, "serving-image-admission")
 

@@ -54,7 +54,7 @@ class ImagePool:
     """
 
     def __init__(self, settings: ImagePipelineSettings) -> None:
-        self._settings = settings
+        self.settings = settings
         self._queue: queue.Queue[Ticket | None] = queue.Queue(settings.queue)
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
@@ -68,12 +68,18 @@ class ImagePool:
         with self._lock:
             return [worker.pid for worker in self._workers.values()]
 
+    @property
+    def num_ready(self) -> int:
+        """How many workers can take pages."""
+        with self._lock:
+            return sum(worker.is_ready and worker.is_alive for worker in self._workers.values())
+
     def start(self) -> None:
         """Start the processes in the background, once."""
         with self._lock:
             if self._threads or self._closed.is_set():
                 return
-            names = [f"serving-image-{index}" for index in range(self._settings.workers)]
+            names = [f"serving-image-{index}" for index in range(self.settings.workers)]
             self._threads = [threading.Thread(target=self._drive, name=name, daemon=True) for name in names]
         atexit.register(self.close)
         for thread in self._threads:
@@ -97,7 +103,7 @@ class ImagePool:
         Raises:
             PoolUnavailableError: there was no room, or the pool is closed.
         """
-        left_s = ticket.begin_s + self._settings.queue_timeout_s - time.monotonic()
+        left_s = ticket.begin_s + self.settings.queue_timeout_s - time.monotonic()
         try:
             self._put(ticket, max(0.0, left_s))
         except queue.Full:
@@ -169,7 +175,7 @@ class ImagePool:
                 return
             try:
                 worker = self._ready_worker(key)
-                views, seconds = worker.run(ticket.job, ticket.data, self._settings.work_timeout_s)
+                views, seconds = worker.run(ticket.job, ticket.data, self.settings.work_timeout_s)
             except DecodeError as error:
                 metrics.FAILURES.labels("invalid").inc()
                 ticket.views.set_exception(error)
@@ -193,9 +199,7 @@ class ImagePool:
         if self._closed.is_set():
             return
         logger.error("image worker cannot be started: %s", error)
-        with self._lock:
-            has_worker = any(worker.is_ready and worker.is_alive for worker in self._workers.values())
-        if not has_worker:
+        if not self.num_ready:
             self._refuse_waiting(_NO_WORKER)
 
     def _ready_worker(self, key: int) -> WorkerProcess:

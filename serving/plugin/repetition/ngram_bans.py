@@ -25,7 +25,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _LENGTH, _START, _SIZE, _WINDOW, _RING, _MASK, _SHIFT, _WHITE, _NUM_WHITE, _NUM_FIELDS = range(10)
 """Columns of the table of seats. START: where the ring begins after a resume; RING, WHITE: offsets in the arenas."""
-_BASE = np.uint64(0x9E3779B97F4A7C15)
+HASH_BASE = np.uint64(0x9E3779B97F4A7C15)
+"""A prefix t1 ... tk has the hash (t1 + 1) * HASH_BASE^(k-1) + ... + (tk + 1), modulo 2^64."""
 _SPREAD = np.uint64(0xD6E8FEB86659FD93)
 _SKIP, _NOTHING_NEW = -2, -1
 _last = itemgetter(-1)
@@ -73,7 +74,7 @@ def _push(seat: int, token: int, table: Any, rolling: Any, rings: Any, hashes: A
             rings[1, head] = place
             hashes[ring + (place & mask)] = value
         value -= np.uint64(rings[0, ring + ((length - prefix) & mask)] + 1) * rolling[seat, 1]
-    rolling[seat, 0] = value * _BASE + np.uint64(token + 1)
+    rolling[seat, 0] = value * HASH_BASE + np.uint64(token + 1)
     rings[0, ring + (length & mask)] = token
     row[_LENGTH] = length + 1
 
@@ -166,7 +167,7 @@ class NGramBans:
         self._grow(self._ring_arena.size, self._white_arena.size)
         self._white[white : white + len(whitelist)] = sorted(whitelist)
         self._table[seat] = (0, 0, size, window, ring, (1 << bits) - 1, 64 - bits, white, len(whitelist))
-        self._rolling[seat, 1] = pow(int(_BASE), size - 2, 1 << 64)
+        self._rolling[seat, 1] = pow(int(HASH_BASE), size - 2, 1 << 64)
         self._restart(seat, 0)
         return seat
 
@@ -176,6 +177,10 @@ class NGramBans:
         self._ring_arena.give(int(row[_RING]), int(row[_MASK]) + 1)
         self._white_arena.give(int(row[_WHITE]), int(row[_NUM_WHITE]))
         self._free_seats.append(seat)
+
+    def push(self, seat: int, tokens: IntArray) -> None:
+        """Append tokens to a sequence without looking for bans."""
+        _push_all(seat, tokens, self._table, self._rolling, self._rings, self._hashes, self._white)
 
     def advance(self, seats: IntArray, outputs: Sequence[list[int]]) -> tuple[IntArray, IntArray]:
         """Take in what is new in the sequences and say what they may not go on with.
@@ -223,7 +228,7 @@ class NGramBans:
         if length < row[_LENGTH] or begin > row[_LENGTH]:
             self._restart(seat, begin)
         new = np.array(output[int(row[_LENGTH]) : length], np.int64)
-        _push_all(seat, new, self._table, self._rolling, self._rings, self._hashes, self._white)
+        self.push(seat, new)
         return _NOTHING_NEW if length == len(output) else _SKIP
 
     def _restart(self, seat: int, begin: int) -> None:

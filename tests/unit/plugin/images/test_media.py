@@ -32,7 +32,7 @@ from serving.plugin.images import media, pipeline
 from serving.plugin.images.decoding import DecodeError, read_header
 from serving.plugin.images.encoded_page import EncodedPage
 from serving.plugin.images.page_views import WHITE, PageViews, build_views
-from serving.plugin.images.pool import PoolUnavailableError, Ticket
+from serving.plugin.images.pool import ImagePool, PoolUnavailableError, Ticket
 from serving.plugin.images.settings import ImagePipelineSettings
 from serving.plugin.interfaces import vllm_internals
 from serving.plugin.model import renderer
@@ -42,10 +42,11 @@ LAZY = [name for name, build in FILES.items() if read_header(build(), ALLOWED_IM
 TINY, SMALL = (ChosenMode(name, MODES[name]) for name in ("tiny", "small"))
 
 
-class StubPool:
+class StubPool(ImagePool):
     """Stands for the workers: makes views at once in this thread, or has no room."""
 
     def __init__(self, room: int = 100) -> None:
+        super().__init__(ImagePipelineSettings())
         self.room = room
         self.seen: list[Ticket] = []
 
@@ -70,9 +71,7 @@ class StubPool:
 
 
 def build_pipeline(pool: StubPool | None = None) -> pipeline.ImagePipeline:
-    made = pipeline.ImagePipeline(ImagePipelineSettings())
-    made._pool = pool  # type: ignore[assignment]
-    return made
+    return pipeline.ImagePipeline(ImagePipelineSettings(), pool)
 
 
 @pytest.fixture(params=[False, True], ids=["threads", "workers"])
@@ -120,7 +119,7 @@ def test_with_workers_nothing_is_decoded_before_it_is_asked_for(name: str, monke
     page = load(FILES[name]()).media
     assert isinstance(page, EncodedPage)
     page.getexif()
-    assert page._decoded is None
+    assert not page.is_decoded
 
 
 def test_files_are_loaded_as_well(tmp_path: Path, has_workers: bool) -> None:
@@ -219,10 +218,10 @@ async def test_without_room_requests_are_to_be_tried_again() -> None:
 def test_only_requests_of_nothing_but_encoded_pages_are_prepared() -> None:
     page = build_encoded(FILES["jpeg"]())
     wrapped = MediaWithBytes(page, page.data)
-    assert renderer._encoded_pages({"image": [wrapped, wrapped]}) == [page, page]
-    assert renderer._encoded_pages({"image": wrapped}) == [page]
+    assert renderer.encoded_pages({"image": [wrapped, wrapped]}) == [page, page]
+    assert renderer.encoded_pages({"image": wrapped}) == [page]
     for data in (None, {}, {"image": None}, {"image": [wrapped, scene(2, 2)]}, {"image": [wrapped, None]}):
-        assert renderer._encoded_pages(data) == []
+        assert renderer.encoded_pages(data) == []
 
 
 async def test_the_renderer_prepares_pages_on_the_way_to_vllms_processor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +236,7 @@ async def test_the_renderer_prepares_pages_on_the_way_to_vllms_processor(monkeyp
 
     monkeypatch.setattr(HfRenderer, "_process_tokens_async", process)
     one = object.__new__(renderer.PageRenderer)
-    one.__dict__.update(_has_pages=True, _mm_processor_cache=None, mm_processor=types.SimpleNamespace(prepare=prepare))
+    one.__dict__.update(has_pages=True, _mm_processor_cache=None, mm_processor=types.SimpleNamespace(prepare=prepare))
     page = build_encoded(FILES["jpeg"]())
     prompt = {"multi_modal_data": {"image": [page]}, "mm_processor_kwargs": {"mode": "tiny"}}
     assert await one._process_tokens_async(prompt, skip_mm_cache=True) == "done"

@@ -155,7 +155,7 @@ def test_a_page_that_takes_two_workers_with_it_is_lost(pool: ImagePool, monkeypa
 def test_a_worker_that_hangs_is_replaced_and_its_page_lost(build_pool: Callable[..., ImagePool]) -> None:
     pool = build_pool(work_timeout_s=20.0)
     run(pool, ticket())
-    pool._settings = ImagePipelineSettings(workers=1, work_timeout_s=0.2)
+    pool.settings = ImagePipelineSettings(workers=1, work_timeout_s=0.2)
     (pid,) = pool.pids
     os.kill(pid, signal.SIGSTOP)
     with pytest.raises(PageLostError):
@@ -177,7 +177,7 @@ def test_without_workers_pages_are_refused_soon_and_are_not_to_blame(
             with pytest.raises(PoolUnavailableError, match="no process that decodes pages can be started"):
                 page.views.result(WAIT_S / 4)
         assert metrics.QUEUE_PAGES._value.get() == 0
-    wait_until(lambda: any(worker.is_ready for worker in list(pool._workers.values())))
+    wait_until(lambda: pool.num_ready > 0)
     run(pool, ticket())
 
 
@@ -196,7 +196,7 @@ def test_a_page_whose_worker_dies_and_cannot_be_replaced_is_not_to_blame(
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(PoolUnavailableError, match="no process"):
             page.views.result(WAIT_S)
-    wait_until(lambda: any(worker.is_ready for worker in list(pool._workers.values())))
+    wait_until(lambda: pool.num_ready > 0)
     run(pool, ticket())
 
 
@@ -205,7 +205,7 @@ def test_one_worker_that_cannot_start_does_not_keep_the_others_from_working(
 ) -> None:
     pool = build_pool(workers=2)
     run(pool, ticket())
-    wait_until(lambda: len(pool.pids) == 2 and all(worker.is_ready for worker in list(pool._workers.values())))
+    wait_until(lambda: pool.num_ready == 2)
     monkeypatch.setattr(sys, "executable", "/no/such/program")
     os.kill(pool.pids[0], signal.SIGKILL)
     wait_until(lambda: len(pool.pids) == 1)
@@ -271,9 +271,9 @@ def test_closing_ends_the_workers_and_refuses_what_waits(build_pool: Callable[..
 
 PARENT = """
 import sys, time
-from serving.plugin.images.settings import ImageSettings
+from serving.plugin.images.settings import ImagePipelineSettings
 from serving.plugin.images.pool import ImagePool
-pool = ImagePool(ImageSettings(workers=2))
+pool = ImagePool(ImagePipelineSettings(workers=2))
 pool.start()
 while len(pool.pids) < 2:
     time.sleep(0.01)

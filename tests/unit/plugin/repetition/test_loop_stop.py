@@ -128,14 +128,10 @@ def test_requests_that_may_not_end_by_themselves_are_left_alone() -> None:
     assert is_cut(512, min_tokens=1024)
 
 
-def test_looks_once_a_stride_however_many_tokens_come_at_once() -> None:
+def test_looks_once_a_stride_however_many_tokens_come_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[int] = []
-
-    class Spy(LoopStop):
-        def _watch(self, request: Any) -> None:
-            looked.append(request.num_output_tokens)
-
-    stop = Spy(512)
+    monkeypatch.setattr(LoopWatch, "is_looping", lambda self, output: looked.append(len(output)))
+    stop = LoopStop(512)
     for length in range(1, 65):
         stop.must_end(Hashable(**vars(request([0] * length))), 1)
     assert looked == [16, 32, 48, 64]

@@ -18,6 +18,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as DeviceProcessor
 
 from serving.plugin.repetition import ngram_guard
+from serving.plugin.repetition.ngram_bans import NGramBans
 from serving.plugin.repetition.ngram_guard import DeviceGuard, HostGuard, NGramGuard, configure
 
 IMAGE, CELL, VOCABULARY, MAX_LENGTH = 7, 5, 10, 96
@@ -261,7 +262,8 @@ def test_is_what_both_runners_load_and_makes_the_one_that_is_asked_for() -> None
 
 def test_a_batch_without_guarded_rows_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
     processor = NGramGuard(engine_config(), torch.device("cpu"), False)
-    monkeypatch.setattr(processor, "_bans", None)
+    for name in ("open", "advance"):
+        monkeypatch.setattr(NGramBans, name, lambda *_: pytest.fail("no row is guarded"))
     processor.update_state(BatchUpdate(1, [], [(0, SamplingParams(), [1, 2], [])], []))
     logits = torch.zeros(1, VOCABULARY)
     assert processor.apply(logits) is logits
