@@ -162,5 +162,7 @@ def test_production_does_without_what_nothing_that_runs_asks_for(setup: ModuleTy
         new = {canonicalize_name(need.name) for need in needs if need.marker is None or need.marker.evaluate()} - asked
     assert not dropped & asked
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    extras = {canonicalize_name(Requirement(line).name) for name in ("dev", "bench") for line in pyproject[name]}
+    extras = {
+        canonicalize_name(Requirement(line).name) for name in ("dev", "bench", "plan") for line in pyproject[name]
+    }
     assert dropped <= extras
