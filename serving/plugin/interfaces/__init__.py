@@ -1,1 +1,1 @@
-"""What the plugin touches outside itself: interfaces that vLLM does not promise, and the metrics registry."""
+"""What the plugin uses outside itself: interfaces of vLLM without a promise of stability, and the metrics registry."""

@@ -1,7 +1,7 @@
-"""Every interface of vLLM that this project touches although vLLM does not promise it.
+"""Every interface of vLLM that this project uses although vLLM does not promise to keep it.
 
-Written for vLLM 0.32.0. When one of them moves, `tests/unit/plugin/interfaces/test_vllm_internals.py` fails loudly.
-Each function imports what it needs of vLLM itself: the processes that use one part have no use for the others.
+Written for vLLM 0.32.0. If one of them changes, `tests/unit/plugin/interfaces/test_vllm_internals.py` fails. Each
+function imports the parts of vLLM that it needs, because the processes that use one of them do not need the others.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import orjson
 VLLM_VERSION = "0.32.0"
 _CHUNK_FIELDS = {"id", "object", "created", "model"}
 _NOTHING_ELSE = {"logprobs": None, "finish_reason": None, "token_ids": None}
-"""Fields of a streamed choice that are set and empty while there is nothing but text."""
+"""Fields of a streamed choice that are set to None while it contains only text."""
 
 
 def encoder_layers() -> tuple[Any, Any, Any]:
-    """vLLM's SAM-style encoder, CLIP-style encoder and projector, as classes."""
+    """Return the classes of vLLM's SAM-style encoder, CLIP-style encoder and projector."""
     from vllm.model_executor.models.deepencoder import DeepCLIPVisionTransformer, ImageEncoderViT
     from vllm.model_executor.models.deepseek_vl2 import MlpProjector
 
@@ -28,36 +28,40 @@ def encoder_layers() -> tuple[Any, Any, Any]:
 
 
 def mark_image_tower(model: Any, vllm_config: Any) -> contextlib.AbstractContextManager[None]:
-    """Modules made inside are the vision tower: skipped when a deployment allows no images."""
+    """Mark modules created in this context as the vision tower, which is skipped if a deployment allows no images."""
     return model._mark_tower_model(vllm_config, "image")
 
 
 def mark_language_model(model: Any, vllm_config: Any) -> contextlib.AbstractContextManager[None]:
-    """Modules made inside are the decoder."""
+    """Mark modules created in this context as the decoder."""
     return model._mark_language_model(vllm_config)
 
 
 def allowed_image_formats() -> tuple[str, ...]:
-    """Names of Pillow's formats that vLLM lets in."""
+    """Return Pillow's names of the formats that vLLM allows."""
     from vllm.multimodal.image import ALLOWED_IMAGE_FORMATS
 
     return ALLOWED_IMAGE_FORMATS
 
 
 def replace_renderer(module: str, name: str) -> None:
-    """Have this class, a subclass of vLLM's `HfRenderer`, render for every model with a Hugging Face tokenizer."""
+    """Make vLLM use this subclass of its `HfRenderer` for every model with a Hugging Face tokenizer."""
     from vllm.renderers.registry import RENDERER_REGISTRY
 
-    RENDERER_REGISTRY.renderers["hf"] = (module, name)  # `register` would warn of what is meant
+    RENDERER_REGISTRY.renderers["hf"] = (module, name)  # `register` would warn about the replacement
 
 
 def known_server_args() -> frozenset[str]:
-    """Names that `engine_args` in the settings may use: every option of vLLM's OpenAI server."""
+    """Return the names that `engine_args` in the settings may use: every option of vLLM's OpenAI server."""
     return frozenset(vars(parse_server_args([])))
 
 
 def parse_server_args(arguments: list[str]) -> Any:
-    """Command line arguments of vLLM's OpenAI server as its namespace. Raises SystemExit when they are wrong."""
+    """Parse command line arguments of vLLM's OpenAI server into its namespace.
+
+    Raises:
+        SystemExit: the arguments are invalid.
+    """
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -65,7 +69,7 @@ def parse_server_args(arguments: list[str]) -> Any:
 
 
 def configure_logging(arguments: Any) -> None:
-    """Configure vLLM's logging now, so that starting the engine does not; it is done once per process."""
+    """Configure vLLM's logging. This happens once per process, so the start of the engine will not do it again."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.logger import configure_logging_if_needed
 
@@ -74,7 +78,7 @@ def configure_logging(arguments: Any) -> None:
 
 @contextlib.asynccontextmanager
 async def run_engine(arguments: Any) -> AsyncIterator[tuple[Any, Any]]:
-    """Start an `AsyncLLM` and build vLLM's own OpenAI app around it: yields (engine, ASGI app).
+    """Start an `AsyncLLM`, build vLLM's own OpenAI app around it, and yield (engine, ASGI app).
 
     Leaving the context stops the engine's processes.
     """
@@ -88,18 +92,20 @@ async def run_engine(arguments: Any) -> AsyncIterator[tuple[Any, Any]]:
         tasks = await engine.get_supported_tasks()
         app = build_app(arguments, tasks, engine.model_config)
         await init_app_state(engine, app.state, arguments, tasks)
-        # vLLM's own launcher leaves its uvicorn server here and its error handler tells it to stop when the engine
-        # has died. Ours is stopped by the replica, so the handler only needs something to talk to.
+        # vLLM's own launcher stores its uvicorn server here, and its error handler stops that when the engine has
+        # died. Our server is stopped by the replica, so the handler gets a placeholder.
         app.state.server = _ServerStandIn()
         yield engine, app
 
 
 class _ServerStandIn:
+    """Takes the place of the uvicorn server that vLLM's error handler stops."""
+
     should_exit = False
 
 
 def adapt_engine_config(architecture: str, adapt: Callable[[Any], None]) -> None:
-    """Have vLLM call `adapt` with the `VllmConfig` of every engine for this architecture, while it is being made."""
+    """Make vLLM call `adapt` with the `VllmConfig` of every engine for this architecture while it creates it."""
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
     def verify_and_update_config(vllm_config: Any) -> None:
@@ -110,9 +116,9 @@ def adapt_engine_config(architecture: str, adapt: Callable[[Any], None]) -> None
 
 
 def build_watched_scheduler(must_end: Callable[[Any, int], bool], stop_reason: str, **arguments: Any) -> Any:
-    """vLLM's scheduler, which ends a request as too long, with this stop reason, when `must_end` says so.
+    """Build vLLM's scheduler, which ends a request as too long, with this stop reason, when `must_end` returns true.
 
-    `must_end` is asked with the request and the number of tokens that it has just got, unless these ended it anyway.
+    `must_end` is called with the request and the number of its new tokens, unless those end the request anyway.
     """
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -135,11 +141,11 @@ def build_watched_scheduler(must_end: Callable[[Any, int], bool], stop_reason: s
 
 
 def watch_early_length_ends(max_model_len: int, note: Callable[[Sequence[int]], None]) -> None:
-    """Have `note` called with the output tokens of each request that ended as too long while it had tokens left.
+    """Call `note` with the output tokens of each request that ended as too long before it reached its limit.
 
-    vLLM itself ends as too long only what has reached `max_tokens` or the model's length; our scheduler does so
-    earlier. For the process that takes requests, before it takes any. Costs nothing before a request's end. The last
-    call counts.
+    vLLM itself ends a request as too long only when it has reached `max_tokens` or the model's length; our scheduler
+    does so earlier. Call this in the API process before it accepts requests; a later call replaces the callback. There
+    is no cost before a request ends.
     """
     from vllm.v1.engine import FinishReason
     from vllm.v1.engine.output_processor import OutputProcessor
@@ -160,7 +166,7 @@ def watch_early_length_ends(max_model_len: int, note: Callable[[Sequence[int]], 
 
 
 class SequenceWatcher(Protocol):
-    """Is told of every sequence of an engine, see `watch_sequences`."""
+    """Receives the begin and end of every sequence of an engine, see `watch_sequences`."""
 
     def begin(self, sequence_id: str, engine_id: str, num_image_tokens: int, state: Any) -> None: ...
 
@@ -168,9 +174,9 @@ class SequenceWatcher(Protocol):
 
 
 def watch_sequences(engine: Any, watcher: SequenceWatcher) -> None:
-    """Have the front end of an `AsyncLLM` tell of each sequence when it takes it and when it ends, aborted ones too.
+    """Report to `watcher` when the front end of an `AsyncLLM` accepts a sequence and when it ends or is aborted.
 
-    `state` is the sequence's as `sequence_counts` reads it. Costs nothing per token.
+    `state` is the sequence's state for `sequence_counts`. There is no cost per token.
     """
     processor = engine.output_processor
     add, abort, note_finished = processor.add_request, processor.abort_requests, processor._update_stats_from_finished
@@ -188,7 +194,7 @@ def watch_sequences(engine: Any, watcher: SequenceWatcher) -> None:
         given = list(request_ids)
         ids = given if internal else [one for name in given for one in processor.external_req_ids.get(name, ())]
         ending = [one for one in ids if processor.has_request(one)]
-        aborted = abort(given, internal)  # comes here again for the children of a request with several answers
+        aborted = abort(given, internal)  # calls this function again for the children of a request with several answers
         for one in ending:
             watcher.end(one, "abort")
         return aborted
@@ -203,23 +209,23 @@ def watch_sequences(engine: Any, watcher: SequenceWatcher) -> None:
 
 
 def sequence_counts(state: Any) -> tuple[int, int, int]:
-    """Prompt, cached and completion tokens of a sequence, as vLLM's `vllm:*_tokens_total` have counted them so far."""
-    is_counted = state.stats is not None  # else without statistics: counted by what came of them
+    """Return a sequence's prompt, cached and completion tokens that vLLM's `vllm:*_tokens_total` include so far."""
+    is_counted = state.stats is not None  # otherwise statistics are off, and the detokenizer counts
     completion = state.stats.num_generation_tokens if is_counted else state.detokenizer.num_output_tokens()
     return (0 if state.is_prefilling else state.prompt_len), state.num_cached_tokens, completion
 
 
 def kv_cache_tokens(vllm_config: Any) -> int:
-    """Tokens that the KV cache of a started engine holds."""
+    """Return how many tokens fit into the KV cache of a started engine."""
     cache = vllm_config.cache_config
     return int(cache.kv_cache_size_tokens or (cache.num_gpu_blocks or 0) * cache.block_size)
 
 
 def end_streams_with_usage() -> None:
-    """Have vLLM's server end every stream with a frame of usage, asked for or not.
+    """Make vLLM's server end every stream with a usage frame, whether the request asks for it or not.
 
-    Its own `--enable-force-include-usage` puts one into every frame of the stream as well, which costs the engine and
-    all who look at the frames tens of microseconds for each token.
+    Its own `--enable-force-include-usage` also adds usage to every frame of the stream, which costs the engine and
+    every reader of the frames tens of microseconds per token.
     """
     from vllm.entrypoints.openai.chat_completion import serving as chat
     from vllm.entrypoints.openai.completion import serving as completion
@@ -230,22 +236,22 @@ def end_streams_with_usage() -> None:
 
     for module in (chat, completion):
         if not hasattr(module, "should_include_usage"):
-            raise AttributeError(f"{module.__name__} decides on usage frames in another way now")
+            raise AttributeError(f"{module.__name__} decides on usage frames without should_include_usage")
         module.should_include_usage = should_include_usage
 
 
 def remember_environment() -> None:
-    """Have vLLM's front end read its environment once, as its engine process does, and not anew for every step."""
+    """Make vLLM's front end read its environment once, as its engine process does, instead of at every step."""
     from vllm.envs import enable_envs_cache
 
     enable_envs_cache()
 
 
 def read_bodies_with_orjson() -> None:
-    """Have Starlette's requests, and so vLLM's server, parse bodies with orjson: a page in a third of the time.
+    """Make Starlette's requests, and thus vLLM's server, parse bodies with orjson: a page takes a third of the time.
 
-    What orjson refuses (NaN, UTF-16, a body that is no JSON) goes through the standard library as before, and has its
-    errors. Whole numbers beyond 64 bits become floats.
+    Bodies that orjson rejects (NaN, UTF-16, invalid JSON) are still parsed by the standard library, with its errors.
+    Integers beyond 64 bits become floats.
     """
     from starlette.requests import Request
 
@@ -253,7 +259,7 @@ def read_bodies_with_orjson() -> None:
 
     @functools.wraps(original)
     async def json(self: Any) -> Any:
-        if not hasattr(self, "_json"):  # where Starlette keeps it for whoever asks again
+        if not hasattr(self, "_json"):  # Starlette's own cache
             try:
                 self._json = orjson.loads(await self.body())
             except orjson.JSONDecodeError:
@@ -264,17 +270,17 @@ def read_bodies_with_orjson() -> None:
 
 
 def write_text_chunks() -> None:
-    """Have vLLM's server write the chunks of a stream that hold text and nothing else without models of pydantic's.
+    """Make vLLM's server write the chunks of a stream that contain only text without pydantic models.
 
-    Those are nearly all of them. The same bytes, for a tenth of the CPU time.
+    Nearly all chunks are of this kind. The bytes are the same, for a tenth of the CPU time.
 
     Raises:
-        AttributeError: vLLM makes its chunks in another way now.
+        AttributeError: vLLM creates its chunks differently.
     """
     from vllm.entrypoints.openai.chat_completion import serving as chat
 
     if not isinstance(chat.DeltaMessage, type):
-        return  # done before
+        return  # already done
     delta_type, choice_type, chunk_type = (
         chat.DeltaMessage,
         chat.ChatCompletionResponseStreamChoice,
@@ -305,7 +311,7 @@ def write_text_chunks() -> None:
     choice = make_choice(index=0, delta=make_delta(content="é"), **_NOTHING_ELSE)
     chunk = make_chunk(id="i", object="chat.completion.chunk", created=1, model="m", choices=[choice])
     if chunk.model_dump_json(exclude_unset=True) != chunk.whole().model_dump_json(exclude_unset=True):
-        raise AttributeError(f"{chat.__name__} writes its chunks in another way now")
+        raise AttributeError(f"{chat.__name__} writes its chunks differently: write_text_chunks does not fit it")
     chat.DeltaMessage, chat.ChatCompletionResponseStreamChoice = make_delta, make_choice
     chat.ChatCompletionStreamResponse = make_chunk
 
@@ -330,7 +336,7 @@ class _TextChoice:
 
 
 class _TextChunk:
-    """What vLLM's server does with a chunk of a stream, for one choice of text."""
+    """A chunk of a stream with one choice of text, with the interface that vLLM's server uses."""
 
     __slots__ = ("_choice", "_fields", "_make_whole", "usage")
 
@@ -341,7 +347,7 @@ class _TextChunk:
         self.usage: Any = None
 
     def whole(self) -> Any:
-        """The same as vLLM's own model."""
+        """Return the chunk as vLLM's own model."""
         chunk = self._make_whole(self._choice, **self._fields)
         if self.usage is not None:
             chunk.usage = self.usage

@@ -1,1 +1,1 @@
-"""The model and its processor, as vLLM wants them."""
+"""The model and its processor, with vLLM's interfaces."""

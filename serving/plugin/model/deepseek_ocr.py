@@ -1,4 +1,4 @@
-"""DeepSeek-OCR for vLLM, with every size read from the checkpoint and pixels normalised on the model's device."""
+"""DeepSeek-OCR for vLLM, with all sizes from the checkpoint, and pixels normalised on the model's device."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class DeepseekOCRForCausalLM(nn.Module, SupportsMultiModal, SupportsPP, Supports
             self.projector = MlpProjector(config.projector_config)
             num_hidden = config.projector_config.n_embed
             self.image_newline = nn.Parameter(torch.empty(num_hidden))
-            self.view_seperator = nn.Parameter(torch.empty(num_hidden))  # the published weight has the typo
+            self.view_seperator = nn.Parameter(torch.empty(num_hidden))  # spelled as in the published weights
         with mark_language_model(self, vllm_config):
             self.language_model = init_vllm_registered_model(
                 vllm_config=vllm_config,
@@ -95,9 +95,9 @@ class DeepseekOCRForCausalLM(nn.Module, SupportsMultiModal, SupportsPP, Supports
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
 
     def embed_multimodal(self, **kwargs: Any) -> MultiModalEmbeddings | None:
-        """Features of every page: a tuple of (num_tokens, hidden), tiles first, then the global view.
+        """Return the features of every page: a tuple of (num_tokens, hidden), tiles first, then the global view.
 
-        Takes what the processor made, as a tensor or (sizes differ) as a list with one item per page:
+        The arguments are the processor's output, as tensors or (if sizes differ) as lists with one item per page:
         `pixel_values` uint8 (3, b, b), `images_crop` uint8 (num_tiles, 3, s, s), `images_spatial_crop` columns, rows.
         """
         if kwargs.get("pixel_values") is None:
@@ -109,11 +109,11 @@ class DeepseekOCRForCausalLM(nn.Module, SupportsMultiModal, SupportsPP, Supports
         return tuple(self._assemble(*parts) for parts in zip(pages, tiles, grids, strict=True))
 
     def _encode(self, stacks: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Features of stacks of views, each (n, 3, s, s) uint8 -> (n, (s/64)^2, hidden).
+        """Return the features of stacks of views, each (n, 3, s, s) uint8 -> (n, (s/64)^2, hidden).
 
-        Views of one size go through the encoder together, whoever they belong to, as many as the memory bound allows.
+        Views of the same size are encoded together, across pages and requests, as far as the memory bound allows.
         """
-        places: dict[int, list[int]] = {}  # of every size of views, which stacks have it
+        places: dict[int, list[int]] = {}  # by size of view: the indices of the stacks with that size
         for place, stack in enumerate(stacks):
             if len(stack):
                 places.setdefault(stack.shape[-1], []).append(place)
@@ -122,7 +122,7 @@ class DeepseekOCRForCausalLM(nn.Module, SupportsMultiModal, SupportsPP, Supports
             for size, having in places.items()
         }
         in_order = [*itertools.chain.from_iterable(batches.values())]
-        # On a device, streams belong to threads: there the calling one does it all.
+        # Only on a CPU: a device has its streams per thread, so there the calling thread encodes everything.
         each = self._threads.map if self.sam_model.is_ours(self.image_newline.device) else map
         compressed = each(self.sam_model, in_order)
         encoded = (
@@ -137,20 +137,20 @@ class DeepseekOCRForCausalLM(nn.Module, SupportsMultiModal, SupportsPP, Supports
 
     @staticmethod
     def _split(stacks: list[torch.Tensor], size: int) -> tuple[torch.Tensor, ...]:
-        """Batches of so many views, of whichever stacks; pixels are not copied when there is one stack."""
+        """Return batches of this many views from all stacks. With only one stack pixels are not copied."""
         return (stacks[0] if len(stacks) == 1 else torch.cat(stacks)).split(size)
 
     def _views_per_batch(self, view_size: int) -> int:
         return views_per_batch(self.vision_sizes, view_size, self.image_newline.dtype, self.image_newline.device)
 
     def _assemble(self, page: torch.Tensor, tiles: torch.Tensor, grid: TileGrid) -> torch.Tensor:
-        """One page's features in the order of its placeholders: (num_tokens, hidden)."""
+        """Return a page's features in the order of its placeholders: (num_tokens, hidden)."""
         parts = [self._with_newlines(tiles, grid)] if grid.is_tiled else []
         parts += [self._with_newlines(page, TileGrid(1, 1)), self.view_seperator[None]]
         return torch.cat(parts)
 
     def _with_newlines(self, views: torch.Tensor, grid: TileGrid) -> torch.Tensor:
-        """Lay (num_views, side^2, hidden) out as one picture of the grid and end each of its rows in a newline."""
+        """Arrange (num_views, side^2, hidden) as one image of the grid and end each of its rows with a newline."""
         hidden, side = views.shape[-1], int(views.shape[1] ** 0.5)
         rows = grid.rows * side
         picture = views.view(grid.rows, grid.columns, side, side, hidden).permute(0, 2, 1, 3, 4)

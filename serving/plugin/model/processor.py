@@ -1,4 +1,4 @@
-"""vLLM's multimodal processing for DeepSeek-OCR: pages to views, placeholders in the prompt, and their count."""
+"""vLLM's multimodal processing for DeepSeek-OCR: converts pages to views and puts placeholders into the prompt."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _DEFAULT_MEAN = (0.5, 0.5, 0.5)
 
 
 class DeepseekOCRProcessingInfo(BaseProcessingInfo):
-    """What the processor and the dummy inputs need to know about the checkpoint."""
+    """The facts about the checkpoint that the processor and the dummy inputs need."""
 
     @cached_property
     def image_config(self) -> Mapping[str, Any]:
@@ -44,10 +44,10 @@ class DeepseekOCRProcessingInfo(BaseProcessingInfo):
         return ModeRules.from_config(self.image_config)
 
     def choose_modes(self, options: Mapping[str, object], sizes: Sequence[Size]) -> list[ChosenMode]:
-        """The mode of every image, by the request's options over the server's.
+        """Return the mode of every image; the request's options take precedence over the server's.
 
         Raises:
-            VLLMValidationError: options that cannot be followed (vLLM answers 400).
+            VLLMValidationError: the options are invalid (vLLM answers 400).
         """
         try:
             return self.rules.choose(options, self.ctx.get_merged_mm_kwargs({}), sizes)
@@ -64,13 +64,13 @@ class DeepseekOCRProcessingInfo(BaseProcessingInfo):
 
     @cached_property
     def padding(self) -> Colour:
-        """Colour of the borders around a page."""
+        """The colour of the borders around a page."""
         red, green, blue = (int(value * 255) for value in self.image_mean)
         return red, green, blue
 
     @cached_property
     def image_token_id(self) -> int:
-        """Id of the placeholder.
+        """The id of the placeholder token.
 
         Raises:
             ValueError: the checkpoint's tokenizer does not have it.
@@ -84,13 +84,13 @@ class DeepseekOCRProcessingInfo(BaseProcessingInfo):
         return {"image": None}
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
-        # Said outright, so that vLLM does not process a dummy page of the largest size to find out.
+        # Given explicitly: otherwise vLLM processes a dummy page of the largest size to determine it.
         _, mode = self.largest_mode
         return {"image": mode.num_tokens(*mode.largest_page())}
 
 
 class DeepseekOCRDummyInputsBuilder(BaseDummyInputsBuilder[DeepseekOCRProcessingInfo]):
-    """The largest page there can be, for vLLM's memory profile."""
+    """Builds the largest possible page, for vLLM's memory profile."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
         return IMAGE_TOKEN * mm_counts.get("image", 0)
@@ -103,25 +103,25 @@ class DeepseekOCRDummyInputsBuilder(BaseDummyInputsBuilder[DeepseekOCRProcessing
 
 
 class DeepseekOCRMultiModalProcessor(BaseMultiModalProcessor[DeepseekOCRProcessingInfo]):
-    """Turns the images of a request into uint8 views and puts as many placeholders as there will be features."""
+    """Converts the images of a request to uint8 views and inserts one placeholder for each feature."""
 
     def get_dummy_inputs(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any) -> ProcessorInputs:
         inputs = super().get_dummy_inputs(seq_len, mm_counts, mm_options)
-        # The memory profile must see the largest mode, whatever the default is.
+        # The memory profile must use the largest mode, whatever the default is.
         inputs.hf_processor_mm_kwargs = {"mode": self.info.largest_mode[0]}
         return inputs
 
     async def prepare(self, pages: Sequence[EncodedPage], options: Mapping[str, object]) -> None:
-        """Have the image workers make the views of a request's pages, before its turn in vLLM's processor comes.
+        """Have the image workers create the views of a request's pages before vLLM's processor handles the request.
 
         Args:
             pages: all images of the request.
-            options: its `mm_processor_kwargs`.
+            options: the request's `mm_processor_kwargs`.
 
         Raises:
-            VLLMValidationError: options that cannot be followed (vLLM answers 400).
+            VLLMValidationError: the options are invalid (vLLM answers 400).
             ValueError: a page is damaged (400).
-            RetryableRequestError: no worker had time for a page (503).
+            RetryableRequestError: no worker was available for a page (503).
         """
         chosen = self.info.choose_modes(options, [page.size for page in pages])
         await image_pipeline().prepare(pages, chosen, self.info.padding)
@@ -130,7 +130,7 @@ class DeepseekOCRMultiModalProcessor(BaseMultiModalProcessor[DeepseekOCRProcessi
         pages = cast(list[Image.Image], hf_data["images"])
         chosen = self.info.choose_modes(hf_kwargs, [page.size for page in pages])
         views = image_pipeline().views(pages, chosen, self.info.padding)
-        # Lists, one tensor per image: images of one request may be of different sizes.
+        # Lists with one tensor per image, because images of one request may have different sizes.
         return BatchFeature(
             {
                 "pixel_values": [page.global_view for page in views],
@@ -151,7 +151,7 @@ class DeepseekOCRMultiModalProcessor(BaseMultiModalProcessor[DeepseekOCRProcessi
     def _get_cache_missing_processor_kwargs(
         self, inputs: ProcessorInputs, mm_is_cached: Mapping[str, Sequence[bool]]
     ) -> Mapping[str, object]:
-        """With vLLM's processor cache on, only the images that are not in it are processed: so with their modes."""
+        """Return the options for the images that are not in vLLM's processor cache: only those are processed."""
         options = inputs.hf_processor_mm_kwargs
         modes = options.get("mode")
         is_cached = mm_is_cached.get("image", ())

@@ -1,15 +1,15 @@
-"""The arithmetic of vLLM's SAM-style encoder, laid out for a CPU: the same features from fewer passes over memory.
+"""vLLM's SAM-style encoder computed for a CPU: the same features with fewer passes over memory.
 
-Works on the modules and weights of vLLM's own encoder, in float32. What differs:
+Uses the modules and weights of vLLM's own encoder, in float32. The differences:
 
-- Patches are cut out of the bytes and normalised within the embedding's weights: no picture in floats is ever written.
-  Bytes count from 128, about the grey that pads a page: its patches come to almost nothing, as they do when normalised
-  first, and what they come to is as exact. Layer norm would show the difference.
-- Products read weights that lie as they want them, and add to residuals where they are.
-- Both relative positions of a query come from one product with the table of distances, of which every query then reads
-  its own stretch; vLLM gathers a table for every pair of places.
-- Windows are cut and glued in the copies that part the heads and join them.
-- The neck's channels stay side by side, where PyTorch's own layer norm reads them.
+- Patches are cut from the bytes, and the embedding's weights include the normalisation: no image in floats is written.
+  128 is subtracted from each byte, about the grey that pads a page, so that the embeddings of padding are almost zero,
+  as they are after normalisation, and equally exact. Layer norm would amplify an error.
+- Matrix products read weights in their preferred layout and add to residuals in place.
+- Both relative positions of a query come from one product with the table of distances, of which every query reads a
+  section; vLLM gathers a table for every pair of positions.
+- Windows are split and joined in the same copies that split and join the heads.
+- The neck keeps channels last in memory, the layout of PyTorch's own layer norm.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _PATCHES_AT_ONCE = 1024
-"""Patches whose floats and hidden values are made at once, few enough for the caches."""
+"""Patches whose floats and hidden values are computed at a time, few enough for the caches."""
 
 _BIAS_BYTES = 16 * 2**20
-"""Bias of global attention that is made before it is read, little enough for the last cache."""
+"""Bytes of global attention's bias that are computed at a time, few enough for the last-level cache."""
 
 _CENTRE = 128
 
 
 @dataclass(frozen=True, slots=True)
 class EncoderTables:
-    """What the encoder's weights come to for views of one size.
+    """Tables computed from the encoder's weights for views of one size.
 
-    weight: (3 * p * p, width) of the patch embedding, for bytes less 128.
-    bias: (s/p, s/p, width) of the same, the positions in it.
-    distances: of each block, as `run_block` takes them.
+    weight: weights of the patch embedding for bytes minus 128, (3 * p * p, width).
+    bias: bias of the patch embedding, with the positions added, (s/p, s/p, width).
+    distances: the tables of each block, as `run_block` takes them.
     """
 
     weight: Tensor
@@ -47,7 +47,7 @@ class EncoderTables:
 
 @torch.no_grad()
 def build_tables(encoder: Any, size: int, mean: Sequence[float], std: Sequence[float]) -> EncoderTables:
-    """For square views of this many pixels per side, normalised as (pixel / 255 - mean) / std."""
+    """Build the tables for square views with this many pixels per side, normalised as (pixel / 255 - mean) / std."""
     projection = encoder.patch_embed.proj
     shape = (1, -1, 1, 1)
     scale, offset = torch.tensor(std).view(shape), torch.tensor(mean).view(shape)
@@ -62,9 +62,9 @@ def build_tables(encoder: Any, size: int, mean: Sequence[float], std: Sequence[f
     return EncoderTables(weight, encoder.get_abs_pos(encoder.pos_embed, side)[0] + bias, tuple(distances))
 
 
-@torch.no_grad()  # vLLM's first run on a CPU has gradients on, which forbid some of what is done in place
+@torch.no_grad()  # vLLM's first run on a CPU has gradients on, which forbid some of the in-place operations
 def run_encoder(encoder: Any, pixels: Tensor, tables: EncoderTables) -> Tensor:
-    """All of vLLM's `ImageEncoderViT`: uint8 (n, 3, s, s) -> (n, c, s/64, s/64)."""
+    """Compute the whole of vLLM's `ImageEncoderViT`: uint8 (n, 3, s, s) -> (n, c, s/64, s/64)."""
     patches = embed_patches(pixels, tables.weight, tables.bias)
     for block, distances in zip(encoder.blocks, tables.distances, strict=True):
         run_block(block, patches, distances)
@@ -72,9 +72,9 @@ def run_encoder(encoder: Any, pixels: Tensor, tables: EncoderTables) -> Tensor:
 
 
 def turn_weights(encoder: Any) -> None:
-    """Lay the weights of the encoder's blocks out as its products read them; their shapes and values stay.
+    """Change the memory layout of the blocks' weights to the preferred one; shapes and values stay the same.
 
-    A product is a third faster when the outputs lie side by side: 125 GFLOP/s instead of 95 on one core with AVX-512.
+    A product is a third faster if the outputs are contiguous: 125 GFLOP/s instead of 95 on one core with AVX-512.
     """
     for block in encoder.blocks:
         for layer in (block.attn.qkv, block.attn.proj, block.mlp.lin1, block.mlp.lin2):
@@ -82,11 +82,12 @@ def turn_weights(encoder: Any) -> None:
 
 
 def embed_patches(pixels: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """uint8 (n, 3, s, s) -> (n, s/p, s/p, width), p * p pixels to a patch.
+    """Embed the patches of p * p pixels: uint8 (n, 3, s, s) -> (n, s/p, s/p, width).
 
     Args:
-        weight: (3 * p * p, width), for bytes less 128.
-        bias: (s/p, s/p, width), the positions in it.
+        pixels: the views.
+        weight: weights for bytes minus 128, (3 * p * p, width).
+        bias: bias with the positions added, (s/p, s/p, width).
     """
     count, channels, side, _ = pixels.shape
     places, width = len(bias), bias.shape[-1]
@@ -95,13 +96,13 @@ def embed_patches(pixels: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if patch == line:
         if not (pixels.is_contiguous() and pixels.storage_offset() % line == 0 == pixels.data_ptr() % line):
             pixels = pixels.clone(memory_format=torch.contiguous_format)
-        # A line of a patch is copied in one piece.
+        # A line of a patch is copied as one value.
         lines = pixels.view(torch.complex128).view(count, channels, places, patch, places)
         cut = lines.permute(0, 2, 4, 1, 3).clone(memory_format=torch.contiguous_format).view(torch.uint8)
     else:
         cut = pixels.reshape(count, channels, places, patch, places, patch).permute(0, 2, 4, 1, 3, 5)
         cut = cut.clone(memory_format=torch.contiguous_format)
-    cut = cut.bitwise_xor_(_CENTRE).view(torch.int8)  # a byte less 128, whose highest bit is the sign
+    cut = cut.bitwise_xor_(_CENTRE).view(torch.int8)  # minus 128: flipping the highest bit makes it the sign
     embedded = bias.expand(count, *bias.shape).clone().view(-1, width)
     floats = weight.new_empty(_PATCHES_AT_ONCE, len(weight))
     parts = cut.view(-1, len(weight)).split(_PATCHES_AT_ONCE)
@@ -111,12 +112,12 @@ def embed_patches(pixels: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def run_block(block: Any, patches: Tensor, tables: tuple[Tensor, Tensor]) -> None:
-    """One of the encoder's blocks, in place.
+    """Compute one of the encoder's blocks in place.
 
     Args:
-        block: vLLM's `Block`, its weights turned.
-        patches: (n, side, side, width), contiguous.
-        tables: distances of rows and of columns as `distance_table` makes them.
+        block: vLLM's `Block` after `turn_weights`.
+        patches: the features, (n, side, side, width), contiguous.
+        tables: the results of `distance_table` for rows and columns.
     """
     flat = patches.view(-1, patches.shape[-1])
     attention, lin1, lin2 = block.attn, block.mlp.lin1, block.mlp.lin2
@@ -133,17 +134,17 @@ def run_block(block: Any, patches: Tensor, tables: tuple[Tensor, Tensor]) -> Non
 
 
 def distance_table(table: Tensor, side: int) -> Tensor:
-    """A table of relative positions (distances, head) for this many places, transposed, nearest query last."""
+    """Return a table of relative positions (distances, head) for this many places, transposed, nearest query last."""
     if len(table) != 2 * side - 1:
         table = F.interpolate(table.t()[None], size=2 * side - 1, mode="linear")[0].t()
     return table.flip(0).t().contiguous()
 
 
 def _distances(queries: Tensor, tables: tuple[Tensor, Tensor], side: int) -> tuple[Tensor, Tensor]:
-    """Bias of each query (n, side * side, head) for each row and each column: two views (n, side, side, side).
+    """Return the bias of each query (n, side * side, head) for rows and columns: two views (n, side, side, side).
 
-    A product with the whole table has the bias for every distance; which of them are a query's own depends on its
-    place, and the next place's begin one further to the left.
+    The product with the whole table contains the bias for every distance; a query's section of it depends on its
+    place: the section of the next place begins one further to the left.
     """
     count, reach = len(queries), 2 * side - 1
     flat = queries.reshape(-1, queries.shape[-1])
@@ -156,12 +157,12 @@ def _distances(queries: Tensor, tables: tuple[Tensor, Tensor], side: int) -> tup
 
 
 def _attend_in_windows(attention: Any, qkv: Tensor, tables: tuple[Tensor, Tensor], window: int) -> Tensor:
-    """(n, h, w, 3 * width) -> (n * h * w, width), every window by itself."""
+    """Compute attention within each window: (n, h, w, 3 * width) -> (n * h * w, width)."""
     count, height, width, _ = qkv.shape
     heads = attention.num_heads
     high, wide = -(-height // window), -(-width // window)
     if (high * window, wide * window) != (height, width):
-        # vLLM fills windows up with zeros before the projection, which makes its bias of them.
+        # vLLM pads windows with zeros before the projection, which turns them into its bias.
         filled = attention.qkv.bias.expand(count, high * window, wide * window, -1).contiguous()
         filled[:, :height, :width] = qkv
         qkv = filled
@@ -177,7 +178,7 @@ def _attend_in_windows(attention: Any, qkv: Tensor, tables: tuple[Tensor, Tensor
 
 
 def _attend_globally(attention: Any, qkv: Tensor, tables: tuple[Tensor, Tensor], side: int) -> Tensor:
-    """(n, side, side, 3 * width) -> (n * side * side, width), every page by itself, some rows of queries at once."""
+    """Compute attention within each view, in groups of rows: (n, side, side, 3 * width) -> (n * side * side, width)."""
     heads, places = attention.num_heads, side * side
     joined = qkv.new_empty(len(qkv), places, heads, qkv.shape[-1] // (3 * heads))
     step = max(1, min(side, _BIAS_BYTES // (heads * side * places * qkv.itemsize)))
@@ -198,7 +199,7 @@ def _attend_globally(attention: Any, qkv: Tensor, tables: tuple[Tensor, Tensor],
 
 
 def run_neck(encoder: Any, patches: Tensor) -> Tensor:
-    """(n, side, side, width) -> (n, c, side/4, side/4), channels side by side in memory up to the last."""
+    """Compute the neck, channels last in memory up to the end: (n, side, side, width) -> (n, c, side/4, side/4)."""
     narrow, first, wide, second = encoder.neck
     features = F.linear(patches, narrow.weight.flatten(1))
     features = wide(_normalise_channels(first, features).permute(0, 3, 1, 2))

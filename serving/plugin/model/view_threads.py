@@ -1,7 +1,7 @@
-"""Threads that share the batches of views of a step among them.
+"""Threads that encode the batches of views of a step concurrently.
 
-Batches know nothing of each other, so each thread takes the next one when it is done with its last. PyTorch's own
-threads wait for each other at every operation, and all of them for a core that another process uses as well.
+Batches are independent, so each thread takes the next one when it has finished one. PyTorch's own threads wait for each
+other at every operation, so that all of them wait for a core that another process is using.
 """
 
 from __future__ import annotations
@@ -17,19 +17,23 @@ VARIABLE = "SERVING_ENCODER_THREADS"
 
 
 class ViewThreads:
-    """The calling thread and helpers beside it."""
+    """The calling thread and helper threads."""
 
     def __init__(self, num_threads: int) -> None:
-        """num_threads: how many work at once, the calling one among them."""
+        """Create the helpers.
+
+        Args:
+            num_threads: how many threads work concurrently, including the calling one.
+        """
         self.num_threads = num_threads
-        self._helpers = ThreadPoolExecutor(num_threads, "encoder")  # starts a thread when there is work for it
+        self._helpers = ThreadPoolExecutor(num_threads, "encoder")  # starts its threads on demand
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = os.environ) -> ViewThreads:
-        """As many as SERVING_ENCODER_THREADS says, by default the calling one alone.
+        """Return as many threads as SERVING_ENCODER_THREADS says; by default only the calling one.
 
         Raises:
-            ValueError: that is no whole number from 1 on.
+            ValueError: the variable is not a whole number of at least 1.
         """
         text = environ.get(VARIABLE, "") or "1"
         if not (text.isascii() and text.isdecimal() and int(text)):
@@ -37,13 +41,13 @@ class ViewThreads:
         return cls(int(text))
 
     def map(self, encode: Callable[[Tensor], Tensor], batches: Sequence[Tensor]) -> list[Tensor]:
-        """Results in the order of the batches; `encode` is called in several threads.
+        """Call `encode` for each batch, in several threads, and return the results in the order of the batches.
 
-        An error of any thread is raised when all have ended.
+        An error in any thread is raised once all have ended.
         """
         results: list[Tensor] = [*batches]
-        places = iter(range(len(batches)))  # a step of it is one of the interpreter's: no two threads get the same
-        in_inference = torch.is_inference_mode_enabled()  # a thread's own
+        places = iter(range(len(batches)))  # advancing it is atomic: no two threads get the same place
+        in_inference = torch.is_inference_mode_enabled()  # is local to a thread
 
         def work() -> None:
             with torch.inference_mode(in_inference):

@@ -1,7 +1,7 @@
 """DeepEncoder: SAM-style encoder -> 16x convolutional compressor -> CLIP-style encoder -> linear projector.
 
-All sizes come from the checkpoint's `vision_config`; the published values give the published sizes. The layers
-themselves are vLLM's.
+All sizes come from the checkpoint's `vision_config`; the published values give the published sizes. The layers are
+vLLM's.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ ImageEncoderViT, DeepCLIPVisionTransformer, MlpProjector = encoder_layers()
 
 _CPU_PATCHES = 4096
 _DEVICE_BIAS_BYTES = 512 * 2**20
-"""Bounds on views that are encoded together: a CPU loses its caches to larger batches, a device its memory to SAM's
-relative position bias, the largest intermediate."""
+"""Bounds on the views that are encoded together: larger batches do not fit into a CPU's caches; on a device SAM's
+relative position bias, the largest intermediate, needs the memory."""
 
 _HALF = (0.5, 0.5, 0.5)
 Channels = tuple[float, ...]
@@ -32,10 +32,10 @@ Channels = tuple[float, ...]
 
 @dataclass(frozen=True, slots=True)
 class VisionSizes:
-    """Sizes of both encoders. Where the published configuration is silent (window, neck), what vLLM hard-codes."""
+    """The sizes of both encoders. Those that the published configuration lacks (window, neck) default to vLLM's."""
 
     image_size: int
-    """Pixels per side that SAM's position table was made for."""
+    """Pixels per side for which SAM's position table was trained."""
     sam_width: int
     sam_layers: int
     sam_heads: int
@@ -52,10 +52,10 @@ class VisionSizes:
 
     @classmethod
     def from_config(cls, vision_config: Any) -> VisionSizes:
-        """Read a `vision_config` as the published checkpoint nests it (`width: {sam_vit_b, clip-l-14-224}`).
+        """Read a `vision_config` with the published checkpoint's nesting (`width: {sam_vit_b, clip-l-14-224}`).
 
         Raises:
-            ValueError: the configuration lacks a size, or the towers do not fit each other.
+            ValueError: the configuration lacks a size, or the towers do not fit together.
         """
         towers = vision_config.width
         try:
@@ -77,20 +77,26 @@ class VisionSizes:
             )
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"vision_config: `width` lacks {error} of the towers sam_vit_b and clip-l-14-224"
+                f"vision_config: `width` lacks {error} for the towers sam_vit_b and clip-l-14-224"
             ) from error
         if sizes.downsample_channels[-1] != sizes.clip_width:
             raise ValueError(
-                f"vision_config: CLIP's width {sizes.clip_width} must be SAM's last of {sizes.downsample_channels}"
+                f"vision_config: CLIP's width {sizes.clip_width} must equal SAM's last, {sizes.downsample_channels[-1]}"
             )
         return sizes
 
 
 class SamEncoder(ImageEncoderViT):  # type: ignore[misc, valid-type]  # Any to mypy
-    """vLLM's SAM-style encoder, the compressor's channels from the sizes: uint8 (n, 3, s, s) -> (n, c, s/64, s/64)."""
+    """vLLM's SAM-style encoder with a compressor of configured width: uint8 (n, 3, s, s) -> (n, c, s/64, s/64)."""
 
     def __init__(self, sizes: VisionSizes, mean: Channels = _HALF, std: Channels = _HALF) -> None:
-        """mean, std: of each channel, as parts of 255; pixels are normalised by them."""
+        """Create the encoder.
+
+        Args:
+            sizes: the sizes of its layers.
+            mean: mean of each channel, as a fraction of 255, with which pixels are normalised.
+            std: standard deviation of each channel, likewise.
+        """
         super().__init__(
             img_size=sizes.image_size,
             patch_size=sizes.sam_patch_size,
@@ -119,18 +125,18 @@ class SamEncoder(ImageEncoderViT):  # type: ignore[misc, valid-type]  # Any to m
         return super().forward(normalise(pixels, self._mean, self._std, self.patch_embed.proj.weight.dtype))
 
     def is_ours(self, device: torch.device) -> bool:
-        """Whether `sam_cpu` does the arithmetic there, and not vLLM's own layers."""
+        """Whether `sam_cpu` computes on this device instead of vLLM's own layers."""
         return device.type == "cpu" and self.patch_embed.proj.weight.dtype == torch.float32
 
     def _tables_for(self, side: int) -> EncoderTables:
-        """What the weights come to at a size of views, made once per size and not for every batch.
+        """Return the tables for a size of view, which are built once per size instead of for every batch.
 
-        Addresses and versions tell weights that were loaded anew or changed in place.
+        Addresses and versions show whether weights were loaded again or changed in place.
         """
         distances = ((block.attn.rel_pos_h, block.attn.rel_pos_w) for block in self.blocks)
         weights = (self.pos_embed, *self.patch_embed.parameters(), *itertools.chain.from_iterable(distances))
         now = tuple((weight.data_ptr(), weight._version) for weight in weights)
-        known, tables = self._tables  # both at once: several threads may be here
+        known, tables = self._tables  # read together, because several threads may run this
         if known != now:
             tables = {}
             self._tables = now, tables
@@ -139,9 +145,9 @@ class SamEncoder(ImageEncoderViT):  # type: ignore[misc, valid-type]  # Any to m
         return tables[side]
 
     def get_abs_pos(self, abs_pos: torch.Tensor, tgt_size: int) -> torch.Tensor:
-        """The position table at another size, resampled once per size and not for every batch.
+        """Return the position table at another size, which is resampled once per size instead of for every batch.
 
-        The key tells weights that were loaded anew or changed in place.
+        The key changes when the weights were loaded again or changed in place.
         """
         key = (tgt_size, abs_pos.data_ptr(), abs_pos._version)
         positions = self._positions.get(key)
@@ -153,7 +159,7 @@ class SamEncoder(ImageEncoderViT):  # type: ignore[misc, valid-type]  # Any to m
 
 
 def build_clip(sizes: VisionSizes, quant_config: Any, prefix: str) -> nn.Module:
-    """vLLM's CLIP-style encoder; it runs on SAM's compressed features in the place of patches of its own."""
+    """Build vLLM's CLIP-style encoder, which takes SAM's compressed features instead of patches of its own."""
     config = CLIPVisionConfig(
         hidden_size=sizes.clip_width,
         intermediate_size=4 * sizes.clip_width,
@@ -168,11 +174,11 @@ def build_clip(sizes: VisionSizes, quant_config: Any, prefix: str) -> nn.Module:
 
 
 def project_views(clip: nn.Module, projector: nn.Module, views: torch.Tensor, compressed: torch.Tensor) -> torch.Tensor:
-    """Features of square views of one size, from what SAM made of them.
+    """Return the features of square views of one size.
 
     Args:
-        views: uint8 (n, 3, s, s).
-        compressed: (n, c, s/64, s/64).
+        views: the views, uint8 (n, 3, s, s).
+        compressed: SAM's output for them, (n, c, s/64, s/64).
 
     Returns:
         (n, (s/64)^2, hidden).
@@ -183,7 +189,7 @@ def project_views(clip: nn.Module, projector: nn.Module, views: torch.Tensor, co
 
 
 def views_per_batch(sizes: VisionSizes, view_size: int, dtype: torch.dtype, device: torch.device) -> int:
-    """How many views of this many pixels per side go through the encoder together within the bounds."""
+    """Return how many views with this many pixels per side may be encoded together within the bounds."""
     num_patches = (view_size // sizes.sam_patch_size) ** 2
     if device.type == "cpu":
         return max(1, _CPU_PATCHES // num_patches)
@@ -191,7 +197,7 @@ def views_per_batch(sizes: VisionSizes, view_size: int, dtype: torch.dtype, devi
 
 
 def normalise(pixels: torch.Tensor, mean: Channels, std: Channels, dtype: torch.dtype) -> torch.Tensor:
-    """uint8 (n, 3, h, w) to the encoder's floats, in float32 first so that a narrow dtype rounds once."""
+    """Convert uint8 (n, 3, h, w) to the encoder's floats, via float32, so that a narrow dtype rounds only once."""
     shape = (1, 3, 1, 1)
     # (x / 255 - mean) / std in two passes over the pixels instead of three.
     scale = torch.tensor([1 / (255 * value) for value in std], device=pixels.device).view(shape)

@@ -1,1 +1,1 @@
-"""Resolution modes: their sizes, and which one a page is read in."""
+"""Resolution modes: their sizes, and the choice of one for a page."""

@@ -1,4 +1,4 @@
-"""What a checkpoint says about its images, in whichever file it says so."""
+"""A checkpoint's image settings, from whichever file has them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _FILE = "processor_config.json"
 
 
 def read_image_config(model_config: Any) -> Mapping[str, Any]:
-    """The image settings of a checkpoint; empty when it has none.
+    """Return a checkpoint's image settings; empty if it has none.
 
-    transformers reads `preprocessor_config.json`, and of `processor_config.json` only a part named `image_processor`.
-    Checkpoints in the published form have everything in the latter, at its top, and some have no other.
+    transformers reads `preprocessor_config.json`, and only the section `image_processor` of `processor_config.json`.
+    Checkpoints in the published form have all settings at the top level of the latter, and some have no other file.
 
     Args:
         model_config: vLLM's ModelConfig.

@@ -1,9 +1,9 @@
-"""How a page becomes views and tokens: resolution modes, the tile grid, token counts. Pure.
+"""How a page is divided into views and tokens: resolution modes, the tile grid, token counts. Pure.
 
-The rules are the published model's (DeepSeek-OCR paper, section 3.2.2, arXiv:2510.18234): a page is shown to the
-encoder as one global view of `base_size` pixels square and, in crop mode, as a grid of tiles of `image_size` pixels
-square as well. Each 64 x 64 pixels of a view become one token; every row of tokens ends in a newline token and the
-page in a separator.
+The rules are the published model's (DeepSeek-OCR paper, section 3.2.2, arXiv:2510.18234): the encoder receives a page
+as one square global view of `base_size` pixels per side and, in crop mode, also as a grid of square tiles of
+`image_size` pixels per side. Each 64 x 64 pixels of a view become one token; every row of tokens ends with a newline
+token, and the page with a separator.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from functools import lru_cache
 from typing import Any
 
 PIXELS_PER_TOKEN_SIDE = 64
-"""16-pixel patches, compressed four times per side by the convolutions between SAM and CLIP."""
+"""16-pixel patches, reduced by a factor of four per side by the convolutions between SAM and CLIP."""
 MIN_TILES = 2
 MAX_TILES = 6
 TILES_LIMIT = 9
 _SQUEEZED_UP_TO = 640
-"""Without tiles, views up to this size squeeze the page into the square and larger ones pad it (same section)."""
+"""Without tiles, views up to this size stretch the page to a square, and larger ones pad it (same section)."""
 
 
 @dataclass(frozen=True, slots=True)
 class ResolutionMode:
-    """One way to look at a page, named as the published model names its parts. Sizes in pixels."""
+    """A way to view a page; the fields have the published model's names. Sizes are in pixels."""
 
     base_size: int = 1024
     image_size: int = 640
@@ -43,7 +43,7 @@ class ResolutionMode:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ResolutionMode:
-        """Read a checkpoint's `preprocessor_config.json`; what it does not say is as published (1024/640/true)."""
+        """Read a checkpoint's `preprocessor_config.json`; missing values are the published ones (1024/640/true)."""
         default = cls()
         return cls(
             base_size=config.get("base_size", default.base_size),
@@ -55,21 +55,21 @@ class ResolutionMode:
 
     @property
     def squeezes(self) -> bool:
-        """Whether the global view distorts the page to fill the square instead of padding it."""
+        """Whether the global view stretches the page to fill the square instead of padding it."""
         return not self.crop_mode and self.image_size <= _SQUEEZED_UP_TO
 
     def tile_grid(self, width: int, height: int) -> TileGrid:
-        """The grid that a page of these pixels is cut into; 1 x 1 means that it is not cut."""
+        """Return the grid into which a page of this size in pixels is cut; 1 x 1 if it is not cut."""
         if not self.crop_mode or max(width, height) <= self.image_size:
             return TileGrid(1, 1)
         return closest_grid(width, height, self.image_size, self.min_tiles, self.max_tiles)
 
     def num_tokens(self, width: int, height: int) -> int:
-        """Image tokens of a page of these pixels, newlines and separator included."""
+        """Return the image tokens of a page of this size in pixels, newlines and separator included."""
         return self.num_grid_tokens(self.tile_grid(width, height))
 
     def num_grid_tokens(self, grid: TileGrid) -> int:
-        """Image tokens of a page that is cut into this grid."""
+        """Return the image tokens of a page that is cut into this grid."""
         side = self.base_size // PIXELS_PER_TOKEN_SIDE
         num_tokens = side * (side + 1) + 1
         if grid.is_tiled:
@@ -78,7 +78,7 @@ class ResolutionMode:
         return num_tokens
 
     def largest_page(self) -> tuple[int, int]:
-        """Width and height of a page that makes as many tokens as any page can."""
+        """Return the width and height of a page with the largest possible number of tokens."""
         grids = _grids(self.min_tiles, self.max_tiles) if self.crop_mode else (TileGrid(1, 1),)
         grid = max(grids, key=self.num_grid_tokens)
         return grid.columns * self.image_size, grid.rows * self.image_size
@@ -86,12 +86,14 @@ class ResolutionMode:
 
 @dataclass(frozen=True, slots=True)
 class TileGrid:
+    """The tiles of a page."""
+
     columns: int
     rows: int
 
     @property
     def num_tiles(self) -> int:
-        """Tiles that are encoded beside the global view: none for a page that is not cut."""
+        """Tiles that are encoded in addition to the global view; 0 for a page that is not cut."""
         return self.columns * self.rows if self.is_tiled else 0
 
     @property
@@ -101,7 +103,7 @@ class TileGrid:
 
 @lru_cache(maxsize=64)
 def _grids(min_tiles: int, max_tiles: int) -> tuple[TileGrid, ...]:
-    """All grids with so many tiles, fewest tiles first."""
+    """Return all grids within these numbers of tiles, those with the fewest tiles first."""
     sides = range(1, max_tiles + 1)
     grids = (TileGrid(columns, rows) for columns in sides for rows in sides if min_tiles <= columns * rows <= max_tiles)
     return tuple(sorted(grids, key=lambda grid: grid.columns * grid.rows))
@@ -110,10 +112,10 @@ def _grids(min_tiles: int, max_tiles: int) -> tuple[TileGrid, ...]:
 def closest_grid(
     width: int, height: int, tile_size: int, min_tiles: int = MIN_TILES, max_tiles: int = MAX_TILES
 ) -> TileGrid:
-    """The grid whose aspect ratio is closest to the page's.
+    """Return the grid whose aspect ratio is closest to the page's.
 
-    Between equals the one with more tiles wins when the page has more than half of its pixels (the rule of InternVL's
-    dynamic tiling, which the published model took over).
+    Of two equally close grids, the one with more tiles is taken if the page has more than half of its pixels (the rule
+    of InternVL's dynamic tiling, which the published model adopted).
     """
     aspect_ratio = width / height
     best, best_distance = TileGrid(1, 1), math.inf

@@ -1,7 +1,7 @@
-"""Which resolution mode each image of a request is read in. Pure; the router asks it too, to say what an answer used.
+"""Chooses the resolution mode of each image of a request. Pure; the router uses it too, to report an answer's modes.
 
 A request chooses with vLLM's `mm_processor_kwargs`: `{"mode": "base"}` for all of its images, or a list with one entry
-per image. What it does not choose is the server's default, and at last the checkpoint's own mode.
+per image. Without a choice the server's default applies, and without that the checkpoint's own mode.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ MODES = {
 }
 AUTO = "auto"
 DEFAULT = "default"
-"""In a list: this image in the server's default mode."""
+"""In a list: the server's default mode for this image."""
 NAMES = (*MODES, AUTO, DEFAULT)
 MODE_FOR_DETAIL = {"low": "small", "high": "gundam", "auto": AUTO}
-"""OpenAI's `image_url.detail`."""
+"""Modes for the values of OpenAI's `image_url.detail`."""
 OPTIONS = frozenset({"mode", "min_tiles", "max_tiles"})
 
 Size = tuple[int, int]
@@ -33,7 +33,7 @@ Size = tuple[int, int]
 
 
 class ModeSelectionError(ValueError):
-    """Options that cannot be followed; `option` names the one at fault."""
+    """The options are invalid; `option` names the invalid one."""
 
     def __init__(self, message: str, option: str) -> None:
         super().__init__(message)
@@ -42,22 +42,24 @@ class ModeSelectionError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ChosenMode:
+    """The mode of one image."""
+
     name: str
-    """One of `MODES`, or `default` for a checkpoint whose own mode has no name."""
+    """A name in `MODES`, or `default` for a checkpoint whose own mode has no name."""
     mode: ResolutionMode
 
 
 @dataclass(frozen=True, slots=True)
 class ModeRules:
-    """What the checkpoint and the server say about modes."""
+    """The checkpoint's rules for modes."""
 
     own: ResolutionMode
     """The checkpoint's mode."""
     min_scale: float = 0.5
-    """`auto` takes the smallest mode that shrinks the page's longer side to no less than this part of it.
+    """`auto` takes the smallest mode that scales the page's longer side by at least this factor.
 
-    0.5 keeps 10-point text of a 200 dpi scan at 14 pixels. The checkpoint may name another
-    (`auto_min_scale`) for a model that reads smaller or larger glyphs.
+    0.5 keeps 10-point text of a 200 dpi scan at 14 pixels. The checkpoint may set another (`auto_min_scale`) for a
+    model that reads smaller text or needs larger.
     """
 
     @classmethod
@@ -66,19 +68,19 @@ class ModeRules:
         return cls(own=ResolutionMode.from_config(config), min_scale=config.get("auto_min_scale", 0.5))
 
     def as_config(self) -> tuple[tuple[str, Any], ...]:
-        """Everything that decides, whether the checkpoint said it or not; `from_config` takes it back."""
+        """Return all rules, including those that the checkpoint leaves out, as items for `from_config`."""
         return (("auto_min_scale", self.min_scale), *asdict(self.own).items())
 
     def choose(self, request: Mapping[str, Any], server: Mapping[str, Any], sizes: Sequence[Size]) -> list[ChosenMode]:
-        """The mode of every image of a request.
+        """Return the mode of every image of a request.
 
         Args:
             request: the request's own `mm_processor_kwargs`.
-            server: the server's; they are the default, and their `max_tiles` is the most that a request may ask for.
-            sizes: of the request's images, in their order.
+            server: the server's: the defaults, whose `max_tiles` is also the largest that a request may set.
+            sizes: the sizes of the request's images, in order.
 
         Raises:
-            SelectionError: an option that is unknown, of the wrong type or out of range.
+            ModeSelectionError: an option is unknown, of the wrong type or out of range.
         """
         options = {**server, **request}
         unknown = set(options) - OPTIONS
@@ -88,7 +90,7 @@ class ModeRules:
         chosen = [self._named(name, size, options) for name, size in zip(names, sizes, strict=True)]
         most = server.get("max_tiles", self.own.max_tiles)
         if any(choice.mode.max_tiles > most for choice in chosen if choice.mode.crop_mode):
-            raise ModeSelectionError(f"max_tiles may be {most} at most here", "max_tiles")
+            raise ModeSelectionError(f"max_tiles must be at most {most} on this server", "max_tiles")
         return chosen
 
     def _named(self, name: str, size: Size, options: Mapping[str, Any]) -> ChosenMode:
@@ -109,7 +111,7 @@ class ModeRules:
         return next(untiled, "gundam")
 
     def largest(self, server: Mapping[str, Any]) -> tuple[str, ResolutionMode]:
-        """The mode that makes the most tokens of all that a request may choose, and the name to choose it by."""
+        """Return the name and the mode with the most tokens among those that a request may choose."""
         modes = {name: self._named(name, (1, 1), server).mode for name in (DEFAULT, *MODES)}
         return max(modes.items(), key=lambda named: named[1].num_tokens(*named[1].largest_page()))
 
@@ -117,7 +119,7 @@ class ModeRules:
 def _names(mode: Any, num_images: int) -> Sequence[str]:
     names = mode if isinstance(mode, list | tuple) else [mode] * num_images
     if len(names) != num_images:
-        raise ModeSelectionError(f"mode names {len(names)} images, the request has {num_images}", "mode")
+        raise ModeSelectionError(f"mode has {len(names)} entries, but the request has {num_images} images", "mode")
     for name in names:
         if not isinstance(name, str) or name not in NAMES:
             raise ModeSelectionError(f"mode must be one of {', '.join(NAMES)}", "mode")

@@ -1,1 +1,1 @@
-"""What keeps a model from repeating itself: the n-gram guard and the loop stop."""
+"""Prevents a model from repeating itself: the n-gram guard and the loop stop."""

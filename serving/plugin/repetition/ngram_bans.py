@@ -1,13 +1,14 @@
-"""Which tokens the no-repeat-n-gram rule forbids next, kept up to date token by token. Pure.
+"""Computes the tokens that the no-repeat-n-gram rule bans next, incrementally for each token. Pure.
 
-The rule is the one of vLLM's `NoRepeatNGramLogitsProcessor` to the letter: token t is banned when an n-gram that starts
-within the last `window` output tokens ends in t and its first n - 1 tokens equal the last n - 1 tokens of the output.
+The rule is exactly that of vLLM's `NoRepeatNGramLogitsProcessor`: token t is banned if an n-gram that starts within the
+last `window` output tokens ends with t and its first n - 1 tokens equal the last n - 1 tokens of the output.
 
-Per sequence there are a ring of the last `window` tokens, a rolling hash of the last n - 1 of them, and a chained hash
-table from that hash to the places where the same n - 1 tokens ended before. A chain runs from young to old and its walk
-ends at the first place outside the window, so nothing is ever deleted. A place whose successor is whitelisted is never
-put in, so endless table cells make no chain. Every hit is compared token by token before it bans: that takes n steps,
-but a ban comes only after n - 1 matching tokens. So the time per token is constant on average, whatever n and window.
+Each sequence has a ring of its last `window` tokens, a rolling hash of the last n - 1 of them, and a chained hash table
+from that hash to the positions where the same n - 1 tokens ended before. A chain is ordered from new to old and is
+followed to the first position outside the window, so nothing needs to be deleted. A position whose next token is
+whitelisted is not inserted, so endless table cells produce no chain. Every hit is compared token by token before it
+bans: that takes n steps, but a ban requires n - 1 matching tokens. The time per token is therefore constant on
+average, for any n and window.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ IntArray = npt.NDArray[np.int64]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _LENGTH, _START, _SIZE, _WINDOW, _RING, _MASK, _SHIFT, _WHITE, _NUM_WHITE, _NUM_FIELDS = range(10)
-"""Columns of the table of seats. START: where the ring begins after a resume; RING, WHITE: offsets in the arenas."""
+"""Columns of the table of seats. START: first token in the ring after a resume; RING, WHITE: offsets in the arenas."""
 HASH_BASE = np.uint64(0x9E3779B97F4A7C15)
 """A prefix t1 ... tk has the hash (t1 + 1) * HASH_BASE^(k-1) + ... + (tk + 1), modulo 2^64."""
 _SPREAD = np.uint64(0xD6E8FEB86659FD93)
@@ -33,10 +34,10 @@ _last = itemgetter(-1)
 
 
 def _compiled(function: _Function) -> _Function:
-    """Machine code, kept on disk between starts where that is possible."""
+    """Compile a function, cached on disk between starts if possible."""
     try:
         compiled = numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # no directory that could be written to
+    except RuntimeError:  # there is no writable directory
         compiled = numba.njit(nogil=True)(function)
     return compiled
 
@@ -48,7 +49,7 @@ def _bucket(value: Any, shift: int) -> Any:
 
 @_compiled
 def _is_white(token: int, white: Any, start: int, count: int) -> bool:
-    """Binary search in one sequence's sorted whitelist."""
+    """Return whether a token is in a sequence's sorted whitelist, by binary search."""
     low, high = start, start + count
     while low < high:
         middle = (low + high) >> 1
@@ -61,13 +62,13 @@ def _is_white(token: int, white: Any, start: int, count: int) -> bool:
 
 @_compiled
 def _push(seat: int, token: int, table: Any, rolling: Any, rings: Any, hashes: Any, white: Any) -> None:
-    """Append one token. `rings` has three rows: tokens, youngest place by bucket, next older place in the chain."""
+    """Append a token. `rings` has three rows: tokens, newest position by bucket, next older position in the chain."""
     row = table[seat]
     ring, mask, length, prefix = row[_RING], row[_MASK], row[_LENGTH], row[_SIZE] - 1
     value = rolling[seat, 0]
     if length - row[_START] >= prefix:
         if not _is_white(token, white, row[_WHITE], row[_NUM_WHITE]):
-            # The tokens that ended at length - 1 have got a successor: from now on they can ban it.
+            # The tokens that ended at length - 1 now have a successor, which they can ban from now on.
             place = length - 1
             head = ring + _bucket(value, row[_SHIFT])
             rings[2, ring + (place & mask)] = rings[1, head]
@@ -81,7 +82,7 @@ def _push(seat: int, token: int, table: Any, rolling: Any, rings: Any, hashes: A
 
 @_compiled
 def _find(seat: int, table: Any, rolling: Any, rings: Any, hashes: Any, which: int, out: Any, found: int) -> int:
-    """Add the bans of one sequence to `out` after `found` others, as far as there is room. Returns the new count."""
+    """Add a sequence's bans to `out` after `found` others, as far as there is room. Return the new count."""
     row = table[seat]
     ring, mask, length, prefix = row[_RING], row[_MASK], row[_LENGTH], row[_SIZE] - 1
     if length - row[_START] <= prefix:
@@ -113,7 +114,7 @@ def _push_all(seat: int, tokens: Any, table: Any, rolling: Any, rings: Any, hash
 
 @_compiled
 def _advance(seats: Any, tokens: Any, table: Any, rolling: Any, rings: Any, hashes: Any, white: Any, out: Any) -> int:
-    """Push one token per sequence and collect the bans of all; returns how many there are, also if `out` is short."""
+    """Push one token per sequence and collect all bans. Return their number, which may exceed the room in `out`."""
     found = 0
     for which in range(seats.shape[0]):
         seat, token = seats[which], tokens[which]
@@ -125,13 +126,17 @@ def _advance(seats: Any, tokens: Any, table: Any, rolling: Any, rings: Any, hash
 
 
 class NGramBans:
-    """The state of many sequences at once; each has a seat, whatever its place in the batch.
+    """The state of many sequences; each has a seat, independent of its row in the batch.
 
-    Everything is compiled when this returns: the first token pays for nothing.
+    The constructor compiles all functions, so that the first token is not slower than others.
     """
 
     def __init__(self, max_length: int) -> None:
-        """max_length: the most output tokens that a sequence can have; a larger window is the same as this one."""
+        """Create the state without sequences.
+
+        Args:
+            max_length: the largest number of output tokens of a sequence; larger windows are equivalent to it.
+        """
         self._max_length = max(2, max_length)
         self._table = np.zeros((8, _NUM_FIELDS), np.int64)
         self._rolling = np.zeros((8, 2), np.uint64)
@@ -150,12 +155,15 @@ class NGramBans:
         self.close(seat)
 
     def open(self, size: int, window: int, whitelist: frozenset[int] = frozenset()) -> int:
-        """A seat for a sequence without tokens.
+        """Return a seat for a sequence without tokens.
 
         Args:
-            size: n, counted with the banned token; between 2 and `window`, or there is nothing to ban.
-            window: output tokens that are looked back at.
+            size: n, including the banned token; from 2 to `window`.
+            window: how many of the last output tokens are considered.
             whitelist: tokens that are never banned.
+
+        Raises:
+            ValueError: no token can be banned with this size and window.
         """
         window = min(window, self._max_length)
         if not 2 <= size <= window:
@@ -172,7 +180,7 @@ class NGramBans:
         return seat
 
     def close(self, seat: int) -> None:
-        """Give the seat back."""
+        """Release a seat."""
         row = self._table[seat]
         self._ring_arena.give(int(row[_RING]), int(row[_MASK]) + 1)
         self._white_arena.give(int(row[_WHITE]), int(row[_NUM_WHITE]))
@@ -183,16 +191,16 @@ class NGramBans:
         _push_all(seat, tokens, self._table, self._rolling, self._rings, self._hashes, self._white)
 
     def advance(self, seats: IntArray, outputs: Sequence[list[int]]) -> tuple[IntArray, IntArray]:
-        """Take in what is new in the sequences and say what they may not go on with.
+        """Add the new tokens of the sequences, and return the tokens that are banned next.
 
         Args:
-            seats: one per sequence.
-            outputs: all output tokens of each. Usually one more than at the last call; any other history (resumed, cut
-                short) is taken in too. A sequence that ends in placeholders (negative) is left alone until they have
-                become tokens.
+            seats: the seat of each sequence.
+            outputs: all output tokens of each sequence. There is usually one more than at the last call; any other
+                history (resumed, truncated) is handled too. A sequence that ends with placeholders (negative) is
+                skipped until they have become tokens.
 
         Returns:
-            Indices into `seats`, and the token banned for each. Valid until the next call.
+            Indices into `seats`, and the token banned for each. Both are valid until the next call.
         """
         tokens = self._new_tokens(seats, outputs)
         state = (self._table, self._rolling, self._rings, self._hashes)
@@ -204,7 +212,7 @@ class NGramBans:
         return self._out[0, :found], self._out[1, :found]
 
     def _new_tokens(self, seats: IntArray, outputs: Sequence[list[int]]) -> IntArray:
-        """The one new token of each sequence; sequences with another number of new ones are caught up here."""
+        """Return the new token of each sequence; sequences with more or fewer new tokens are updated here."""
         count = len(outputs)
         lengths = np.fromiter(map(len, outputs), np.int64, count)
         is_usual = lengths - self._table[seats, _LENGTH] == 1
@@ -219,7 +227,7 @@ class NGramBans:
         return tokens
 
     def _catch_up(self, seat: int, output: list[int]) -> int:
-        """Bring a seat to its sequence's history; tells `_advance` what is left to do."""
+        """Update a seat to its sequence's history. Return the value that tells `_advance` what is left to do."""
         length = len(output)
         while length and output[length - 1] < 0:
             length -= 1
@@ -232,7 +240,7 @@ class NGramBans:
         return _NOTHING_NEW if length == len(output) else _SKIP
 
     def _restart(self, seat: int, begin: int) -> None:
-        """Forget the tokens of a seat; its sequence goes on at index `begin`, the window's start."""
+        """Drop the tokens of a seat; its sequence continues at index `begin`, the start of the window."""
         row = self._table[seat]
         row[_LENGTH] = row[_START] = begin
         self._rolling[seat, 0] = 0
@@ -256,7 +264,7 @@ class NGramBans:
 
 
 class _Arena:
-    """Offsets of blocks in an array that only grows; blocks given back are used again for the same size."""
+    """Offsets of blocks in an array that only grows; released blocks are reused for the same size."""
 
     def __init__(self) -> None:
         self.size = 0

@@ -1,16 +1,16 @@
-"""The recipe's no-repeat-n-gram rule inside vLLM, on by default for requests that carry an image.
+"""The recipe's no-repeat-n-gram rule inside vLLM, on by default for requests with an image.
 
-`NGramGuard` is what vLLM is told to load. Both of vLLM's model runners build their logits processors from one list of
-classes but talk to them through different interfaces, so it is a class of both and makes the one that is asked for:
-`HostGuard` counts incrementally on the host, where Model Runner V1 has the tokens; `DeviceGuard` compares on the
-device, where V2 has them, so that V2 never waits for a token to reach the host.
+vLLM is configured to load `NGramGuard`. Both of its model runners build their logits processors from one list of
+classes, but use different interfaces, so `NGramGuard` is a subclass of both and creates the matching guard: `HostGuard`
+works incrementally on the host, where Model Runner V1 has the tokens; `DeviceGuard` compares on the device, where V2
+has them, so that V2 never waits for a token to reach the host.
 
-A request switches it with `vllm_xargs`, under the names of vLLM's own processor: `ngram_size` (0 turns the guard off; a
-size turns it on without an image too), `window_size`, `whitelist_token_ids`. What a request leaves out is as configured
-in `--additional-config '{"ngram_guard": {"size": 30, "window": 90, "whitelist": ["<td>", "</td>"]}}'`, or
-`{"ngram_guard": false}` for a guard that is off until a request asks for it.
+A request configures it with `vllm_xargs`, under the names of vLLM's own processor: `ngram_size` (0 turns the guard off;
+another size turns it on even without an image), `window_size`, `whitelist_token_ids`. The defaults are set with
+`--additional-config '{"ngram_guard": {"size": 30, "window": 90, "whitelist": ["<td>", "</td>"]}}'`, or
+`{"ngram_guard": false}` for a guard that is off unless a request turns it on.
 
-The process that takes requests loads this module only to check them: what it costs to import counts there.
+The API process imports this module only to check requests, so importing it must be cheap.
 """
 
 from __future__ import annotations
@@ -37,19 +37,23 @@ CONFIG_KEY = "ngram_guard"
 QUALIFIED_NAME = "serving.plugin.repetition.ngram_guard:NGramGuard"
 IMAGE_TOKEN = "<image>"
 DEFAULT_SIZE, DEFAULT_WINDOW, DEFAULT_WHITELIST = 30, 90, ("<td>", "</td>")
-"""What the published recipe runs with."""
+"""The published recipe's values."""
 MAX_WHITELIST = 1024
-"""Longest whitelist of a request: on a device every banned token is compared with all of it."""
+"""Largest whitelist of a request: on a device every banned token is compared with all of its entries."""
 _MAX_COMPARED = 2**26
-"""Bound on the comparisons that `ban_repeats` holds in memory at once, a byte each."""
-# In the name of vLLM's loggers, so that its configuration shows it.
+"""Largest number of comparisons that `ban_repeats` keeps in memory at a time, one byte each."""
+# A child of vLLM's logger, so that its configuration applies.
 _logger = logging.getLogger(f"vllm.{__name__}")
 
 
 @dataclass(frozen=True, slots=True)
 class NGramRule:
-    """size: n, counted with the banned token; 0 is off. window: output tokens that are looked back at. Tokens of
-    `whitelist` are never banned."""
+    """A no-repeat-n-gram rule.
+
+    size: n, including the banned token; 0 is off.
+    window: how many of the last output tokens are considered.
+    whitelist: tokens that are never banned.
+    """
 
     size: int
     window: int
@@ -57,32 +61,36 @@ class NGramRule:
 
     @property
     def bans_nothing(self) -> bool:
-        """True for 0 and for the sizes that vLLM's processor never bans for: 1 (its prefix is then the whole output),
-        and any that does not fit into the window."""
+        """Whether no token can be banned: for 0 and the sizes for which vLLM's processor bans nothing, which are 1
+        (its prefix is then the whole output) and sizes larger than the window."""
         return self.size < 2 or self.size > self.window
 
 
 @dataclass(frozen=True, slots=True)
 class GuardDefaults:
-    """The rule for what requests leave out, and how a prompt with an image is told."""
+    """The default rule, and the token by which a prompt with an image is recognised."""
 
     rule: NGramRule
     image_token_id: int | None
     max_length: int
-    """Tokens that a sequence can have; looking further back than that is the same as looking back that far."""
+    """Largest number of tokens of a sequence; larger windows are equivalent to it."""
 
     @classmethod
     def from_config(cls, vllm_config: Any) -> GuardDefaults:
-        """Raises ValueError when the configuration cannot be understood."""
+        """Read the configuration.
+
+        Raises:
+            ValueError: it is invalid.
+        """
         given = config_of(vllm_config, CONFIG_KEY)
         if given is False:
             given = {"size": 0}
         if not isinstance(given, Mapping) or set(given) - {"size", "window", "whitelist"}:
-            raise ValueError(f"additional_config.{CONFIG_KEY}: size, window and whitelist can be set, or false")
+            raise ValueError(f"additional_config.{CONFIG_KEY} must be false or have only size, window, whitelist")
         tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
         vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
         ids = (vocabulary.get(token, token) for token in given.get("whitelist", DEFAULT_WHITELIST))
-        # Names that a checkpoint does not have cannot be generated either.
+        # Tokens that the checkpoint does not have are never generated.
         whitelist = frozenset(token for token in ids if isinstance(token, int))
         size = _checked(given.get("size", DEFAULT_SIZE), f"{CONFIG_KEY}.size", 0)
         window = _checked(given.get("window", DEFAULT_WINDOW), f"{CONFIG_KEY}.window", 1)
@@ -90,7 +98,7 @@ class GuardDefaults:
         return cls(NGramRule(size, window, whitelist), vocabulary.get(IMAGE_TOKEN), max_length)
 
     def rule_of(self, params: Any) -> tuple[NGramRule, bool]:
-        """The rule of a request with these sampling parameters, and whether it holds without an image as well."""
+        """Return the rule of a request with these sampling parameters, and whether it applies even without an image."""
         given = params.extra_args or {}
         whitelist = given.get("whitelist_token_ids")
         rule = NGramRule(
@@ -103,12 +111,16 @@ class GuardDefaults:
 
 def _checked(value: object, name: str, least: int) -> int:
     if type(value) is not int or value < least:
-        raise ValueError(f"`{name}` has to be an integer of at least {least}, got {value!r}.")
+        raise ValueError(f"`{name}` must be an integer of at least {least}, not {value!r}.")
     return value
 
 
 def check_request(params: Any) -> None:
-    """Raise ValueError for arguments in `vllm_xargs` that cannot be meant; vLLM answers with status 400."""
+    """Check the guard's and the loop stop's arguments in `vllm_xargs`.
+
+    Raises:
+        ValueError: an argument is invalid (vLLM answers 400).
+    """
     given = params.extra_args or {}
     if "ngram_size" in given:
         _checked(given["ngram_size"], "ngram_size", 0)
@@ -118,15 +130,16 @@ def check_request(params: Any) -> None:
     if whitelist is not None:
         is_list = isinstance(whitelist, list | tuple | set | frozenset) and len(whitelist) <= MAX_WHITELIST
         if not is_list or any(type(token) is not int or not 0 <= token < 2**31 for token in whitelist):
-            raise ValueError(f"`whitelist_token_ids` has to be a list of at most {MAX_WHITELIST} token ids.")
+            raise ValueError(f"`whitelist_token_ids` must be a list of at most {MAX_WHITELIST} token ids.")
     repeated_tokens_of(given, 0)
 
 
 def configure(vllm_config: Any) -> None:
-    """Have vLLM load the guard, for a model that this plugin serves. Called before the engine is built.
+    """Make vLLM load the guard for a model of this plugin. Call it before the engine is built.
 
-    Named in the configuration, and not as an entry point: Model Runner V1 with asynchronous scheduling gives
-    processors the sampled tokens only if the configuration names one, and entry points would hold for every model.
+    The guard is named in the configuration instead of an entry point: Model Runner V1 with asynchronous scheduling
+    gives processors the sampled tokens only if the configuration names one, and an entry point would apply to every
+    model.
     """
     model_config = vllm_config.model_config
     names = list(model_config.logits_processors or ())
@@ -139,7 +152,7 @@ def configure(vllm_config: Any) -> None:
 
 
 class NGramGuard(HostProcessor, DeviceProcessor):
-    """Makes the guard for the model runner that asks for one. Has no instances of its own."""
+    """Creates the guard for the calling model runner; it has no instances itself."""
 
     def __new__(cls, vllm_config: Any, *runner: Any) -> Any:
         guard = DeviceGuard if len(runner) == 1 else HostGuard
@@ -151,19 +164,21 @@ class NGramGuard(HostProcessor, DeviceProcessor):
 
 
 class HostGuard(HostProcessor):
-    """For Model Runner V1: the whole batch in one call, a constant time per token, nothing at all without guarded rows.
-
-    Raises ValueError when this runner would show it placeholders instead of tokens.
-    """
+    """For Model Runner V1: handles the whole batch in one call, in constant time per token, and only guarded rows."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        """Create the guard.
+
+        Raises:
+            ValueError: this runner would give it placeholders instead of tokens.
+        """
         from serving.plugin.repetition.ngram_bans import NGramBans
 
         if vllm_config.scheduler_config.async_scheduling and not vllm_config.model_config.logits_processors:
             raise ValueError(f"with asynchronous scheduling, name the guard: --logits-processors {QUALIFIED_NAME}")
         self._defaults = GuardDefaults.from_config(vllm_config)
         self._bans: NGramBans = NGramBans(vllm_config.model_config.max_model_len)
-        self._guarded: dict[int, tuple[int, list[int]]] = {}  # row of the batch -> seat, output tokens
+        self._guarded: dict[int, tuple[int, list[int]]] = {}  # by row of the batch: seat, output tokens
         self._rows, self._seats = np.empty(0, np.int64), np.empty(0, np.int64)
         self._outputs: list[list[int]] = []
 
@@ -190,7 +205,7 @@ class HostGuard(HostProcessor):
         rule, is_asked_for = self._defaults.rule_of(params)
         if rule.bans_nothing:
             return None
-        # None is a prompt of embeddings.
+        # A prompt of embeddings is None.
         has_image = prompt is not None and self._defaults.image_token_id in prompt
         return rule if is_asked_for or has_image else None
 
@@ -221,21 +236,21 @@ class HostGuard(HostProcessor):
 
 
 class DeviceGuard(DeviceProcessor):
-    """For Model Runner V2: compares the window on the device, so that the host never waits and only launches kernels.
+    """For Model Runner V2: compares the window on the device, so that the host only launches kernels and never waits.
 
-    Whether a prompt holds an image is found on the device too: this runner tells processors no prompts.
+    Whether a prompt has an image is also determined on the device, because this runner does not pass prompts.
     """
 
     def __init__(self, vllm_config: Any, req_states: LogitsProcRequestState) -> None:
         self._defaults = GuardDefaults.from_config(vllm_config)
         self._states = req_states
-        # By slot: size (0 is off) and window; whitelists below in as many columns as the longest has, -1 is empty.
+        # By slot: size (0 is off) and window. Whitelists have as many columns as the longest; -1 is empty.
         self._rules = np.zeros((req_states.max_num_reqs, 2), np.int64)
         self._whitelists: dict[int, frozenset[int]] = {}
         self._is_asked_for = np.zeros(req_states.max_num_reqs, np.bool_)
         self._has_image = torch.zeros(req_states.max_num_reqs, dtype=torch.bool, device=req_states.device)
         self._unseen: set[int] = set()
-        """Slots whose prompt has yet to be looked at."""
+        """Slots whose prompts have not been searched for images."""
         self._is_stale = True
         self.apply_staged_writes()
 
@@ -289,7 +304,7 @@ class DeviceGuard(DeviceProcessor):
     def _tail(
         self, rows: torch.Tensor, slots: torch.Tensor, ctx: LogitsContext, width: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The last `width` output tokens of each row, right-aligned, drafts included, and the output's length."""
+        """Return each row's last `width` output tokens, right-aligned, drafts included, and its output's length."""
         states = self._states
         prompt = states.prompt_len.gpu[slots].long()
         committed = states.total_len.gpu[slots].long() - prompt
@@ -297,7 +312,7 @@ class DeviceGuard(DeviceProcessor):
         index = lengths[:, None] - torch.arange(width, 0, -1, device=rows.device)
         known = (prompt[:, None] + index).clamp(0, states.all_token_ids.gpu.shape[1] - 1)
         tokens = states.all_token_ids.gpu[slots[:, None], known]
-        # The first draft is the input of the row after the one that took the last committed token.
+        # The first draft is the input of the row after that of the last committed token.
         drafted = (rows[:, None] + 1 + index - lengths[:, None]).clamp(0, len(ctx.input_ids) - 1)
         return torch.where(index >= committed[:, None], ctx.input_ids[drafted].to(tokens.dtype), tokens), lengths
 
@@ -310,18 +325,19 @@ def ban_repeats(
     white: torch.Tensor,
     largest_size: int,
 ) -> None:
-    """Set the banned tokens of each row to minus infinity, with no word back to the host.
+    """Set the logits of each row's banned tokens to minus infinity, without synchronising with the host.
 
     Args:
-        tail: (rows, width) the last output tokens, right-aligned; what is left of an output's begin may be anything.
-        lengths: (rows,) output tokens altogether.
-        rules: (rows, 2) size and window, 0 for no rule; width is at least the largest of each, added.
-        white: (rows, any) whitelists, filled up with -1.
-        largest_size: of `rules`.
+        logits: the logits, (rows, vocabulary), changed in place.
+        tail: the last output tokens, (rows, width), right-aligned; values before an output's begin are arbitrary.
+        lengths: the numbers of output tokens, (rows,).
+        rules: size and window, (rows, 2), 0 for no rule; `width` is at least the largest size plus the largest window.
+        white: whitelists, (rows, any), padded with -1.
+        largest_size: the largest size in `rules`.
     """
     sizes, windows = rules[:, :1], rules[:, 1:]
     prefixes = tail.unfold(1, largest_size - 1, 1)
-    # A smaller size compares only the prefix's last tokens.
+    # For a smaller size only the last tokens of the prefix are compared.
     is_outside = torch.arange(largest_size - 1, device=tail.device) < largest_size - sizes
     is_banned = ((prefixes[:, :-1] == prefixes[:, -1:]) | is_outside[:, None]).all(-1)
     last = tail[:, largest_size - 1 :].long()
@@ -330,5 +346,5 @@ def ban_repeats(
     is_banned &= (last[:, :, None] != white[:, None, :]).all(-1)
     last = last.clamp(0, logits.shape[1] - 1)
     values = logits.gather(1, last).masked_fill_(is_banned, -torch.inf)
-    # The smallest wins where a token occurs both banned and not.
+    # If a token occurs both banned and not, the minimum bans it.
     logits.scatter_reduce_(1, last, values, "amin")
