@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from types import SimpleNamespace
@@ -52,6 +53,18 @@ class Stand:
         snapshot = await self.directory.watch(EMPTY.version, 0)
         return snapshot.records[0] if snapshot.records else None
 
+    async def is_running(self) -> None:
+        """Wait until the engine runs a request."""
+        record = await self.record()
+        assert record is not None
+        headers = {"authorization": "Bearer sesame"}
+        async with httpx.AsyncClient(trust_env=False, timeout=30) as http, asyncio.timeout(30):
+            while True:
+                metrics = (await http.get(f"{record.base_url}/metrics", headers=headers)).text
+                if re.search(r"^vllm:num_requests_running\{.*\} 1\.0$", metrics, re.MULTILINE):
+                    return
+                await asyncio.sleep(0.01)
+
     async def ask(self, **body: Any) -> httpx.Response:
         record = await self.record()
         assert record is not None
@@ -80,7 +93,7 @@ async def start(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Start]:
         await replica.__init__("m", Settings(models={"m": model}, engine=engine), "x")  # type: ignore[misc]
         started.append(replica)
         stand = Stand(directory, replica)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while True:  # until the next heartbeat has told that it is ready
                 record = await stand.record()
                 if record is not None and record.state is ReplicaState.READY:
@@ -118,11 +131,14 @@ async def test_its_usage_asks_for_the_engines_key(start: Start) -> None:
         assert (totals["completion_tokens"], totals["requests"]) == (3, 1)
 
 
-async def test_a_replica_that_drains_is_known_to_before_it_refuses_and_finishes_what_runs(start: Start) -> None:
+async def test_a_replica_that_drains_is_known_to_before_it_refuses_and_finishes_what_runs(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replica_module, "_USAGE_S", 3)
     stand = await start(tokens_per_s=20)
     seen = await stand.directory.watch(EMPTY.version, 0, "router")
     running = asyncio.create_task(stand.ask(max_tokens=20))
-    await asyncio.sleep(0.2)
+    await stand.is_running()
     hearing = asyncio.create_task(stand.directory.watch(seen.version, 60, "router"))
     await asyncio.sleep(0.01)
     leaving = asyncio.create_task(stand.replica.leave())
@@ -131,10 +147,8 @@ async def test_a_replica_that_drains_is_known_to_before_it_refuses_and_finishes_
     assert (await stand.ask(max_tokens=1)).status_code == 200, "a router that has not acted on it is still served"
     await stand.directory.watch(heard.version, 0, "router")
     assert (await running).status_code == 200
-    ended_s = time.monotonic()
     assert (await stand.ask(max_tokens=1)).status_code == 200, "its usage can still be asked for"
     await leaving
-    assert time.monotonic() - ended_s >= 0.25
     assert await stand.record() is None
     with pytest.raises(httpx.ConnectError):
         async with httpx.AsyncClient(trust_env=False) as http:
@@ -144,7 +158,7 @@ async def test_a_replica_that_drains_is_known_to_before_it_refuses_and_finishes_
 async def test_what_runs_too_long_is_cut(start: Start) -> None:
     stand = await start(tokens_per_s=1, drain_s=0.2)
     running = asyncio.create_task(stand.ask(max_tokens=60))
-    await asyncio.sleep(0.2)
+    await stand.is_running()
     async with asyncio.timeout(15):
         await stand.replica.leave()
         with contextlib.suppress(httpx.HTTPError):
@@ -161,7 +175,7 @@ async def test_an_idle_replica_ends_at_once(start: Start) -> None:
 async def test_an_engine_that_dies_is_told_at_once_and_fails_its_health(start: Start) -> None:
     stand = await start(failures=("dead",))
     assert (await stand.ask()).status_code == 500
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(10):  # its lease lasts for a minute
         while await stand.record() is not None:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     await asyncio.sleep(0.2)
