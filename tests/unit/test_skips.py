@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,15 @@ def test_that_runs(): ...
 def run_tests(folder: Path, text: str) -> str:
     (folder / "test_it.py").write_text(text)
     command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-c", "/dev/null", "--rootdir"]
-    return subprocess.run([*command, folder, folder], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    run = subprocess.run(
+        [*command, folder, folder],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tests")},  # as in pyproject's pythonpath, which is not read here
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return run.stdout
 
 
 def test_a_run_ends_with_what_was_skipped_and_what_to_install(tmp_path: Path) -> None:
