@@ -6,7 +6,7 @@ SECONDS ?= 60
 RATE ?= 1
 ARRIVALS ?= poisson
 WORKERS ?= 1
-PROCESSES ?= 3
+PROCESSES ?= 4
 BIN    := .venv/bin
 
 .PHONY: help install serve demo-metrics lint format test test-fast coverage test-k8s test-slow load bench bench-full bench-check bench-gpu soak checkpoint clean
