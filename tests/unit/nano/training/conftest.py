@@ -11,4 +11,5 @@ from serving.nano.training.fonts import MONO, PROPORTIONAL, UNSEEN
 def fonts() -> None:
     """Skip what draws pages of free print where their fonts are not installed."""
     if not all(font.path.is_file() for font in (*MONO, *PROPORTIONAL, *UNSEEN)):
-        pytest.skip("the fonts of the training are not installed: see serving.nano.training.fonts")
+        packages = "fonts-dejavu-extra fonts-liberation2 fonts-noto-core fonts-noto-mono fonts-texgyre fonts-urw-base35"
+        pytest.skip(f"fonts that nano is trained on are not installed (apt-get install {packages})")
