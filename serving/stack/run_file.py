@@ -72,7 +72,7 @@ def run_folder() -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise ServingError(f"{folder}: must belong to this user, and no other user may have access")
+        raise ServingError(f"{folder}: must be a folder of this user that no other user can access")
     return folder
 
 

@@ -88,7 +88,8 @@ async def test_the_other_of_two_services_takes_over(tmp_path: Path) -> None:
     assert (job["pages_done"], job["pages_failed"]) == (NUM_PAGES, 0)
     assert {number: after[number] for number in before} == before
     assert all(asked[number] == 1 for number in before)
-    assert sum(times > 1 for times in asked.values()) <= 4
+    # In flight were four pages at most; as many may have been read and not been stored yet, as above.
+    assert sum(times > 1 for times in asked.values()) <= 8
     assert job["usage"]["estimated_cost"] == charged / 10**9
 
 

@@ -132,14 +132,14 @@ def test_a_port_has_one_stack_until_its_last_process_has_ended(folder: Path, hos
 def test_a_folder_that_others_can_open_is_not_trusted(folder: Path, mode: int) -> None:
     folder.mkdir()
     folder.chmod(mode)
-    with pytest.raises(ServingError, match="nobody else"):
+    with pytest.raises(ServingError, match="no other user can access"):
         find_runs()
 
 
 def test_a_link_in_the_place_of_the_folder_is_not_trusted(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     folder.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ServingError, match="must be a folder"):
+    with pytest.raises(ServingError, match="must be a folder of this user"):
         find_runs()
 
 
