@@ -63,7 +63,7 @@ async def serve(way: str, kind: Kind, num_connections: int) -> None:
     if way == "separate":
         protocol.JoiningProtocol.connection_made = HttpToolsProtocol.connection_made  # type: ignore[method-assign]
     clock = Clock()
-    server = HttpServer(clock.stream if kind == "chunk" else answer, host="127.0.0.1", port=0, drain_s=1)
+    server = HttpServer(clock if kind == "chunk" else answer, host="127.0.0.1", port=0, drain_s=1)
     await server.start()
     command = (sys.executable, "-m", "benchmarks.router.writes", "client", kind, str(num_connections), str(server.port))
     client = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
@@ -91,7 +91,7 @@ class Clock:
             due.set()
             await asyncio.sleep(TICK_S)
 
-    async def stream(self, scope: dict[str, Any], receive: object, send: Send) -> None:
+    async def __call__(self, scope: dict[str, Any], receive: object, send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         for _ in range(NUM_CHUNKS):
