@@ -9,6 +9,9 @@ WORKERS ?= 1
 PROCESSES ?= 4
 BIN    := .venv/bin
 
+# Compiled modules are kept even where the caller's environment forbids it: every test process would compile them anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help install serve demo-metrics lint format test test-fast coverage test-k8s test-slow load bench bench-full bench-check bench-gpu soak checkpoint clean
 
 help: ## show this list

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
@@ -11,6 +10,12 @@ from xdist.workermanage import Producer
 
 pytest_plugins = ("support.databases",)
 STACKS = "tests/e2e/"
+SCRIPTED_STACKS = tuple(
+    f"{STACKS}test_{name}.py"
+    for name in ("change", "faults", "keys_and_doors", "ledger", "ocr_death", "ocr_services", "scaling", "stopping")
+)
+"""Files whose tests start stacks of scripted engines; the others share the one that the shipped settings start."""
+_ENDS_THE_SHARED_STACK = "tests/e2e/test_lifecycle.py"
 _ROOMS = ("e2e", "k8s", "monitoring", "unit")
 HEAVY = (
     *("tests/e2e/", "tests/k8s/", "tests/monitoring/", "tests/unit/benchmarks/", "tests/unit/nano/", "tests/unit/ocr/"),
@@ -24,19 +29,22 @@ HEAVY = (
 _LIGHT = ("tests/unit/ocr/text/", "tests/unit/ocr/limits/test_shares", "tests/unit/ocr/limits/test_turns")
 
 
-class OneLaneForStacks(LoadScopeScheduling):
-    """Hands out tests by file, whose fixtures are costly, and all tests of whole stacks to one process.
+class LanesForStacks(LoadScopeScheduling):
+    """Hands out tests by file, whose fixtures are costly, and the tests of whole stacks to two processes.
 
-    Those share a stack, mostly wait, and would overload a small machine if several processes started stacks at once.
+    One has those that share a stack, the other has those that start scripted ones, one after the other: tests of stacks
+    mostly wait, but more stacks that start at once would overload a small machine.
     """
 
     def _split_scope(self, nodeid: str) -> str:
+        if nodeid.startswith(SCRIPTED_STACKS):
+            return "scripted stacks"
         return STACKS if nodeid.startswith(STACKS) else nodeid.partition("::")[0]
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> OneLaneForStacks:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LanesForStacks:
     config.option.loadscopereorder = False  # the order below is better than one by numbers of tests
-    return OneLaneForStacks(config, log)
+    return LanesForStacks(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,11 +54,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         is_slow_database = callspec is not None and callspec.params.get("database_url") == "postgresql"
         if is_slow_database or (item.nodeid.startswith(HEAVY) and not item.nodeid.startswith(_LIGHT)):
             item.add_marker(pytest.mark.heavy)
-    items.sort(key=lambda item: _rank(item.path))
+    items.sort(key=_rank)
 
 
-def _rank(file: Path) -> int:
-    return next((rank for rank, room in enumerate(_ROOMS) if room in file.parts), len(_ROOMS))
+def _rank(item: pytest.Item) -> tuple[int, bool, bool]:
+    room = next((rank for rank, room in enumerate(_ROOMS) if room in item.path.parts), len(_ROOMS))
+    return room, item.nodeid.startswith(SCRIPTED_STACKS), item.nodeid.startswith(_ENDS_THE_SHARED_STACK)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,38 +56,6 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture(scope="session")
-def start_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Stack]]:
-    """Starts `make serve` with more environment; everything that was started is ended with the run."""
-    started: list[Stack] = []
-
-    def start(**environment: str) -> Stack:
-        port = free_port()
-        log = tmp_path_factory.mktemp("stack") / "serve.log"
-        with log.open("wb") as out:
-            process = subprocess.Popen(
-                ["make", "serve", f"PORT={port}"],
-                cwd=ROOT,
-                env={**os.environ, **environment},
-                stdout=out,
-                stderr=out,
-                start_new_session=True,  # so that a signal to the group is what Ctrl-C is in a terminal
-            )
-        stack = Stack(process, f"http://127.0.0.1:{port}", log)
-        started.append(stack)
-        deadline = time.monotonic() + READY_WITHIN_S
-        while "Ready on" not in log.read_text():
-            assert process.poll() is None, log.read_text()[-4000:]
-            assert time.monotonic() < deadline, log.read_text()[-4000:]
-            time.sleep(0.2)
-        return stack
-
-    yield start
-    for stack in started:
-        if stack.process.poll() is None:
-            stop(stack)
-
-
 def stop(stack: Stack) -> int:
     """Ctrl-C: SIGINT to the whole foreground group. Returns the exit status."""
     os.killpg(stack.process.pid, signal.SIGINT)
@@ -102,14 +70,38 @@ def collector() -> Iterator[Collector]:
 
 
 @pytest.fixture(scope="session")
-def stack(start_stack: Callable[..., Stack], collector: Collector) -> Stack:
-    """The stack that most tests share, with small limits where a test would otherwise need large requests."""
-    return start_stack(
-        SERVING__TELEMETRY__OTLP_ENDPOINT=collector.url,
-        SERVING__BILLING__REPLICA_HOUR_DOLLARS__NANO="0.5",
-        SERVING__ROUTER__LIMITS__MAX_IMAGE_PIXELS="4000000",
-        SERVING__ROUTER__LIMITS__MAX_BODY_BYTES="8000000",
-    )
+def stack(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Stack]:
+    """The stack of the shipped settings, which most tests share.
+
+    Its limits are small where a test would otherwise need large requests. `test_lifecycle` ends it, as the last test.
+    """
+    small = {
+        "SERVING__TELEMETRY__OTLP_ENDPOINT": collector.url,
+        "SERVING__BILLING__REPLICA_HOUR_DOLLARS__NANO": "0.5",
+        "SERVING__ROUTER__LIMITS__MAX_IMAGE_PIXELS": "4000000",
+        "SERVING__ROUTER__LIMITS__MAX_BODY_BYTES": "8000000",
+    }
+    port, log = free_port(), tmp_path_factory.mktemp("stack") / "serve.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            ["make", "serve", f"PORT={port}"],
+            cwd=ROOT,
+            env={**os.environ, **small},
+            stdout=out,
+            stderr=out,
+            start_new_session=True,  # so that a signal to the group is what Ctrl-C is in a terminal
+        )
+    stack = Stack(process, f"http://127.0.0.1:{port}", log)
+    try:
+        deadline = time.monotonic() + READY_WITHIN_S
+        while "Ready on" not in log.read_text():
+            assert process.poll() is None, log.read_text()[-4000:]
+            assert time.monotonic() < deadline, log.read_text()[-4000:]
+            time.sleep(0.2)
+        yield stack
+    finally:
+        if process.poll() is None:
+            stop(stack)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ import psutil
 import pytest
 from support.papers import write_pdf
 
+from e2e.endings import ENDED_WITHOUT_SUPERVISOR, check_end, kill_supervisor
 from e2e.scripted_stack import SERVING, ScriptedStack, run_scripted_stack, wait_until
 
 SCRIPT = {"tokens_per_s": 200, "output_tokens": 20}
@@ -211,3 +212,8 @@ def leave(keyed: Keyed, is_stream: bool) -> float:
 def test_a_client_that_leaves_ends_its_generation_within_a_second(keyed: Keyed, is_stream: bool) -> None:
     # The best of three: asking for the metric alone may take long on a busy machine.
     assert min(leave(keyed, is_stream) for _ in range(3)) < 1.0
+
+
+def test_nothing_is_left_when_the_supervisor_is_killed(keyed: Keyed) -> None:
+    """The last test here: it ends the stack that they share."""
+    check_end(keyed.stack, kill_supervisor, -9, ENDED_WITHOUT_SUPERVISOR)
