@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
@@ -47,12 +48,23 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LanesFo
     return LanesForStacks(config, log)
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not import heavy files that are not going to run: with what they import that takes longer than the rest."""
+    if "not heavy" not in config.option.markexpr or collection_path.is_dir():
+        return None
+    return _is_heavy(collection_path.relative_to(config.rootpath).as_posix()) or None
+
+
+def _is_heavy(nodeid: str) -> bool:
+    return nodeid.startswith(HEAVY) and not nodeid.startswith(_LIGHT)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what is heavy. What takes longest begins first: files are handed out in this order."""
     for item in items:
         callspec = getattr(item, "callspec", None)
         is_slow_database = callspec is not None and callspec.params.get("database_url") == "postgresql"
-        if is_slow_database or (item.nodeid.startswith(HEAVY) and not item.nodeid.startswith(_LIGHT)):
+        if is_slow_database or _is_heavy(item.nodeid):
             item.add_marker(pytest.mark.heavy)
     items.sort(key=_rank)
 
