@@ -47,8 +47,8 @@ class NanoConfig:
     def __post_init__(self) -> None:
         if self.downsample_channels[1] != self.clip_width:
             raise ValueError("the compressed SAM features are CLIP's patch embeddings: their widths must agree")
-        if self.hidden_size != 64 * self.num_heads:
-            raise ValueError("the decoder's heads must be 64 wide")
+        if self.hidden_size % self.num_heads:
+            raise ValueError("the decoder's heads must be equally wide: hidden_size is no multiple of num_heads")
 
     @property
     def sam_side(self) -> int:

@@ -58,7 +58,9 @@ class DeepseekOCRForCausalLM(nn.Module, SupportsMultiModal, SupportsPP, Supports
             "model.norm.": "language_model.model.norm.",
             "lm_head.": "language_model.lm_head.",
             "model.": "",
-        }
+        },
+        # CLIP's buffer of 0, 1, 2, ...: older libraries saved it, and vLLM would refuse a file that has it.
+        orig_to_new_suffix={".embeddings.position_ids": None},
     )
 
     @classmethod

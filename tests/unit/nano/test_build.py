@@ -71,8 +71,8 @@ def test_config_agrees_with_the_sizes(tmp_path: Path) -> None:
 def test_impossible_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="widths must agree"):
         NanoConfig(clip_width=128)
-    with pytest.raises(ValueError, match="64 wide"):
-        NanoConfig(num_heads=2)
+    with pytest.raises(ValueError, match="equally wide"):
+        NanoConfig(num_heads=3)
 
 
 def test_the_command_imports_no_heavy_library(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -26,3 +27,11 @@ def stock_processing() -> types.ModuleType:
     from vllm.transformers_utils.processors import deepseek_ocr
 
     return deepseek_ocr
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with the published file set, names and widths, two layers of each kind, and random weights."""
+    from benchmarks.stand_in import Choices, write_stand_in
+
+    return write_stand_in(tmp_path_factory.mktemp("published"), Choices(with_position_ids=True))
