@@ -1,5 +1,5 @@
-# Every verb sets itself up: a fresh clone needs Python 3.11, git, make and a C compiler, nothing else.
-PYTHON ?= python3.11
+# Every verb sets itself up: a fresh clone needs Python 3.9 or newer, git, make and a C compiler, nothing else.
+PYTHON ?= $(or $(firstword $(foreach name,python3.11 python3,$(shell command -v $(name)))),python3)
 CONFIG ?= configs/local.yaml
 MINUTES ?= 15
 SECONDS ?= 60

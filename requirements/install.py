@@ -1,28 +1,37 @@
 """Make `.venv` ready: pinned dependencies, the project itself, and a check that vLLM imports.
 
-    python3.11 requirements/install.py [--accelerator auto|cpu|gpu] [--venv DIR] [--production]
+    python3 requirements/install.py [--accelerator auto|cpu|gpu] [--venv DIR] [--production]
 
-Needs nothing but the standard library. A second run finds its stamp and ends at once. The three machines it knows:
-one whose pip already finds torch's CPU build, an ordinary one without a GPU (PyTorch's CPU wheel index), and one with
-an NVIDIA GPU (PyPI's CUDA builds).
+Needs nothing but the standard library of Python 3.9 or newer; where there is no Python 3.11 for the environment, uv
+brings one. A second run finds its stamp and ends at once. The three machines it knows: one whose pip already finds
+torch's CPU build, an ordinary one without a GPU (PyTorch's CPU wheel index), and one with an NVIDIA GPU (PyPI's CUDA
+builds).
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import io
+import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-import venv
+import urllib.parse
+import urllib.request
 import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PYTHON = "3.11"
+"""What the environment gets; the lock files are for it."""
 UV = "uv==0.13.9"
+OLDEST_DRIVER = 580
+"""Major version of the oldest NVIDIA driver that runs CUDA 13, which the pinned torch and vLLM are built for."""
 CPU_TORCH = "torch==2.13.0+cpu"
 CPU_TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 # CUDA builds that break `import vllm` beside a CPU torch (transformers imports them whenever they are present).
@@ -60,21 +69,21 @@ def main() -> int:
 
 def install(directory: Path, accelerator: str) -> None:
     """Bring the virtual environment to the state that the lock file describes, or raise InstallError."""
-    if sys.version_info[:2] != (3, 11):
-        raise InstallError(f"Python 3.11 is needed, this is {sys.version.split()[0]}; run `make PYTHON=python3.11`.")
     lock = ROOT / "requirements" / f"{accelerator}.txt"
     stamp, wanted = directory / ".installed", fingerprint(lock)
     if stamp.exists() and stamp.read_text() == wanted:
         return
     started = time.monotonic()
     stamp.unlink(missing_ok=True)
+    if accelerator == "gpu":
+        check_driver()
     step(f"virtual environment {directory} for {accelerator}")
-    if not (directory / "bin" / "python").exists():
-        venv.create(directory, with_pip=True, clear=directory.exists())
     python = directory / "bin" / "python"
-    if is_for_another(python, accelerator):
+    if not has_version(python, PYTHON):
+        make_environment(directory)
+    elif is_for_another(python, accelerator):
         step("it was made for another accelerator and is made anew")
-        venv.create(directory, with_pip=True, clear=True)
+        make_environment(directory)
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]
     run([*pip, UV], "pip could not install uv; is a package index reachable?")
     if accelerator == "cpu":
@@ -97,9 +106,102 @@ def detect_accelerator() -> str:
     return "gpu" if listed.returncode == 0 and "GPU" in listed.stdout else "cpu"
 
 
+def check_driver() -> None:
+    """Raise InstallError if NVIDIA's driver is too old. There may be none, as where an image is built."""
+    if shutil.which("nvidia-smi") is None:
+        return
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    found = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
+    major = found[0].partition(".")[0] if found else ""
+    if major.isdigit() and int(major) < OLDEST_DRIVER:
+        raise InstallError(
+            f"NVIDIA's driver {found[0]} is too old: CUDA 13 needs {OLDEST_DRIVER} or newer. Update it (on Ubuntu: "
+            f"`sudo apt install nvidia-driver-{OLDEST_DRIVER}-server`, then restart), or leave the GPU alone: "
+            "`make install ACCELERATOR=cpu`."
+        )
+
+
+def has_version(python: Path, version: str) -> bool:
+    """Whether this is an interpreter that runs, of this version."""
+    code = "import sys; print('%d.%d' % sys.version_info[:2])"
+    try:
+        told = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False)
+    except OSError:
+        return False
+    return told.returncode == 0 and told.stdout.strip() == version
+
+
+def make_environment(directory: Path) -> None:
+    """Make the virtual environment anew, with pip: from a Python of the wanted version that is here, else by uv, which
+    downloads one."""
+    shutil.rmtree(directory, ignore_errors=True)
+    python = find_python()
+    if python is not None:
+        run([python, "-m", "venv", str(directory)], f"{python} could not make a virtual environment")
+        return
+    step(f"there is no Python {PYTHON} with venv and pip here: uv brings one")
+    with tempfile.TemporaryDirectory() as folder:
+        command = [find_uv(Path(folder)), "venv", "--quiet", "--seed", "--python", PYTHON, str(directory)]
+        run(command, f"uv could not bring Python {PYTHON}; install it (with venv), and run again")
+
+
+def find_python() -> str | None:
+    """A Python of the wanted version that can make environments: on Debian and Ubuntu that is a package of its own."""
+    for python in (sys.executable, shutil.which(f"python{PYTHON}")):
+        if python and has_version(Path(python), PYTHON):
+            tried = subprocess.run([python, "-c", "import ensurepip, venv"], capture_output=True, check=False)
+            if tried.returncode == 0:
+                return python
+    return None
+
+
+def find_uv(folder: Path) -> str:
+    """The path of uv: the one on PATH, or one that is put into the folder."""
+    present = shutil.which("uv")
+    if present is not None:
+        return present
+    if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True, check=False).returncode == 0:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]
+        run([*pip, "--target", str(folder), UV], "pip could not install uv; is a package index reachable?")
+        return str(folder / "bin" / "uv")
+    return str(download_uv(folder))  # Ubuntu's own Python has no pip
+
+
+def download_uv(folder: Path) -> Path:
+    """Fetch uv's wheel from the package index, as pip would, check it, and take the program out of it.
+
+    Raises:
+        InstallError: the index cannot be reached, or has no wheel for this machine.
+    """
+    index = os.environ.get("UV_DEFAULT_INDEX") or os.environ.get("PIP_INDEX_URL") or "https://pypi.org/simple"
+    shown = index.rpartition("@")[2]  # without a password
+    page = urllib.request.Request(f"{index.rstrip('/')}/uv/", headers={"Accept": "application/vnd.pypi.simple.v1+json"})
+    system = "macosx" if sys.platform == "darwin" else "manylinux"
+    try:
+        with urllib.request.urlopen(page, timeout=60) as answer:
+            files = json.load(answer)["files"]
+        wanted = f"uv-{UV.partition('==')[2]}-py3-none-{system}"
+        machine = platform.machine()
+        fit = [file for file in files if file["filename"].startswith(wanted) and machine in file["filename"]]
+        if not fit:
+            raise InstallError(f"{shown} has no {UV} for {sys.platform} on {machine}; install Python {PYTHON}")
+        with urllib.request.urlopen(urllib.parse.urljoin(page.full_url, fit[0]["url"]), timeout=600) as answer:
+            wheel = answer.read()
+    except (OSError, ValueError, KeyError) as error:
+        raise InstallError(f"uv cannot be fetched from {shown} ({error}); install Python {PYTHON}, or pip") from error
+    if hashlib.sha256(wheel).hexdigest() != fit[0]["hashes"]["sha256"]:
+        raise InstallError(f"{fit[0]['filename']} from {shown} is damaged; run again")
+    with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".data/scripts/uv"))
+        program = folder / "uv"
+        program.write_bytes(archive.read(name))
+    program.chmod(0o755)
+    return program
+
+
 def fingerprint(lock: Path) -> str:
     """Everything that decides what is installed; a change of any of it installs again."""
-    digest = hashlib.sha256(f"{sys.version}{ROOT}{lock.name}".encode())
+    digest = hashlib.sha256(f"{PYTHON}{ROOT}{lock.name}".encode())
     for file in (lock, ROOT / "pyproject.toml", Path(__file__)):
         digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from serving.engine.arguments import build_arguments
+from serving.engine.precision import choose_dtype
 from serving.engine.scripted.app import ScriptedEngine, run_scripted
 from serving.engine.serve_log import keep_serve_log
 from serving.engine.token_counts import EngineUsage, SequenceCounts, UsageApp
@@ -101,6 +102,10 @@ async def _run_vllm(
     vllm_internals = await asyncio.to_thread(_import_vllm)
     flags = build_arguments(name, model, settings.engine, checkpoint, settings.telemetry.traces_url)
     arguments = _parse(vllm_internals, flags)
+    given = arguments.dtype
+    arguments.dtype = choose_dtype(given, vllm_internals.is_built_for_cpus())
+    if arguments.dtype != given:
+        say(f"dtype auto: {arguments.dtype}, since this processor does not compute in bfloat16")
     with keep_serve_log():
         vllm_internals.configure_logging(arguments)
     say("starting the engine process and loading weights")

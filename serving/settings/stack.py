@@ -97,6 +97,7 @@ class ModelSettings(Frozen):
     """Replaces a fixed `num_replicas`."""
     cpus_per_replica: Annotated[float, Field(ge=0)] = 1
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0
+    """GPUs of a replica: a whole number, or the part of one that it shares with others (0.5: two engines a GPU)."""
     resources_per_replica: dict[Name, Amount] = Field(default_factory=dict)
     """Custom Ray resources that a replica needs, to place replicas on the nodes that offer them."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
@@ -116,6 +117,22 @@ class ModelSettings(Frozen):
         }
         if owned:
             raise ValueError(f"engine_args may not set {sorted(owned)}: the stack sets them itself")
+        return self
+
+    @model_validator(mode="after")
+    def _check_gpu_share(self) -> ModelSettings:
+        """Ray places replicas by their parts of a GPU, but each takes the memory that its engine arguments say."""
+        part = self.gpus_per_replica
+        if part > 1 and part % 1:
+            raise ValueError(f"gpus_per_replica {part} must be a whole number, or less than 1 to share a GPU")
+        if 0 < part < 1 and self.script is None:
+            given = {name.replace("-", "_"): value for name, value in self.engine_args.items()}
+            memory = given.get("gpu_memory_utilization")
+            if not isinstance(memory, int | float) or memory > part:
+                raise ValueError(
+                    f"engine_args.gpu_memory_utilization must be at most {part}, the replica's part of a GPU "
+                    "(gpus_per_replica); vLLM's default takes nearly all of its memory"
+                )
         return self
 
 

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
+import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _get_ray_resources_from_group_spec
 
 from k8s.manifests import Manifests
@@ -103,3 +104,7 @@ def check_weights(made: Manifests) -> Iterator[str]:
             waits = [" ".join(container["command"]) for container in pod.spec.get("initContainers", ())]
             if not left or not any(f"[ -e {left[-1]} ]" in words for words in waits):
                 yield f"{pod.owner}: does not wait for {left}, which {job.owner} leaves"
+    for name, model in yaml.safe_load(made.settings_text)["models"].items():
+        commit = model.get("engine_args", {}).get("revision")
+        if commit and f"--revision {commit}" not in " ".join(job.spec["containers"][0]["args"]):
+            yield f"{job.owner}: puts another revision there than {name} is served from"

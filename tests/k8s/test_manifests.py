@@ -69,6 +69,41 @@ def test_core_kinds_are_valid(made: Manifests) -> None:
     assert checked > 15
 
 
+@pytest.mark.parametrize(
+    ("driver", "said"),
+    [
+        ("NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27 07:15:14 UTC 2025", ""),
+        ("NVIDIA UNIX Open Kernel Module for x86_64  590.10  Release Build  (root@node)", ""),
+        ("NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15 UTC 2024", "NVIDIA driver 535: CUDA 13"),
+        ("NVIDIA UNIX Open Kernel Module for x86_64  570.1  Release Build", "NVIDIA driver 570: CUDA 13"),
+        (None, "NVIDIA driver not found: CUDA 13 needs 580 or newer"),
+    ],
+)
+def test_an_engines_pod_looks_at_the_nodes_driver_first(
+    texts: dict[str, str], tmp_path: Path, driver: str | None, said: str
+) -> None:
+    group = read_manifests("gpu-prod", texts["gpu-prod"]).groups["engines"]
+    first, *_ = group["template"]["spec"]["initContainers"]
+    shell, flag, script = first["command"]
+    file = tmp_path / "version"
+    if driver is not None:
+        file.write_text(f"NVRM version: {driver}\nGCC version:  gcc version 12.3.0\n")
+    assert script.count("/proc/driver/nvidia/version") == 1
+    command = [shell, flag, script.replace("/proc/driver/nvidia/version", str(file))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout[: len(said)]) == (1 if said else 0, said)
+
+
+def test_what_a_first_start_compiles_outlives_the_pod(texts: dict[str, str]) -> None:
+    made = read_manifests("gpu-prod", texts["gpu-prod"])
+    (model,) = yaml.safe_load(made.settings_text)["models"].values()
+    (container,) = made.groups["engines"]["template"]["spec"]["containers"]
+    mounts = {mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == "models"}
+    caches = [model["env"][name] for name in ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE")]
+    assert all(Path(folder).parts[:2] == ("/", "models") for folder in caches)
+    assert mounts == {"/models"}
+
+
 def test_a_field_that_there_is_not_is_an_error(made: Manifests) -> None:
     (job,) = made.of("Job")
     job["spec"]["template"]["spec"]["containers"][0]["comand"] = []
@@ -164,6 +199,7 @@ def test_everything_that_is_named_is_there(made: Manifests) -> None:
         ("cpu-dev", "wget -q -t 1 -T 4", "wget -q -T 4", "may ask for longer"),
         ("cpu-dev", "wget -q -t 1 -T 4", "wget -q -t 1 -T 9", "may take 18 s, and has"),
         ("gpu-prod", "touch /models/warm/deepseek-ocr", "touch /models/warm/other", "does not wait for"),
+        ("gpu-prod", "--revision 9f30", "--revision 0f30", "puts another revision there than deepseek-ocr"),
         ("gpu-prod", "proxy-body-size: 50m", "proxy-body-size: 1m", "Ingress: bodies of 1m"),
         ("gpu-prod", 'proxy-read-timeout: "660"', 'proxy-read-timeout: "60"', "proxy-read-timeout is shorter"),
         ("gpu-prod", 'proxy-buffering: "off"', 'proxy-buffering: "on"', "keeps events back"),

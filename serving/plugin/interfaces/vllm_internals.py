@@ -51,6 +51,13 @@ def replace_renderer(module: str, name: str) -> None:
     RENDERER_REGISTRY.renderers["hf"] = (module, name)  # `register` would warn about the replacement
 
 
+def is_built_for_cpus() -> bool:
+    """Return whether the installed vLLM computes on the processor instead of a device."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
 def known_server_args() -> frozenset[str]:
     """Return the names that `engine_args` in the settings may use: every option of vLLM's OpenAI server."""
     return frozenset(vars(parse_server_args([])))

@@ -18,7 +18,7 @@ CONFIG = Path("configs/h100.yaml")
 def test_the_bare_server_has_the_arguments_of_a_replica() -> None:
     plan = gpu.build_plan(load_settings(CONFIG, {}), CONFIG, 9001)
     assert plan.checkpoint == "deepseek-ai/DeepSeek-OCR"
-    for flag, value in (("--dtype", "bfloat16"), ("--max-num-seqs", "256"), ("--model", plan.checkpoint)):
+    for flag, value in (("--dtype", "bfloat16"), ("--max-num-seqs", "512"), ("--model", plan.checkpoint)):
         assert plan.bare[plan.bare.index(flag) + 1] == value
     assert "--no-enable-prefix-caching" in plan.bare
     assert plan.environment["VLLM_MEDIA_CONNECTOR"] == "serving"

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import functools
+import hashlib
+import http.server
 import importlib.metadata
 import importlib.util
+import json
+import platform
+import shutil
 import stat
 import subprocess
 import sys
+import threading
 import tomllib
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
@@ -83,10 +93,104 @@ def test_a_vllm_that_does_not_import_is_told_with_what_to_do(
     assert advice in str(caught.value)
 
 
-def test_another_python_is_refused(setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(setup.sys, "version_info", (3, 13, 0))
-    with pytest.raises(setup.InstallError, match=r"Python 3\.11"):
-        setup.install(tmp_path, "cpu")
+@pytest.mark.parametrize(
+    ("driver", "is_refused"), [("535.183.01", True), ("579.1", True), ("580.65.06", False), ("", False)]
+)
+def test_a_driver_that_is_too_old_for_cuda_13_is_refused(
+    setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: str, is_refused: bool
+) -> None:
+    make_command(tmp_path / "nvidia-smi", f"echo '{driver}'; echo '{driver}'")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with contextlib.ExitStack() as stack:
+        if is_refused:
+            complaint = rf"driver {driver} is too old: CUDA 13 needs 580 .*`make install ACCELERATOR=cpu`"
+            stack.enter_context(pytest.raises(setup.InstallError, match=complaint))
+        setup.check_driver()
+
+
+def test_an_image_is_built_where_there_is_no_driver(
+    setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    setup.check_driver()
+
+
+def test_the_setup_itself_runs_under_python_3_9(setup: ModuleType) -> None:
+    source = (ROOT / "requirements" / "install.py").read_text()
+    ast.parse(source, feature_version=(3, 9))
+    others = [python for minor in (9, 10, 12, 13) for python in find_pythons(f"3.{minor}")]
+    for python in others:
+        done = subprocess.run(
+            [python, "requirements/install.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def find_pythons(version: str) -> list[Path]:
+    """Interpreters of a version that are here: none where there is only the wanted one."""
+    shims = Path.home() / ".pyenv" / "versions"
+    found = shutil.which(f"python{version}")
+    return sorted(shims.glob(f"{version}.*/bin/python")) or ([Path(found)] if found else [])
+
+
+def test_uv_makes_the_environment_where_there_is_no_python_3_11(
+    setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the command that it is given; what uv does with it is uv's."""
+    uv = make_command(tmp_path / "bin" / "uv", 'mkdir -p "$6"; echo "$@" > "$6/asked"')
+    monkeypatch.setenv("PATH", f"{uv.parent}:/usr/bin:/bin")
+    monkeypatch.setattr(setup, "find_python", lambda: None)
+    setup.make_environment(tmp_path / "venv")
+    assert (tmp_path / "venv" / "asked").read_text().split() == [
+        *("venv", "--quiet", "--seed", "--python", "3.11", str(tmp_path / "venv"))
+    ]
+
+
+def test_a_python_that_cannot_make_environments_is_not_taken(
+    setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Debian's and Ubuntu's without their package python3-venv."""
+    without = make_command(tmp_path / "python3.11", 'case "$*" in *ensurepip*) exit 1;; esac; echo 3.11')
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(setup.sys, "executable", str(without))
+    assert setup.has_version(without, "3.11")
+    assert setup.find_python() is None
+
+
+@pytest.mark.parametrize("fault", ["", "hash", "machine", "index"])
+def test_uv_is_fetched_from_the_index_where_there_is_no_pip(
+    setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    version, machine = setup.UV.partition("==")[2], platform.machine() if fault != "machine" else "z80"
+    name = f"uv-{version}-py3-none-manylinux_2_17_{machine}.manylinux2014_{machine}.whl"
+    site = tmp_path / "simple" / "uv"
+    site.mkdir(parents=True)
+    with zipfile.ZipFile(site / name, "w") as wheel:
+        wheel.writestr(f"uv-{version}.data/scripts/uv", "#!/bin/sh\necho it runs\n")
+    sha256 = hashlib.sha256((site / name).read_bytes()).hexdigest() if fault != "hash" else 64 * "0"
+    (site / "index.html").write_text(
+        json.dumps({"files": [{"filename": name, "url": name, "hashes": {"sha256": sha256}}]})
+    )
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(QuietFiles, directory=str(tmp_path))
+    ) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place = "simple" if fault != "index" else "nowhere"
+        monkeypatch.setenv("UV_DEFAULT_INDEX", f"http://127.0.0.1:{server.server_port}/{place}/")
+        try:
+            if fault:
+                with pytest.raises(setup.InstallError, match=r"is damaged|has no uv==|cannot be fetched"):
+                    setup.download_uv(tmp_path)
+            else:
+                uv = setup.download_uv(tmp_path)
+                assert subprocess.run([uv], capture_output=True, text=True, check=True).stdout == "it runs\n"
+        finally:
+            server.shutdown()
+
+
+class QuietFiles(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
 
 
 def test_the_lock_for_cpus_holds_nothing_that_breaks_vllm_there(setup: ModuleType) -> None:

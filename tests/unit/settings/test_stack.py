@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
@@ -129,6 +130,20 @@ def test_a_model_that_cannot_be_run_is_refused(
         load_settings(file)
     assert caught.value.message.startswith(f"{file}: models.m.{key}: ")
     assert reason in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ("gpus_per_replica: 1.5", "gpus_per_replica 1.5 must be a whole number"),
+        ("gpus_per_replica: 0.5", "gpu_memory_utilization must be at most 0.5"),
+        ("gpus_per_replica: 0.25, engine_args: {gpu-memory-utilization: 0.3}", "must be at most 0.25"),
+        ("gpus_per_replica: 0.25, engine_args: {gpu_memory_utilization: lots}", "must be at most 0.25"),
+    ],
+)
+def test_engines_that_share_a_gpu_share_its_memory(write_settings: WriteSettings, model: str, reason: str) -> None:
+    with pytest.raises(SettingsError, match=re.escape(reason)):
+        load_settings(write_settings(f"models: {{m: {{checkpoint: x, {model}}}}}", is_whole=True))
 
 
 @pytest.mark.parametrize("argument", ["model", "served_model_name", "served-model-name", "host", "port", "api-key"])
@@ -382,7 +397,7 @@ MODELS = st.fixed_dictionaries(
     {"checkpoint": TEXT},
     optional={
         "num_replicas": st.integers(1, 1000),
-        "gpus_per_replica": st.floats(0, 8),
+        "gpus_per_replica": st.integers(0, 8),
         "engine_args": st.dictionaries(
             st.sampled_from(["dtype", "max_model_len", "enforce_eager", "limit_mm_per_prompt"]),
             st.none() | st.booleans() | st.integers() | TEXT | st.dictionaries(TEXT, st.integers()),

@@ -266,3 +266,9 @@ def test_the_environment_is_read_once_when_it_shall_be() -> None:
         assert envs._is_envs_cache_enabled()
     finally:
         envs.disable_envs_cache()
+
+
+def test_this_vllm_is_built_for_cpus_or_has_a_device() -> None:
+    from vllm.platforms import current_platform
+
+    assert vllm_internals.is_built_for_cpus() is not current_platform.is_cuda_alike()
