@@ -150,7 +150,9 @@ class _Watcher:
 def _describe_images(model_config: Any) -> tuple[tuple[str, Any], ...] | None:
     """Return the engine's image settings with defaults resolved, or None for a model that reads images differently."""
     try:
-        return ModeRules.from_config(read_image_config(model_config)).as_config()
+        config = read_image_config(model_config)
+        modes = (("modes", tuple(config["modes"])),) if "modes" in config else ()
+        return ModeRules.from_config(config).as_config() + modes
     except (TypeError, ValueError):
         return None
 

@@ -181,6 +181,10 @@ def build_model_config(sizes: NanoConfig = NANO) -> dict[str, Any]:
     }
 
 
+TINY_SIDE = 512
+"""Pixels of the side of the mode called tiny."""
+
+
 def build_processor_config(sizes: NanoConfig = NANO) -> dict[str, Any]:
     """Return the image processor's settings: the Tiny mode, one untiled view of the whole page."""
     return {
@@ -195,6 +199,7 @@ def build_processor_config(sizes: NanoConfig = NANO) -> dict[str, Any]:
         "image_std": [0.5, 0.5, 0.5],
         "image_token": "<image>",
         "mask_prompt": False,
+        "modes": ["tiny"] if sizes.image_size == TINY_SIDE else [],
         "normalize": True,
         "pad_token": "<｜▁pad▁｜>",
         "patch_size": sizes.patch_size,

@@ -44,6 +44,7 @@ from serving.router.accounting.accounts import Accounts
 from serving.router.accounting.request_account import CLIENT_CLOSED, Ending, RequestAccount, RequestContext
 from serving.router.accounting.token_bounds import bound_tokens
 from serving.router.relay.replica_relay import Relay
+from serving.router.request.foreign_fields import build_header
 from serving.router.request.parsing import RoutedRequest, parse_request
 from serving.router.request.remote_images import RemoteImages
 from serving.router.scheduling.dispatcher import Dispatcher
@@ -153,7 +154,13 @@ class Generation:
     async def _parse(self, account: RequestAccount, incoming: Incoming, memory: HeldBody) -> RoutedRequest:
         context, settings = account.context, self.settings
         body = await read_body(incoming.scope, incoming.receive, settings.router.limits, memory)
-        request = parse_request(context.route, body, settings)
+        request = parse_request(context.route, body, settings, self.dispatcher.trained_modes)
+        if request.ignored:
+            incoming.reply.headers.append(build_header(request.ignored))
+        if request.documents:
+            raise InvalidRequestError(
+                "Send documents to POST /v1/ocr; chats hold images.", param=request.documents[0].param
+            )
         if incoming.is_deepinfra or settings.router.usage_in_last_chunk:
             request = replace(request, usage_in_last_chunk=not request.wants_stream_usage)
         check_model_allowed(context.identity, request.model, *settings.models[request.model].aliases)

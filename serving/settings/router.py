@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
@@ -99,6 +99,9 @@ class RouterSettings(Frozen):
     authentication."""
     allow_unauthenticated: bool = False
     """Required to bind a router without API keys to a non-loopback address."""
+    unknown_fields: Literal["ignore", "refuse"] = "ignore"
+    """What becomes of a request's field that nobody here knows: it is left out and named in the answer's
+    `x-ignored-parameters`, or the request is refused with 400."""
     usage_in_last_chunk: bool = False
     """Whether the stream chunk with the `finish_reason` carries `usage` even if the client does not set
     `stream_options.include_usage`. Under DeepInfra's path `/v1/openai/` it always does, as DeepInfra's own does."""

@@ -137,7 +137,7 @@ MESSAGES: dict[str, Any] = {
     "with a role that is a list": [{"role": ["user"], "content": "Hello"}],
     "with a number for content": [{"role": "user", "content": 3}],
     "with an object for content": [{"role": "user", "content": {"type": "text", "text": "Hello"}}],
-    "with texts for parts": [{"role": "user", "content": ["Hello"]}],
+    "with numbers for parts": [{"role": "user", "content": [3]}],
     "with a part that is no object": [{"role": "user", "content": [3]}],
     "with a text that is a number": [{"role": "user", "content": [{"type": "text", "text": 3}]}],
     "with a text that is a list": [{"role": "user", "content": [{"type": "text", "text": ["a"]}]}],

@@ -67,7 +67,6 @@ FIELDS: dict[str, dict[str, Any]] = {
     "allowed_token_ids as text": {"allowed_token_ids": "all"},
     "user as a number": {"user": 3},
     "tools as text": {"tools": "all"},
-    "no tools": {"tools": []},
     "tools without functions": {"tools": [{"type": "function"}]},
     "tools of another type": {"tools": [{"type": "code_interpreter"}]},
     "a million bytes of tools": {"tools": [{"type": "function", "function": {"name": "a" * 10**6}}]},
@@ -108,23 +107,16 @@ FIELDS: dict[str, dict[str, Any]] = {
     "processor options as text": {"mm_processor_kwargs": "base"},
     "beam search": {"use_beam_search": True},
     "priority": {"priority": -(2**40)},
-    "another request's id": {"request_id": "chatcmpl-1"},
-    "session": {"session_id": "of-another-tenant"},
-    "cache salt": {"cache_salt": "of-another-tenant"},
     "transfer of a KV cache": {"kv_transfer_params": {"remote_host": "127.0.0.1", "do_remote_prefill": True}},
     "transfer of encodings": {"ec_transfer_params": {"remote_host": "127.0.0.1"}},
     "transfer through the back door": {"vllm_xargs": {"kv_transfer_params": "x"}},
     "arguments of 2^70": {"vllm_xargs": {"ngram_size": 2**70}},
     "arguments as a list": {"vllm_xargs": [1]},
     "template": {"chat_template": "{% for i in range(10**9) %}{% endfor %}"},
-    "template arguments": {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}},
     "documents": {"documents": [{"title": "a", "text": "b"}]},
     "media options": {"media_io_kwargs": {"image": {"url": "http://127.0.0.1/"}}},
     "embeddings": {"prompt_embeds": "gASVAAAA"},
     "echo": {"echo": True, "logprobs": True, "top_logprobs": 20},
-    "unknown": {"please": "yes"},
-    "key of a megabyte": {"x" * 2**20: 1},
-    "prototype": {"__proto__": {"admin": True}},
     "model as a number": {"model": 3},
     "model as a list": {"model": ["nano"]},
     "no model": {"model": None},
@@ -134,6 +126,18 @@ FIELDS: dict[str, dict[str, Any]] = {
     "model of a megabyte": {"model": "x" * 2**20},
     "model with a line break": {"model": "nano\r\nX: y"},
 }
+
+LEFT_OUT: dict[str, dict[str, Any]] = {
+    "no tools": {"tools": []},
+    "another request's id": {"request_id": "chatcmpl-1"},
+    "session": {"session_id": "of-another-tenant"},
+    "cache salt": {"cache_salt": "of-another-tenant"},
+    "template arguments": {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}},
+    "unknown": {"please": "yes"},
+    "key of a megabyte": {"x" * 2**20: 1},
+    "prototype": {"__proto__": {"admin": True}},
+}
+"""Fields that have no effect, since the engine does not get them."""
 
 FOR_ENGINE: dict[str, dict[str, Any]] = {
     "prompt over the context length": {"messages": [{"role": "user", "content": "x" * 30_000}]},

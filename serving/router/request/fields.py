@@ -6,26 +6,35 @@ The engine's own checks come later and are more detailed. These keep from it:
   (`prompt_logprobs`: a row of the whole vocabulary per prompt token; `use_beam_search`);
 - types and sizes that make vLLM 0.32 fail with a 5xx, or expand far beyond their size in the request (schemas).
 
-This is an allowlist: a field that a later vLLM adds is refused until it is listed here. OpenAI refuses unknown
-parameters, too.
+This is an allowlist: the engine gets no field that is not listed here; `foreign_fields` says what becomes of others.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
 
 from serving.errors import InvalidRequestError
+from serving.router.request.checks import (
+    MAX_INT,
+    Check,
+    an_object,
+    anything,
+    flag,
+    number,
+    one_of,
+    refuse,
+    text,
+    texts,
+    token_ids,
+    whole,
+)
+from serving.router.request.foreign_fields import FOREIGN, FOREIGN_CHAT, NOT_NULL
 from serving.router.request.json_schemas import is_circular
 
-Check = Callable[[str, Any], None]
-"""Raises InvalidRequestError for a value that the field may not have; never called with null."""
-
-_MAX_INT = 2**31 - 1
 _MAX_SPEC_BYTES = 64 * 1024
 """The most JSON of tools, schemas and grammars."""
 _MAX_REPEAT = 1000
@@ -42,102 +51,54 @@ _FORMATS = ("text", "json_object", "json_schema")
 _MAX_TOOLS = 128
 
 
-def check_fields(payload: Mapping[str, Any], checks: Mapping[str, Check]) -> None:
-    """Refuse unknown fields and invalid values.
+class FieldReport:
+    """What becomes of a body's fields."""
+
+    __slots__ = ("dropped", "ignored")
+
+    def __init__(self) -> None:
+        self.ignored: list[str] = []
+        """Names of fields that have no effect here, for the client."""
+        self.dropped: list[str] = []
+        """Fields that the engine does not get."""
+
+
+def check_fields(payload: Mapping[str, Any], checks: Mapping[str, Check], *, refuses_unknown: bool) -> FieldReport:
+    """Check the values of known fields, and find those that have no effect.
 
     Raises:
         InvalidRequestError: with the field as `param`.
     """
+    report = FieldReport()
     for key, value in payload.items():
         check = checks.get(key)
-        if check is None:
-            if value is not None:
+        if value is None:
+            if check is None or key in NOT_NULL:
+                report.dropped.append(key)
+        elif check is None:
+            if refuses_unknown:
                 shown = key[:100]
                 raise InvalidRequestError(f"Unknown parameter: '{shown}'.", param=shown, code="unknown_parameter")
-        elif value is not None:
-            check(key, value)
-
-
-def refuse(key: str, reason: str) -> InvalidRequestError:
-    return InvalidRequestError(f"{key} must be {reason}.", param=key)
-
-
-def _anything(key: str, value: Any) -> None:
-    """The field is checked elsewhere, or ignored."""
-
-
-def _flag(key: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise refuse(key, "true or false")
-
-
-def _whole(low: int, high: int) -> Check:
-    """Numbers in other forms (1e6, "1000000", true) are refused as well, since the engine would accept them."""
-
-    def check(key: str, value: Any) -> None:
-        if type(value) is not int or not low <= value <= high:
-            raise refuse(key, f"a whole number from {low} to {high}")
-
-    return check
-
-
-def _number(low: float, high: float, *, is_open: bool = False) -> Check:
-    """From `low`, or above it if `is_open`, up to and including `high`."""
-
-    def check(key: str, value: Any) -> None:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not is_number or not low <= value <= high or (is_open and value == low):
-            raise refuse(key, f"a number from {low:g} to {high:g}" + (f", not {low:g} itself" if is_open else ""))
-
-    return check
-
-
-def _text(max_chars: int) -> Check:
-    def check(key: str, value: Any) -> None:
-        if not isinstance(value, str) or len(value) > max_chars:
-            raise refuse(key, f"a string of at most {max_chars} characters")
-
-    return check
-
-
-def _one_of(*allowed: str) -> Check:
-    def check(key: str, value: Any) -> None:
-        if not isinstance(value, str) or value not in allowed:
-            raise refuse(key, f"one of {', '.join(allowed)}")
-
-    return check
-
-
-def _texts(max_items: int, max_chars: int) -> Check:
-    def check(key: str, value: Any) -> None:
-        is_list = isinstance(value, list) and len(value) <= max_items
-        if not is_list or not all(isinstance(text, str) and 0 < len(text) <= max_chars for text in value):
-            raise refuse(key, f"a list of at most {max_items} strings of 1 to {max_chars} characters")
-
-    return check
-
-
-def _token_ids(max_items: int) -> Check:
-    def check(key: str, value: Any) -> None:
-        is_list = isinstance(value, list) and len(value) <= max_items
-        if not is_list or not all(type(token) is int and 0 <= token <= _MAX_INT for token in value):
-            raise refuse(key, f"a list of at most {max_items} token ids")
-
-    return check
+            report.ignored.append(key)
+            report.dropped.append(key)
+        elif check(key, value):
+            report.ignored.append(key)
+            report.dropped.append(key)
+    return report
 
 
 def _stop(key: str, value: Any) -> None:
-    _texts(16, 256)(key, [value] if isinstance(value, str) else value)
+    texts(16, 256)(key, [value] if isinstance(value, str) else value)
 
 
 def _logit_bias(key: str, value: Any) -> None:
     if not isinstance(value, dict) or len(value) > 1024:
         raise refuse(key, "an object with at most 1024 token ids")
-    bias = _number(-100, 100)
-    for token, number in value.items():
-        if not (token.isascii() and token.isdigit() and len(token) <= 10 and int(token) <= _MAX_INT):
+    bias = number(-100, 100)
+    for token, weight in value.items():
+        if not (token.isascii() and token.isdigit() and len(token) <= 10 and int(token) <= MAX_INT):
             raise refuse(key, "an object with token ids for keys")
-        bias(key, number)
+        bias(key, weight)
 
 
 def _stream_options(key: str, value: Any) -> None:
@@ -150,12 +111,18 @@ def _stream_options(key: str, value: Any) -> None:
             raise refuse(f"{key}.{name}", "true or false")
 
 
+def _usage(key: str, value: Any) -> None:
+    """OpenRouter's way to ask for a stream's usage."""
+    if not isinstance(value, dict) or not isinstance(value.get("include"), bool | None):
+        raise refuse(key, "an object with include")
+
+
 def _xargs(key: str, value: Any) -> None:
     if not isinstance(value, dict) or not _XARGS.issuperset(value):
         raise refuse(key, f"an object with {', '.join(sorted(_XARGS))}")
     for name, given in value.items():
-        numbers = given if isinstance(given, list) else [given]
-        if len(numbers) > 1024 or not all(type(number) is int and 0 <= number <= _MAX_INT for number in numbers):
+        values = given if isinstance(given, list) else [given]
+        if len(values) > 1024 or not all(type(one) is int and 0 <= one <= MAX_INT for one in values):
             raise refuse(f"{key}.{name}", "a whole number or, for token ids, a list of them")
 
 
@@ -163,8 +130,8 @@ def _repetition(key: str, value: Any) -> None:
     names = ("max_pattern_size", "min_pattern_size", "min_count")
     if not isinstance(value, dict) or not set(value) <= set(names):
         raise refuse(key, f"an object with {', '.join(names)}")
-    for name, number in value.items():
-        _whole(0, 4096)(f"{key}.{name}", number)
+    for name, size in value.items():
+        whole(0, 4096)(f"{key}.{name}", size)
 
 
 def _response_format(key: str, value: Any) -> None:
@@ -190,7 +157,7 @@ def _structured_outputs(key: str, value: Any) -> None:
         if given is None:
             continue
         if name == "choice":
-            _texts(1024, 1024)(param, given)
+            texts(1024, 1024)(param, given)
             if not given:
                 raise refuse(param, "a list with at least one string")
         elif name == "json":
@@ -198,10 +165,10 @@ def _structured_outputs(key: str, value: Any) -> None:
             _spec(param, schema)
             check_references(param, schema)
         elif name in ("regex", "whitespace_pattern"):
-            _text(_MAX_SPEC_BYTES)(param, given)
+            text(_MAX_SPEC_BYTES)(param, given)
             _pattern(param, given)
         else:
-            _flag(param, given)
+            flag(param, given)
 
 
 def _parse_schema(key: str, value: Any) -> dict[str, Any]:
@@ -237,9 +204,9 @@ def _spec(key: str, value: Any) -> None:
         raise refuse(key, f"a schema with lengths and counts of at most {_MAX_REPEATS}")
 
 
-def _pattern(key: str, text: str) -> None:
+def _pattern(key: str, pattern: str) -> None:
     product = 1
-    for least, most in _REPEAT.findall(text):
+    for least, most in _REPEAT.findall(pattern):
         count = max((int(digits[:10]) for digits in (least, most) if digits), default=0)
         if least or most:
             product *= max(1, count)
@@ -253,12 +220,15 @@ def check_references(key: str, schema: Mapping[str, Any]) -> None:
         raise refuse(key, "a schema that does not refer to itself with nothing in between")
 
 
-def _tools(key: str, value: Any) -> None:
+def _tools(key: str, value: Any) -> bool:
+    if value == []:
+        return True
     if not isinstance(value, list) or not 0 < len(value) <= _MAX_TOOLS:
         raise refuse(key, f"a list of 1 to {_MAX_TOOLS} tools")
     for i, tool in enumerate(value):
         check_function(f"{key}[{i}]", tool)
     _spec(key, value)
+    return False
 
 
 def check_function(key: str, tool: Any) -> None:
@@ -276,78 +246,69 @@ def _tool_choice(key: str, value: Any) -> None:
         check_function(key, value)
 
 
-def _object(key: str, value: Any) -> None:
-    if not isinstance(value, dict):
-        raise refuse(key, "an object")
-
-
-_penalty = _number(-2, 2)
+_penalty = number(-2, 2)
 
 _BOTH: dict[str, Check] = {
-    "model": _anything,
-    "n": _anything,
-    "best_of": _anything,
-    "stream": _flag,
+    **FOREIGN,
+    "model": anything,
+    "n": anything,
+    "best_of": anything,
+    "stream": flag,
     "stream_options": _stream_options,
-    "max_tokens": _whole(1, _MAX_INT),
-    "temperature": _number(0, 2),
-    "top_p": _number(0, 1, is_open=True),
-    "top_k": _whole(-1, _MAX_INT),
-    "min_p": _number(0, 1),
+    "usage": _usage,
+    "max_tokens": whole(1, MAX_INT),
+    "temperature": number(0, 2),
+    "top_p": number(0, 1, is_open=True),
+    "top_k": whole(-1, MAX_INT),
+    "min_p": number(0, 1),
     "frequency_penalty": _penalty,
     "presence_penalty": _penalty,
-    "repetition_penalty": _number(0, 100, is_open=True),
-    "seed": _whole(-(2**63), 2**63 - 1),
+    "repetition_penalty": number(0, 100, is_open=True),
+    "seed": whole(-(2**63), 2**63 - 1),
     "stop": _stop,
-    "stop_token_ids": _token_ids(256),
-    "bad_words": _texts(256, 256),
-    "allowed_token_ids": _token_ids(4096),
+    "stop_token_ids": token_ids(256),
+    "bad_words": texts(256, 256),
+    "allowed_token_ids": token_ids(4096),
     "logit_bias": _logit_bias,
-    "min_tokens": _whole(0, _MAX_INT),
-    "ignore_eos": _flag,
-    "include_stop_str_in_output": _flag,
-    "skip_special_tokens": _flag,
-    "spaces_between_special_tokens": _flag,
-    "add_special_tokens": _flag,
-    "truncate_prompt_tokens": _whole(-1, _MAX_INT),
-    "return_token_ids": _flag,
-    "return_tokens_as_token_ids": _flag,
-    "stream_interval": _whole(1, 1024),
+    "min_tokens": whole(0, MAX_INT),
+    "ignore_eos": flag,
+    "include_stop_str_in_output": flag,
+    "skip_special_tokens": flag,
+    "spaces_between_special_tokens": flag,
+    "add_special_tokens": flag,
+    "truncate_prompt_tokens": whole(-1, MAX_INT),
+    "truncation_side": one_of("left", "right"),
+    "return_token_ids": flag,
+    "return_tokens_as_token_ids": flag,
+    "stream_interval": whole(1, 1024),
     "repetition_detection": _repetition,
     "response_format": _response_format,
     "structured_outputs": _structured_outputs,
     "vllm_xargs": _xargs,
-    "mm_processor_kwargs": _object,
-    "user": _text(_MAX_INT),
-    "metadata": _object,
+    "mm_processor_kwargs": an_object,
+    "user": text(MAX_INT),
+    "metadata": an_object,
+    "safety_identifier": text(512),
 }
 
 CHAT_FIELDS: Mapping[str, Check] = {
     **_BOTH,
-    "messages": _anything,
-    "max_completion_tokens": _whole(1, _MAX_INT),
-    "logprobs": _flag,
-    "top_logprobs": _whole(0, 20),
+    **FOREIGN_CHAT,
+    "messages": anything,
+    "max_completion_tokens": whole(1, MAX_INT),
+    "logprobs": flag,
+    "top_logprobs": whole(0, 20),
     "tools": _tools,
     "tool_choice": _tool_choice,
-    "parallel_tool_calls": _flag,
-    "add_generation_prompt": _flag,
-    "continue_final_message": _flag,
-    "reasoning_effort": _one_of("none", "minimal", "low", "medium", "high", "xhigh", "max"),
-    "include_reasoning": _flag,
-    # OpenAI's; official clients send them, and they have no effect here.
-    "store": _flag,
-    "service_tier": _text(64),
-    "safety_identifier": _text(512),
-    "prompt_cache_key": _text(512),
-    "verbosity": _one_of("low", "medium", "high"),
-    "modalities": _texts(4, 16),
+    "parallel_tool_calls": flag,
+    "add_generation_prompt": flag,
+    "continue_final_message": flag,
 }
 
 TEXT_FIELDS: Mapping[str, Check] = {
     **_BOTH,
-    "prompt": _anything,
-    "logprobs": _whole(0, 20),
-    "echo": _flag,
-    "suffix": _text(4096),
+    "prompt": anything,
+    "logprobs": whole(0, 20),
+    "echo": flag,
+    "suffix": text(4096),
 }

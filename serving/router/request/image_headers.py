@@ -21,7 +21,20 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF")
 _HEAD = re.compile(r"""data:[A-Za-z0-9!#$&^_.+*/;="-]{0,255};base64""")
 """The part before the comma."""
 _MAX_URL_CHARS = 8192
+_TO_BASE64 = str.maketrans("-_", "+/", " \t\r\n=")
+"""From the URL-safe alphabet, and without what is written between lines and at the end."""
 _HEAD_CHARS = 64 * 1024  # a multiple of four, so that the part is valid base64
+
+
+class BadBase64Error(InvalidImageError):
+    """The data of a data URL is not strict base64; `repair_data_url` may help."""
+
+
+def repair_data_url(url: str) -> str:
+    """The URL with its data in strict base64: without line breaks, in the standard alphabet, and padded."""
+    head, _, encoded = url.partition(",")
+    plain = encoded.translate(_TO_BASE64)
+    return f"{head},{plain}{'=' * (-len(plain) % 4)}"
 
 
 def check_image_url(url: Any, param: str, router: RouterSettings) -> tuple[int, int] | None:
@@ -33,6 +46,7 @@ def check_image_url(url: Any, param: str, router: RouterSettings) -> tuple[int, 
         router: limits, and whether remote images are allowed.
 
     Raises:
+        BadBase64Error: its data is not strict base64, as the engine requires it.
         RequestError: it is not a data URL, not an image, or over the pixel limit.
     """
     if not isinstance(url, str) or not url:
@@ -46,6 +60,8 @@ def check_image_url(url: Any, param: str, router: RouterSettings) -> tuple[int, 
     head, _, encoded = url.partition(",")
     if not _HEAD.fullmatch(head):
         raise InvalidImageError("The image's data URL must be base64: data:image/png;base64,...", param=param)
+    if len(encoded) % 4:
+        raise _bad_base64(param)
     size = _read_encoded_size(encoded, param)
     check_size(size, param, router)
     return size
@@ -70,7 +86,7 @@ def _read_encoded_size(encoded: str, param: str) -> tuple[int, int]:
     if len(encoded) > _HEAD_CHARS:
         try:
             return read_size(_decode(encoded[:_HEAD_CHARS], param), param)
-        except ImageTooLargeError:
+        except (ImageTooLargeError, BadBase64Error):
             raise
         except InvalidImageError:
             pass
@@ -81,7 +97,11 @@ def _decode(encoded: str, param: str) -> bytes:
     try:
         return pybase64.b64decode(encoded, validate=True)
     except ValueError as error:
-        raise InvalidImageError("The image's data URL is not valid base64.", param=param) from error
+        raise _bad_base64(param) from error
+
+
+def _bad_base64(param: str) -> BadBase64Error:
+    return BadBase64Error("The image's data URL is not valid base64.", param=param)
 
 
 def read_size(data: bytes, param: str) -> tuple[int, int]:

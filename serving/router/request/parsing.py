@@ -6,7 +6,7 @@ engine; vLLM's own error is then converted to OpenAI's shape.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,10 +14,10 @@ import orjson
 
 from serving.errors import InternalError, InvalidRequestError, ModelNotFoundError, ServingError
 from serving.http.bodies import decode_json
-from serving.plugin.modes.selection import DEFAULT, MODE_FOR_DETAIL
-from serving.router.request.fields import CHAT_FIELDS, TEXT_FIELDS, check_fields, check_function, refuse
-from serving.router.request.image_headers import check_image_url
-from serving.settings.router import RouterSettings
+from serving.plugin.modes.selection import DEFAULT
+from serving.router.request.checks import refuse
+from serving.router.request.fields import CHAT_FIELDS, TEXT_FIELDS, check_fields
+from serving.router.request.messages import MODE_FOR_DETAIL, Content, DocumentPart, check_messages
 from serving.settings.stack import Settings
 
 _CHOICE_COUNTS = ("n", "best_of")
@@ -25,19 +25,13 @@ _DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's and vLLM's default for completions; a chat's default is the rest of the context."""
 _CHARS_PER_TOKEN_ID = 3
 """How many characters a token id in a prompt counts for."""
-_ROLES = ("system", "developer", "user", "assistant", "tool")
-_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
-_OTHER_MEDIA = frozenset({"uuid", "image_pil", "image_embeds", "input_image"}) | {
-    "audio_url",
-    "audio_embeds",
-    "input_audio",
-    "video_url",
-    "video_embeds",
-    "prompt_embeds",
-    "file",
-    "thinking",
-    "tool_reference",
-}
+
+TrainedModes = Callable[[str], Collection[str]]
+"""The resolution modes that a model was trained for; empty if that is unknown."""
+
+
+def _any_mode(model: str) -> Collection[str]:
+    return ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +68,17 @@ class RoutedRequest:
 
     usage_in_last_chunk: bool = False
     """Whether a stream's usage belongs in the last chunk of its answer."""
+    ignored: tuple[str, ...] = ()
+    """Fields of the client's that have no effect."""
+    documents: tuple[DocumentPart, ...] = ()
+    """To be read by the OCR service instead of the engine."""
 
     def with_max_tokens(self, num_tokens: int) -> RoutedRequest:
         """The same request with a bound on its answer that the client has not set."""
         return replace(self, body=add_field(self.body, "max_tokens", num_tokens), max_tokens=num_tokens)
 
 
-def parse_request(path: str, body: bytes, settings: Settings) -> RoutedRequest:
+def parse_request(path: str, body: bytes, settings: Settings, trained_modes: TrainedModes = _any_mode) -> RoutedRequest:
     """Parse and check a complete body.
 
     Raises:
@@ -90,20 +88,27 @@ def parse_request(path: str, body: bytes, settings: Settings) -> RoutedRequest:
     model = _find_model(payload.get("model"), settings)
     is_chat = path.endswith("/chat/completions")
     num_choices = _count_choices(payload, settings.router.limits.max_choices)
-    check_fields(payload, CHAT_FIELDS if is_chat else TEXT_FIELDS)
+    refuses_unknown = settings.router.unknown_fields == "refuse"
+    report = check_fields(payload, CHAT_FIELDS if is_chat else TEXT_FIELDS, refuses_unknown=refuses_unknown)
     if is_chat:
-        content = _check_messages(payload.get("messages"), settings.router)
+        content = check_messages(payload.get("messages"), settings.router)
+        if "tool_choice" in payload and payload["tool_choice"] in ("none", "auto") and not payload.get("tools"):
+            report.dropped.append("tool_choice")  # vLLM refuses it without tools
     else:
         content = _check_prompt(payload)
         num_choices *= content.num_prompts
         if num_choices > settings.router.limits.max_choices:
             raise refuse("prompt", f"at most {settings.router.limits.max_choices} prompts times n")
-    stream_options = payload.get("stream_options")
     options = payload.get("mm_processor_kwargs") or {}
     if any(content.details) and "mode" not in options:
-        # The engine does not know `detail`; the body is encoded again only in this case.
-        options = {**options, "mode": [MODE_FOR_DETAIL.get(detail or "", DEFAULT) for detail in content.details]}
-        body = orjson.dumps({**payload, "mm_processor_kwargs": options})
+        # The engine does not know `detail`.
+        options = {**options, "mode": _choose_modes(content.details, trained_modes(model))}
+        payload["mm_processor_kwargs"] = options
+        content.is_changed = True
+    if report.dropped or content.is_changed:
+        for name in report.dropped:
+            payload.pop(name, None)
+        body = orjson.dumps(payload)
     if content.sizes and _keeps_special_tokens(payload):
         body = add_field(body, "skip_special_tokens", False)
     return RoutedRequest(
@@ -113,7 +118,7 @@ def parse_request(path: str, body: bytes, settings: Settings) -> RoutedRequest:
         image_sizes=tuple(content.sizes),
         image_options=options,
         is_stream=bool(payload.get("stream")),
-        wants_stream_usage=bool(stream_options and stream_options.get("include_usage")),
+        wants_stream_usage=_wants_stream_usage(payload),
         num_text_chars=content.num_chars,
         num_tool_bytes=_count_tool_bytes(payload),
         max_tokens=_read_max_tokens(payload, is_chat),
@@ -122,7 +127,21 @@ def parse_request(path: str, body: bytes, settings: Settings) -> RoutedRequest:
         num_prompts=content.num_prompts,
         num_messages=len(payload["messages"]) if is_chat else 1,
         is_constrained=_is_constrained(payload),
+        ignored=tuple(report.ignored),
+        documents=tuple(content.documents),
     )
+
+
+def _choose_modes(details: Sequence[str | None], trained: Collection[str]) -> list[str]:
+    """A mode for every image. One that the model was not trained for reads worse, whatever `detail` asks for."""
+    modes = [MODE_FOR_DETAIL.get(detail or "", DEFAULT) for detail in details]
+    return [mode if mode in trained or not trained else DEFAULT for mode in modes]
+
+
+def _wants_stream_usage(payload: Mapping[str, Any]) -> bool:
+    """Whether the client asked for a usage chunk, in OpenAI's way or in OpenRouter's."""
+    options, usage = payload.get("stream_options"), payload.get("usage")
+    return bool((options and options.get("include_usage")) or (usage and usage.get("include")))
 
 
 def _keeps_special_tokens(payload: Mapping[str, Any]) -> bool:
@@ -204,103 +223,23 @@ def _count_tool_bytes(payload: dict[str, Any]) -> int:
     return len(orjson.dumps(written)) if written else 0
 
 
-@dataclass(slots=True)
-class _Content:
-    """What a prompt consists of."""
-
-    num_chars: int = 0
-    sizes: list[tuple[int, int] | None] = field(default_factory=list)
-    details: list[str | None] = field(default_factory=list)
-    num_prompts: int = 1
-
-
-def _check_prompt(payload: dict[str, Any]) -> _Content:
+def _check_prompt(payload: dict[str, Any]) -> Content:
     """Check a prompt: a text, a list of token ids, or a list of either."""
     prompt = payload.get("prompt")
     if payload.get("echo") and payload.get("logprobs") is not None:
         # vLLM would compute a row over the whole vocabulary for every token of the prompt.
         raise InvalidRequestError("echo cannot be combined with logprobs.", param="echo")
     if isinstance(prompt, str) and prompt:
-        return _Content(num_chars=len(prompt))
+        return Content(num_chars=len(prompt))
     prompts = [prompt] if _is_token_ids(prompt) else prompt
     if not isinstance(prompts, list) or not prompts or not all(prompts):
         raise refuse("prompt", "a string, a list of token ids, or a list of either")
     if all(isinstance(text, str) for text in prompts):
-        return _Content(num_chars=sum(map(len, prompts)), num_prompts=len(prompts))
+        return Content(num_chars=sum(map(len, prompts)), num_prompts=len(prompts))
     if not all(_is_token_ids(ids) for ids in prompts):
         raise refuse("prompt", "a string, a list of token ids, or a list of either")
-    return _Content(num_chars=_CHARS_PER_TOKEN_ID * sum(map(len, prompts)), num_prompts=len(prompts))
+    return Content(num_chars=_CHARS_PER_TOKEN_ID * sum(map(len, prompts)), num_prompts=len(prompts))
 
 
 def _is_token_ids(value: Any) -> bool:
     return isinstance(value, list) and all(type(token) is int and 0 <= token < 2**31 for token in value) and bool(value)
-
-
-def _check_messages(messages: Any, router: RouterSettings) -> _Content:
-    if not isinstance(messages, list) or not messages:
-        raise InvalidRequestError("messages must be a list with at least one message.", param="messages")
-    if len(messages) > router.limits.max_messages:
-        raise InvalidRequestError(f"messages may hold {router.limits.max_messages} at most.", param="messages")
-    found = _Content()
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise InvalidRequestError("Every message must be an object.", param=f"messages[{i}]")
-        content = message.get("content")
-        if isinstance(content, str):
-            found.num_chars += len(content)
-        elif isinstance(content, list):
-            for j, part in enumerate(content):
-                _check_part(part, f"messages[{i}].content[{j}]", found, router)
-        elif content is not None:
-            raise refuse(f"messages[{i}].content", "a string or a list of parts")
-        role = message.get("role")
-        if not isinstance(role, str) or role not in _ROLES:
-            raise refuse(f"messages[{i}].role", f"one of {', '.join(_ROLES)}")
-        _check_calls(message, f"messages[{i}]")
-    return found
-
-
-def _check_part(part: Any, param: str, found: _Content, router: RouterSettings) -> None:
-    """Accept only text and images: vLLM would fetch what other parts refer to, and accepts embeddings and keys of its
-    cache (`uuid`, shared by all clients) anywhere in a part."""
-    if not isinstance(part, dict):
-        raise InvalidRequestError("Every content part must be an object.", param=param)
-    kind = part.get("type", "image_url" if "image_url" in part else None)
-    text_key = _TEXT_PARTS.get(kind) if isinstance(kind, str) else None
-    if (text_key is None and kind != "image_url") or (text_key is not None and "image_url" in part):
-        raise InvalidRequestError("Content parts may be of type text, refusal and image_url.", param=f"{param}.type")
-    if not _OTHER_MEDIA.isdisjoint(part):
-        key = sorted(_OTHER_MEDIA.intersection(part))[0]
-        raise InvalidRequestError(f"A content part may not have {key}.", param=f"{param}.{key}")
-    if text_key is None:
-        _check_image(part.get("image_url"), f"{param}.image_url", found, router)
-        return
-    text = part.get(text_key)
-    if text is not None:
-        if not isinstance(text, str):
-            raise refuse(f"{param}.{text_key}", "a string")
-        found.num_chars += len(text)
-
-
-def _check_image(image: Any, param: str, found: _Content, router: RouterSettings) -> None:
-    if len(found.sizes) == router.limits.max_images:
-        raise InvalidRequestError(f"A request may hold {router.limits.max_images} images at most.", param=param)
-    url, detail = (image.get("url"), image.get("detail")) if isinstance(image, dict) else (image, None)
-    if detail is not None and (not isinstance(detail, str) or detail not in MODE_FOR_DETAIL):
-        known = ", ".join(MODE_FOR_DETAIL)
-        raise InvalidRequestError(f"detail must be one of {known}.", param=f"{param}.detail")
-    found.sizes.append(check_image_url(url, param, router))
-    found.details.append(detail)
-
-
-def _check_calls(message: dict[str, Any], param: str) -> None:
-    """Check the fields of a message whose types vLLM does not check."""
-    calls = message.get("tool_calls")
-    if calls is not None:
-        if not isinstance(calls, list):
-            raise refuse(f"{param}.tool_calls", "a list")
-        for k, call in enumerate(calls):
-            check_function(f"{param}.tool_calls[{k}]", call)
-    for key in ("name", "tool_call_id"):
-        if not isinstance(message.get(key, ""), str | None):
-            raise refuse(f"{param}.{key}", "a string")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from random import Random
 
 from serving.billing.records import TokenCounts
@@ -66,6 +66,14 @@ class Dispatcher:
         """A replica that represents all of a model's; the last one known while there is none."""
         self._adopt_snapshot()
         return self._pools[model].sample
+
+    def trained_modes(self, model: str) -> Collection[str]:
+        """The resolution modes that the model's checkpoint says it was trained for; empty if it does not say."""
+        replica = self.sample(model)
+        if replica is None or replica.image_config is None:
+            return ()
+        modes: Collection[str] = dict(replica.image_config).get("modes", ())
+        return modes
 
     def estimate(self, request: RoutedRequest, reading: ImageReading, max_model_len: int) -> WorkEstimate:
         """The work that a request is admitted with; `reading` and `max_model_len` are those of the model's `sample`."""

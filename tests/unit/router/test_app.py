@@ -140,6 +140,15 @@ async def test_a_chunk_reaches_the_client_before_the_next_is_made(options: Any, 
             assert b"".join([chunk async for chunk in chunks]) == FRAMES[3]
 
 
+async def test_fields_without_effect_are_named_and_do_not_reach_the_engine(router: RunningRouter) -> None:
+    async with Engine(answers(orjson.dumps(ANSWER))) as engine, router.fronting(engine.record):
+        fields = {"priority": 0, "store": True, "temprature": 1, "usage": {"include": True}}
+        response = await router.chat(**fields, n=None, ignore_eos=None)
+        assert response.headers["x-ignored-parameters"] == "priority, store, temprature"
+        assert engine.asked[0].body == chat_body(usage={"include": True})
+        assert "x-ignored-parameters" not in (await router.chat(user="me")).headers
+
+
 async def test_many_at_once_get_their_own_answers(router: RunningRouter) -> None:
     async def echo(exchange: Exchange) -> None:
         await asyncio.sleep(0.01)

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from openai.resources.chat.completions import Completions as Chat
+from openai.resources.completions import Completions as Texts
 
 from serving.errors import InvalidRequestError
-from serving.router.request.fields import CHAT_FIELDS, TEXT_FIELDS, Check, check_fields
+from serving.router.request.checks import Check
+from serving.router.request.fields import CHAT_FIELDS, TEXT_FIELDS, check_fields
+from serving.router.request.foreign_fields import build_header
 from serving.router.request.json_schemas import is_circular
 
 TOOL = {"type": "function", "function": {"name": "read", "parameters": {"type": "object"}}}
@@ -17,7 +22,7 @@ TOOL = {"type": "function", "function": {"name": "read", "parameters": {"type": 
 
 def refusal(payload: dict[str, Any], checks: Mapping[str, Check] = CHAT_FIELDS) -> str | None:
     with pytest.raises(InvalidRequestError) as caught:
-        check_fields(payload, checks)
+        check_fields(payload, checks, refuses_unknown=True)
     assert caught.value.http_status == 400
     assert len(caught.value.message) < 500
     return caught.value.param
@@ -54,32 +59,100 @@ def refusal(payload: dict[str, Any], checks: Mapping[str, Check] = CHAT_FIELDS) 
         {"repetition_detection": {"max_pattern_size": 10, "min_count": 3}},
         {"ignore_eos": True, "return_token_ids": True, "user": "me", "metadata": {"a": "b"}, "store": False},
         {"reasoning_effort": "low", "verbosity": "high", "service_tier": "auto", "modalities": ["text"]},
-        dict.fromkeys([*CHAT_FIELDS, "priority", "please"]),
+        dict.fromkeys([*CHAT_FIELDS, "please"]),
     ],
 )
 def test_what_clients_send_passes(fields: dict[str, Any]) -> None:
-    check_fields(fields, CHAT_FIELDS)
+    check_fields(fields, CHAT_FIELDS, refuses_unknown=True)
 
 
 @pytest.mark.parametrize(
     "fields", [{"logprobs": 5, "echo": False, "suffix": "end", "best_of": 2}, dict.fromkeys(TEXT_FIELDS)]
 )
 def test_what_clients_send_to_completions_passes(fields: dict[str, Any]) -> None:
-    check_fields(fields, TEXT_FIELDS)
+    check_fields(fields, TEXT_FIELDS, refuses_unknown=True)
 
 
 @pytest.mark.parametrize(
     "key",
     [
-        *("priority", "request_id", "session_id", "cache_salt", "kv_transfer_params", "ec_transfer_params"),
-        *("chat_template", "chat_template_kwargs", "documents", "media_io_kwargs", "prompt_embeds", "mm_payload"),
-        *("prompt_logprobs", "logprob_token_ids", "use_beam_search", "length_penalty", "routed_experts_prompt_start"),
-        *("return_prompt_text", "trace_decode_token_ids", "watermarking", "guided_regex", "", "x" * 10_000),
+        *("priority", "kv_transfer_params", "ec_transfer_params", "chat_template", "documents", "media_io_kwargs"),
+        *("prompt_embeds", "mm_payload", "prompt_logprobs", "logprob_token_ids", "use_beam_search"),
+        *("routed_experts_prompt_start", "return_prompt_text", "trace_decode_token_ids", "watermarking"),
+        *("guided_regex", "guided_json", "guided_choice", "service_tier", "", "x" * 10_000),
     ],
 )
 @pytest.mark.parametrize("checks", [CHAT_FIELDS, TEXT_FIELDS], ids=["chat", "completion"])
-def test_what_is_not_for_the_public_is_unknown(key: str, checks: Mapping[str, Check]) -> None:
+def test_what_is_not_for_the_public_is_refused(key: str, checks: Mapping[str, Check]) -> None:
     assert refusal({key: 1}, checks) == key[:100]
+
+
+HARMLESS: list[dict[str, Any]] = [
+    {"priority": 0, "use_beam_search": False, "length_penalty": 1.0, "cache_salt": "a", "request_id": "b"},
+    {"chat_template_kwargs": {"enable_thinking": False}, "reasoning": {"effort": "low"}, "session_id": "s"},
+    {"documents": [], "media_io_kwargs": {}, "return_prompt_text": False, "thinking_token_budget": 5},
+    {"service_tier": "auto", "store": True, "prompt_cache_key": "k", "prompt_cache_retention": "24h"},
+    {"provider": {"order": ["a"]}, "transforms": []},
+]
+HARMLESS_CHAT: list[dict[str, Any]] = [
+    {"echo": False, "functions": [], "function_call": "none", "modalities": ["text"], "prediction": {"content": "a"}},
+    {"reasoning_effort": "low", "verbosity": "high", "include_reasoning": True, "tools": []},
+]
+
+
+@pytest.mark.parametrize(
+    ("fields", "checks"),
+    [(fields, checks) for checks in (CHAT_FIELDS, TEXT_FIELDS) for fields in HARMLESS]
+    + [(fields, CHAT_FIELDS) for fields in HARMLESS_CHAT],
+)
+def test_what_has_no_effect_is_left_out_and_named(fields: dict[str, Any], checks: Mapping[str, Check]) -> None:
+    report = check_fields(fields, checks, refuses_unknown=True)
+    assert report.ignored == report.dropped == list(fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"priority": 1}, {"priority": False}, {"use_beam_search": True}, {"echo": True}, {"documents": [{"a": "b"}]}),
+        *({"functions": [{"name": "f"}]}, {"function_call": {"name": "f"}}, {"audio": {"voice": "a"}}),
+        *({"modalities": ["text", "audio"]}, {"moderation": {}}, {"web_search_options": {}}, {"store": "yes"}),
+        *({"service_tier": "flex"}, {"service_tier": "priority"}, {"chat_template": "{{ 1 }}"}),
+    ],
+)
+def test_what_would_change_the_answer_is_refused(fields: dict[str, Any]) -> None:
+    assert refusal(fields) == next(iter(fields))
+
+
+def test_names_that_nobody_knows_are_ignored_or_refused_as_the_settings_say() -> None:
+    report = check_fields({"temprature": 1, "n": None, "x": None}, CHAT_FIELDS, refuses_unknown=False)
+    assert (report.ignored, report.dropped) == (["temprature"], ["temprature", "n", "x"])
+    assert refusal({"temprature": 1}) == "temprature"
+
+
+@pytest.mark.parametrize(
+    ("create", "checks"),
+    [
+        (Chat.create, CHAT_FIELDS),
+        (Chat.parse, CHAT_FIELDS),
+        (Texts.create, TEXT_FIELDS),
+    ],
+)
+def test_every_field_of_the_official_client_is_known(create: Callable[..., Any], checks: Mapping[str, Check]) -> None:
+    local = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
+    assert set(inspect.signature(create).parameters) - local <= checks.keys()
+
+
+@pytest.mark.parametrize(
+    ("names", "value"),
+    [
+        (["a", "b[0].c"], b"a, b[0].c"),
+        (["a\r\nset-cookie: b", "\u00e9,"], b"a%0D%0Aset-cookie%3A%20b, %C3%A9%2C"),
+        (["x" * 1000], b"x" * 64),
+        (["a"] * 21, b", ".join([b"a"] * 20) + b", ..."),
+    ],
+)
+def test_a_header_names_what_was_ignored(names: list[str], value: bytes) -> None:
+    assert build_header(names) == (b"x-ignored-parameters", value)
 
 
 def test_each_path_has_its_own_fields() -> None:
@@ -149,7 +222,7 @@ JSON = st.recursive(
 def test_arbitrary_values_raise_nothing_but_their_own_error(key: str, value: Any) -> None:
     for checks in (CHAT_FIELDS, TEXT_FIELDS):
         with contextlib.suppress(InvalidRequestError):
-            check_fields({key: value}, checks)
+            check_fields({key: value}, checks, refuses_unknown=True)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Every hostile field of the corpus, refused by the parser; the corpus itself sends only some of them over the wire."""
+"""Every hostile field of the corpus, refused or left out by the parser; the corpus sends only some over the wire."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hostile.fields import FIELDS
+from hostile.fields import FIELDS, LEFT_OUT
 from support.router_stack import MODEL, build_settings
 
 from serving.errors import ServingError
@@ -20,3 +20,11 @@ def test_a_hostile_field_is_refused(fields: dict[str, Any]) -> None:
         parse_request("/v1/chat/completions", json.dumps(body).encode(), build_settings())
     assert 400 <= caught.value.http_status < 500
     assert len(caught.value.message) < 4000
+
+
+@pytest.mark.parametrize("fields", LEFT_OUT.values(), ids=LEFT_OUT)
+def test_the_engine_does_not_get_a_field_without_effect(fields: dict[str, Any]) -> None:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}]}
+    request = parse_request("/v1/chat/completions", json.dumps({**body, **fields}).encode(), build_settings())
+    assert json.loads(request.body) == body
+    assert request.ignored == tuple(fields)
