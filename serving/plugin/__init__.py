@@ -7,20 +7,23 @@ vLLM imports the model's module when a checkpoint names the architecture.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 ARCHITECTURE = "DeepseekOCRForCausalLM"
+CHAT_TEMPLATE = Path(__file__).parent / "model" / "chat_template.jinja"
 
 
 def register() -> None:
     """Register this project's model instead of vLLM's own for the published architecture. May be called repeatedly."""
     from vllm import ModelRegistry
 
-    from serving.plugin.interfaces.vllm_internals import adapt_engine_config, replace_renderer
+    from serving.plugin.interfaces.vllm_internals import adapt_engine_config, replace_renderer, set_chat_template
 
     ModelRegistry.register_model(ARCHITECTURE, "serving.plugin.model.deepseek_ocr:DeepseekOCRForCausalLM")
     adapt_engine_config(ARCHITECTURE, _configure)
     replace_renderer("serving.plugin.model.renderer", "PageRenderer")
+    set_chat_template("deepseek_ocr", CHAT_TEMPLATE)
 
 
 def _configure(vllm_config: Any) -> None:

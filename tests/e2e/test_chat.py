@@ -88,6 +88,22 @@ def test_a_chat_of_several_turns_with_a_system_message_and_no_image(client: open
     check_usage(answer.usage, num_prompt=1 + len("Be brief. Hi. Hello. Bye."), num_completion=4)
 
 
+def test_messages_may_come_in_any_order_of_roles(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=[
+            {"role": "assistant", "content": "Hello."},
+            {"role": "developer", "content": "Be brief."},
+            {"role": "user", "content": "a"},
+            {"role": "user", "content": [{"type": "text", "text": "b"}]},
+            {"role": "tool", "tool_call_id": "c", "content": "3"},
+        ],
+        max_tokens=4,
+        extra_body={"ignore_eos": True},
+    )
+    check_usage(answer.usage, num_prompt=1 + len("Hello.Be brief.a\nb3"), num_completion=4)
+
+
 @pytest.mark.parametrize("model", [MODEL, ALIAS])
 @pytest.mark.parametrize("prefix", ["/v1", "/v1/openai"])
 def test_a_client_of_a_hosted_api_changes_only_the_host(stack: Stack, model: str, prefix: str) -> None:

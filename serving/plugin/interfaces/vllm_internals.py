@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import orjson
@@ -56,6 +57,14 @@ def is_built_for_cpus() -> bool:
     from vllm.platforms import current_platform
 
     return bool(current_platform.is_cpu())
+
+
+def set_chat_template(model_type: str, file: Path) -> None:
+    """Make vLLM use this template for models of a type whose tokenizer has none."""
+    from vllm.transformers_utils.chat_templates import registry
+
+    # `register_chat_template_fallback_path` would warn about the replacement
+    registry._MODEL_TYPE_TO_CHAT_TEMPLATE_FALLBACK[model_type] = file
 
 
 def known_server_args() -> frozenset[str]:

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +28,16 @@ def test_encoder_layers_take_the_sizes_that_are_given_to_them() -> None:
     assert wanted <= set(inspect.signature(sam).parameters)
     assert {"config", "quant_config", "prefix"} <= set(inspect.signature(clip).parameters)
     assert list(inspect.signature(projector).parameters) == ["cfg"]
+
+
+def test_a_chat_template_replaces_vllms_own_for_the_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.transformers_utils.chat_templates import get_chat_template_fallback_path, registry
+    from vllm.transformers_utils.configs.deepseek_vl2 import DeepseekVLV2Config
+
+    monkeypatch.setattr(registry, "_MODEL_TYPE_TO_CHAT_TEMPLATE_FALLBACK", {"deepseek_ocr": tmp_path / "stock"})
+    vllm_internals.set_chat_template("deepseek_ocr", tmp_path / "own")
+    model_type = DeepseekVLV2Config(architectures=["DeepseekOCRForCausalLM"]).model_type
+    assert get_chat_template_fallback_path(model_type, "nano") == tmp_path / "own"
 
 
 @pytest.mark.parametrize("name", ["_mark_tower_model", "_mark_language_model"])
