@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -9,13 +10,16 @@ from typing import Any
 import orjson
 
 from serving.cluster.directory import ReplicaRecord
-from serving.errors import InternalError, ReplicaUnreachableError, UpstreamError, from_engine
+from serving.errors import InternalError, ReplicaUnreachableError, ServingError, UpstreamError, from_engine
 from serving.http.reply import Reply
 from serving.router.accounting.answer_usage import StreamAnnotator, UsageNotes, annotate_answer
 from serving.router.relay.http_client import Answer, Upstream
-from serving.router.request.parsing import RoutedRequest, blame
+from serving.router.request.parsing import RoutedRequest, explain_refusal
 from serving.settings.router import RouterSettings
 
+logger = logging.getLogger(__name__)
+
+_MAX_LOGGED_CHARS = 500
 _MAX_ERROR_BYTES = 256 * 1024
 _USAGE_TIMEOUT_S = 5.0
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
@@ -69,11 +73,11 @@ class Relay:
         url = replica.base_url + request.path
         async with self._upstream.request("POST", url, headers, request.body) as answer:
             if answer.status >= 400:
-                raise blame(request, from_engine(answer.status, await _read_error(answer)))
+                raise await _read_refusal(request, answer)
             if request.is_stream:
                 shows, in_last = request.wants_stream_usage, request.usage_in_last_chunk
                 annotator = StreamAnnotator(notes, shows_usage=shows, usage_in_last=in_last)
-                return await _relay_stream(answer, annotator, reply)
+                return await _relay_stream(request, answer, annotator, reply)
             return annotate_answer(await answer.read(), notes)
 
     async def fetch_usage(self, replica: ReplicaRecord, request_id: str) -> dict[str, Any] | None:
@@ -88,12 +92,12 @@ class Relay:
         return found if isinstance(found, dict) else None
 
 
-async def _relay_stream(answer: Answer, annotator: StreamAnnotator, reply: Reply) -> bytes:
+async def _relay_stream(request: RoutedRequest, answer: Answer, annotator: StreamAnnotator, reply: Reply) -> bytes:
     """Send frames as they arrive. Nothing is sent before the first one, so that another replica may be tried until
     then. Returns the final frames, which may be sent only when the request is accounted for."""
     out = annotator.feed(await answer.read_some())
     if annotator.error is not None:
-        raise annotator.error
+        raise explain_refusal(request, annotator.error)
     await reply.start_stream()
     if out:
         await reply.write(out)
@@ -103,8 +107,19 @@ async def _relay_stream(answer: Answer, annotator: StreamAnnotator, reply: Reply
             await reply.write(out)
     last = annotator.flush()
     if not annotator.is_done:
-        raise annotator.error or ReplicaUnreachableError("The replica ended this answer before it was complete.")
+        if annotator.error is not None:
+            raise explain_refusal(request, annotator.error)
+        raise ReplicaUnreachableError("The replica ended this answer before it was complete.")
     return last
+
+
+async def _read_refusal(request: RoutedRequest, answer: Answer) -> ServingError:
+    """An error answer as the client is told of it. The engine's words stay here: they go to the log."""
+    found = await _read_error(answer)
+    error = explain_refusal(request, from_engine(answer.status, found))
+    if answer.status < 500:
+        logger.info("an engine refused a request with %d: %s", answer.status, str(found)[:_MAX_LOGGED_CHARS])
+    return error
 
 
 async def _read_error(answer: Answer) -> Any:

@@ -16,6 +16,7 @@ from serving.errors import InternalError, InvalidRequestError, ModelNotFoundErro
 from serving.http.bodies import decode_json
 from serving.plugin.modes.selection import DEFAULT
 from serving.router.request.checks import refuse
+from serving.router.request.engine_refusals import rewrite_refusal
 from serving.router.request.fields import CHAT_FIELDS, TEXT_FIELDS, check_fields
 from serving.router.request.messages import MODE_FOR_DETAIL, Content, DocumentPart, check_messages
 from serving.settings.stack import Settings
@@ -66,12 +67,19 @@ class RoutedRequest:
     is_constrained: bool = False
     """Whether the answer has to match a grammar given by the client."""
 
+    has_structured_outputs: bool = False
+    """Whether that grammar is in vLLM's field for it."""
+
     usage_in_last_chunk: bool = False
     """Whether a stream's usage belongs in the last chunk of its answer."""
     ignored: tuple[str, ...] = ()
     """Fields of the client's that have no effect."""
     documents: tuple[DocumentPart, ...] = ()
     """To be read by the OCR service instead of the engine."""
+
+    @property
+    def is_chat(self) -> bool:
+        return self.path.endswith("/chat/completions")
 
     def with_max_tokens(self, num_tokens: int) -> RoutedRequest:
         """The same request with a bound on its answer that the client has not set."""
@@ -105,6 +113,8 @@ def parse_request(path: str, body: bytes, settings: Settings, trained_modes: Tra
         options = {**options, "mode": _choose_modes(content.details, trained_modes(model))}
         payload["mm_processor_kwargs"] = options
         content.is_changed = True
+    if "stream_options" in payload and not payload.get("stream"):
+        report.dropped.append("stream_options")  # vLLM refuses it without a stream
     if report.dropped or content.is_changed:
         for name in report.dropped:
             payload.pop(name, None)
@@ -127,6 +137,7 @@ def parse_request(path: str, body: bytes, settings: Settings, trained_modes: Tra
         num_prompts=content.num_prompts,
         num_messages=len(payload["messages"]) if is_chat else 1,
         is_constrained=_is_constrained(payload),
+        has_structured_outputs=payload.get("structured_outputs") is not None,
         ignored=tuple(report.ignored),
         documents=tuple(content.documents),
     )
@@ -158,15 +169,17 @@ def _is_constrained(payload: dict[str, Any]) -> bool:
     return has_form or has_calls or payload.get("structured_outputs") is not None
 
 
-def blame(request: RoutedRequest, error: ServingError) -> ServingError:
-    """Attribute an engine's error to the client or the engine: vLLM answers 500 if no text can match a request's
-    grammar (`[^\\s\\S]`), which cannot be known beforehand. If that counted against the replica, a client could disable
-    it."""
+def explain_refusal(request: RoutedRequest, error: ServingError) -> ServingError:
+    """What the client is told of an engine's error.
+
+    vLLM answers 500 if no text can match a request's grammar (`[^\\s\\S]`), which cannot be known beforehand. If that
+    counted against the replica, a client could disable it.
+    """
     if request.is_constrained and isinstance(error, InternalError) and error.http_status == 500:
         return InvalidRequestError(
             "No answer fits the response_format, structured_outputs or tools of this request.", code="constraint_failed"
         )
-    return error
+    return rewrite_refusal(error, is_chat=request.is_chat, has_structured_outputs=request.has_structured_outputs)
 
 
 def _find_model(name: Any, settings: Settings) -> str:

@@ -346,16 +346,22 @@ async def test_a_client_that_never_sends_its_body_is_refused_in_the_end(
 
 
 @pytest.mark.parametrize(
-    ("status", "message", "shown_status", "code"),
+    ("status", "message", "shown", "param", "code"),
     [
-        (400, "temperature must be non-negative", 400, None),
-        (422, "Input should be a valid integer", 400, None),
-        (400, "This model's maximum context length is 2048 tokens.", 400, "context_length_exceeded"),
+        (400, "temperature must be non-negative", "prompt has a value that", "prompt", "invalid_value"),
+        (422, "Input should be a valid integer", "prompt has a value that", "prompt", "invalid_value"),
+        (
+            400,
+            "This model's maximum context length is 2048 tokens.",
+            "The prompt is too long for this model's context of 2048 tokens",
+            "messages",
+            "context_length_exceeded",
+        ),
     ],
 )
 @pytest.mark.parametrize("is_stream", [False, True])
 async def test_a_refusal_of_the_engine_comes_in_openai_shape(
-    status: int, message: str, shown_status: int, code: str | None, is_stream: bool, router: RunningRouter
+    status: int, message: str, shown: str, param: str, code: str, is_stream: bool, router: RunningRouter
 ) -> None:
     body = {"error": {"message": message, "type": "BadRequestError", "param": "prompt", "code": status}}
     async with (
@@ -364,13 +370,10 @@ async def test_a_refusal_of_the_engine_comes_in_openai_shape(
         router.fronting(a.record, b.record),
     ):
         response = await router.chat(stream=is_stream)
-        assert response.status_code == shown_status
-        assert error_of(response) == {
-            "message": message,
-            "type": "invalid_request_error",
-            "param": "prompt",
-            "code": code,
-        }
+        assert response.status_code == 400
+        error = error_of(response)
+        assert error.pop("message").startswith(shown)
+        assert error == {"type": "invalid_request_error", "param": param, "code": code}
         assert len(a.asked) + len(b.asked) == 1, "a request at fault is not tried again"
 
 

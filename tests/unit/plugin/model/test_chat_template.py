@@ -30,7 +30,8 @@ def compile_template(file: Path) -> Any:
 
 def find_stock_template() -> Path:
     spec = importlib.util.find_spec("vllm")
-    assert spec is not None and spec.submodule_search_locations
+    assert spec is not None
+    assert spec.submodule_search_locations
     (folder,) = spec.submodule_search_locations
     return Path(folder, "transformers_utils", "chat_templates", "template_deepseek_ocr.jinja")
 

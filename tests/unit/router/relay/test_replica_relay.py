@@ -257,7 +257,7 @@ async def test_a_machine_that_does_not_answer_is_given_up_after_the_connect_time
 
 
 async def test_a_long_error_answer_is_read_whole() -> None:
-    body = orjson.dumps({"error": {"message": "x" * 50_000}})
+    body = orjson.dumps({"error": {"message": "x" * 50_000, "param": "seed"}})
     async with Engine(answers(body, status=400)) as engine:
         with pytest.raises(ServingError) as caught:
             await relay_to(engine.record, REQUEST)
@@ -265,7 +265,7 @@ async def test_a_long_error_answer_is_read_whole() -> None:
 
 
 async def test_an_error_answer_in_two_pieces_is_read_whole() -> None:
-    body = orjson.dumps({"error": {"message": "the prompt is too long"}})
+    body = orjson.dumps({"error": {"message": "the maximum context length is 77 tokens"}})
 
     async def in_two_pieces(exchange: Exchange) -> None:
         await exchange.start(400, "application/json", len(body))
@@ -274,7 +274,7 @@ async def test_an_error_answer_in_two_pieces_is_read_whole() -> None:
         await exchange.write(body[10:])
 
     async with Engine(in_two_pieces) as engine:
-        with pytest.raises(ServingError, match="the prompt is too long"):
+        with pytest.raises(ServingError, match="context of 77 tokens"):
             await relay_to(engine.record, REQUEST)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.request_pictures import encode_image, image_part, png_header, to_url
 
 from serving.errors import ImageTooLargeError, InternalError, InvalidRequestError, NoReplicaError, ServingError
-from serving.router.request.parsing import RoutedRequest, blame, parse_request
+from serving.router.request.parsing import RoutedRequest, explain_refusal, parse_request
 from serving.settings.router import LimitSettings, RemoteImageSettings, RouterSettings
 from serving.settings.stack import ModelSettings, Settings
 
@@ -408,9 +408,9 @@ def test_a_failure_under_a_grammar_is_the_grammars(fields: dict[str, Any], is_co
     request = parse(**fields)
     assert request.is_constrained is is_constrained
     failure = InternalError("The model failed.")
-    assert isinstance(blame(request, failure), InvalidRequestError) is is_constrained
+    assert isinstance(explain_refusal(request, failure), InvalidRequestError) is is_constrained
     for other in (InternalError("The model failed.", 501), NoReplicaError("gone")):
-        assert blame(request, other) is other
+        assert explain_refusal(request, other) is other
 
 
 # Special tokens
