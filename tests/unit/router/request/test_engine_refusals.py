@@ -57,8 +57,8 @@ CASES = [
         "context_length_exceeded",
     ),
     (
-        "'max_tokens' or 'max_completion_tokens' is too large: 5000. This model's maximum context length is 2048 tokens "
-        "and your request has 7 input tokens (5000 > 2048 - 7).",
+        "'max_tokens' or 'max_completion_tokens' is too large: 5000. This model's maximum context length is 2048 "
+        "tokens and your request has 7 input tokens (5000 > 2048 - 7).",
         "max_tokens",
         "max_tokens is too large for what the prompt",
         "max_tokens",
