@@ -5,6 +5,7 @@
     ├── RequestError                the caller's request is wrong; never retried
     │   ├── InvalidRequestError     400
     │   │   ├── InvalidImageError   400
+    │   │   │   └── BadBase64Error  400
     │   │   ├── ImageTooLargeError  400
     │   │   └── RenderError         400 of a document or page; `code` says why
     │   ├── AuthenticationError     401
@@ -15,6 +16,7 @@
     │   ├── MethodNotAllowedError   405
     │   ├── RequestTimeoutError     408 the client sends too slowly
     │   ├── BodyTooLargeError       413
+    │   ├── UnsupportedCodingError  415
     │   ├── HeadersTooLargeError    431
     │   ├── RateLimitError          429 with Retry-After
     │   └── QuotaExceededError      429 the month's budget is spent
@@ -80,6 +82,10 @@ class InvalidRequestError(RequestError):
 
 class InvalidImageError(InvalidRequestError):
     default_code = "invalid_image"
+
+
+class BadBase64Error(InvalidImageError):
+    """An image's data URL is not strict base64, as engines require it."""
 
 
 class ImageTooLargeError(InvalidRequestError):
@@ -194,6 +200,17 @@ def _retry_after(seconds: float) -> dict[str, str]:
 class BodyTooLargeError(RequestError):
     status = 413
     default_code = "request_too_large"
+
+
+class UnsupportedCodingError(RequestError):
+    """The body has a content coding that cannot be decoded."""
+
+    status = 415
+    default_code = "unsupported_encoding"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"accept-encoding": "gzip, deflate, zstd"}  # RFC 9110, section 15.5.16
 
 
 class HeadersTooLargeError(RequestError):

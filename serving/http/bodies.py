@@ -15,13 +15,18 @@ from starlette.types import Receive, Scope
 
 from serving.errors import BodyTooLargeError, InvalidRequestError, OverloadedError, RequestTimeoutError, ServingError
 from serving.http.body_pace import BodyPace, receive_in_time
+from serving.http.content_codings import decode_body
 from serving.settings.router import LimitSettings
 
 _DISCARD_S = 10.0
 _FEW = 512
+_BOM = b"\xef\xbb\xbf"
+"""Of UTF-8; some clients begin a body with it."""
 _SINGLE_HEADERS = frozenset(
     {
+        b"api-key",
         b"authorization",
+        b"content-encoding",
         b"content-type",
         b"host",
         b"idempotency-key",
@@ -29,6 +34,7 @@ _SINGLE_HEADERS = frozenset(
         b"sec-fetch-mode",
         b"sec-fetch-site",
         b"traceparent",
+        b"x-api-key",
         b"x-request-id",
         b"x-request-timeout-ms",
         b"x-serving-credit",
@@ -92,7 +98,7 @@ class Held(Protocol):
 
 
 async def read_body(scope: Scope, receive: Receive, limits: LimitSettings, held: Held | None = None) -> bytes:
-    """Read the whole body.
+    """Read the whole body, decoded if it was compressed, and without a byte order mark.
 
     Args:
         scope: the request's ASGI scope.
@@ -101,26 +107,36 @@ async def read_body(scope: Scope, receive: Receive, limits: LimitSettings, held:
         held: where the bytes are counted.
 
     Raises:
-        BodyTooLargeError: the body is larger than allowed, or announced to be.
+        BodyTooLargeError: the body is larger than allowed, as it is or decoded, or announced to be.
+        UnsupportedCodingError: it is compressed in a way that is not supported.
+        InvalidRequestError: it is not compressed in the way that it says.
         RequestTimeoutError: the body arrived too slowly.
         ServingError: `held` refused the body.
         ClientGoneError: the client disconnected while sending.
     """
     announced = b"0"
+    coding = b""
     awaits_leave = False
     for name, value in scope["headers"]:
         if name == b"content-length":
             announced = value
         elif name == b"expect":
             awaits_leave = True
+        elif name == b"content-encoding":
+            coding = value
     if announced.isdigit() and (len(announced) > 18 or int(announced) > limits.max_body_bytes):
         if not awaits_leave:  # a client that waits for `100 Continue` has sent nothing yet
             await discard_body(receive, limits)
         raise _too_large(limits)
     try:
-        return await _collect(receive, limits, held)
+        body = await _collect(receive, limits, held)
     except TimeoutError as error:
         raise too_slow(limits) from error
+    if coding:
+        body = decode_body(body, coding, limits.max_body_bytes)
+        if held is not None:
+            held.take(len(body))
+    return body[len(_BOM) :] if body.startswith(_BOM) else body
 
 
 async def _collect(receive: Receive, limits: LimitSettings, held: Held | None) -> bytes:

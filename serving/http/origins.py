@@ -56,13 +56,16 @@ def build_rules(host: str, allowed_hosts: Collection[str]) -> HostRules:
     return HostRules(trusted | names, trusted, takes_addresses=True)
 
 
-def check_source(headers: Mapping[bytes, bytes], rules: HostRules, *, is_page: bool = False) -> None:
+def check_source(
+    headers: Mapping[bytes, bytes], rules: HostRules, *, is_page: bool = False, is_trusted: bool = False
+) -> None:
     """Refuse a request that a foreign web page may have sent.
 
     Args:
         headers: by lower-case name.
         rules: this service's rules.
         is_page: whether the request is for a page for people, which any site may link to.
+        is_trusted: whether the settings allow the page that sent it (`router.cors_origins`).
 
     Raises:
         PermissionDeniedError: a foreign page may have sent the request.
@@ -75,7 +78,7 @@ def check_source(headers: Mapping[bytes, bytes], rules: HostRules, *, is_page: b
             "router.allowed_hosts, or set router.keys_file.",
             code="host_not_allowed",
         )
-    if is_page:
+    if is_page or is_trusted:
         return
     origin = headers.get(b"origin")
     if headers.get(b"sec-fetch-site") == _FOREIGN or (origin is not None and not _is_own(origin, given, rules)):

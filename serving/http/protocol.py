@@ -15,6 +15,7 @@ import contextlib
 import fcntl
 import sys
 import termios
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import orjson
@@ -26,8 +27,26 @@ from serving.settings.router import LimitSettings
 
 _CHUNK_OVERHEAD = 8
 """Most bytes of framing per byte of a chunked body: `1\\r\\nx\\r\\n` is six."""
+_INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n"
+_PROBES_S = (0.05, 0.5, 2.0, 5.0)
+"""Pauses between interim answers to a client that sends no more; the last one from then on."""
 _LINGER_S = 2.0
 """How long data from a refused client is read and discarded."""
+
+
+class _AnyLength(int):
+    """The length of a body that ends with its connection: nothing is longer or shorter."""
+
+    def __lt__(self, other: int) -> bool:
+        return False
+
+    def __sub__(self, other: int) -> _AnyLength:
+        return self
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+    __hash__ = int.__hash__
 
 
 class JoiningProtocol(HttpToolsProtocol):
@@ -55,6 +74,7 @@ class GuardedProtocol(JoiningProtocol):
         self._refusal: ServingError | None = None
         self._read_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
+        self._probe_timer: asyncio.TimerHandle | None = None
 
     # Called by the transport
 
@@ -63,7 +83,7 @@ class GuardedProtocol(JoiningProtocol):
         self._read_timer = self.loop.call_later(self.limits.header_timeout_s, self._end_slow_headers)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for timer in (self._read_timer, self._write_timer):
+        for timer in (self._read_timer, self._write_timer, self._probe_timer):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
@@ -93,6 +113,29 @@ class GuardedProtocol(JoiningProtocol):
             self._refuse(HeadersTooLargeError(f"Headers may have {self.limits.max_header_bytes} bytes at most."))
         else:
             self.data_received(data)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The client sends no more. It may have closed the connection, or only its half, and wait for its answer.
+
+        Only writing tells the two apart: what is written to a closed connection is answered with a reset, and the next
+        write fails. So until the answer begins, interim ones are sent, which clients ignore (RFC 9110, section 15.2).
+        In the middle of an answer nothing can be put in between, and the client counts as gone.
+        """
+        cycle = self.cycle
+        is_asking = self._is_in_headers and not self._num_header_bytes  # the whole request has arrived, and no other
+        if self._is_deaf or cycle is None or cycle.response_started or not is_asking:
+            return False
+        cycle.keep_alive = False
+        if self.scope["http_version"] == "1.1":
+            self._probe(iter(_PROBES_S))
+        return True
+
+    def _probe(self, delays_s: Iterator[float]) -> None:
+        if self.cycle.response_started or self.transport.is_closing():
+            return
+        self.transport.write(_INTERIM)
+        delay_s = next(delays_s, _PROBES_S[-1])
+        self._probe_timer = self.loop.call_later(delay_s, self._probe, delays_s)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -129,6 +172,10 @@ class GuardedProtocol(JoiningProtocol):
         self._num_header_bytes = self._num_raw_bytes = self._num_body_bytes = 0
         self._stop_read_timer()
         super().on_headers_complete()
+        if self.scope["http_version"] == "1.0":
+            # uvicorn would use the chunked coding, which HTTP/1.0 does not have; the connection's end is the body's.
+            self.cycle.chunked_encoding = False
+            self.cycle.expected_content_length = _AnyLength()
 
     def on_body(self, body: bytes) -> None:
         if not self._is_deaf:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gzip
 import time
 from collections.abc import Mapping
 
@@ -18,13 +20,22 @@ _STREAM_HEADERS = (
 )
 
 
+_LARGE_BYTES = 32 * 1024
+"""From this size on a whole answer is compressed, if its client asks for that: below it the time is worth more."""
+_GZIP_LEVEL = 1
+_GZIPPED = ((b"content-encoding", b"gzip"), (b"vary", b"accept-encoding"))
+
+
 class Reply:
     """Sends the answer and remembers how far it has come. `headers` go with it, whatever it is."""
 
-    __slots__ = ("_send", "first_byte_ns", "headers", "is_complete", "is_stream", "status")
+    __slots__ = ("_send", "_takes_gzip", "first_byte_ns", "headers", "is_complete", "is_stream", "status")
 
-    def __init__(self, send: Send, headers: list[tuple[bytes, bytes]] | None = None) -> None:
+    def __init__(
+        self, send: Send, headers: list[tuple[bytes, bytes]] | None = None, *, takes_gzip: bool = False
+    ) -> None:
         self._send = send
+        self._takes_gzip = takes_gzip
         self.headers = headers if headers is not None else []
         self.status = 0
         """0 until the answer has begun: only then may something else be tried."""
@@ -60,9 +71,12 @@ class Reply:
     ) -> None:
         """A whole answer."""
         more = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in (extra or {}).items()]
-        length = (b"content-length", b"%d" % len(body))
+        head = [(_JSON[0], content_type), *self.headers, *more]
+        if self._takes_gzip and len(body) >= _LARGE_BYTES:
+            body = await asyncio.to_thread(gzip.compress, body, _GZIP_LEVEL)
+            head += _GZIPPED
         self._begin(status)
-        await self._send_head([(_JSON[0], content_type), length, *self.headers, *more])
+        await self._send_head([(b"content-length", b"%d" % len(body)), *head])
         await self._end(body)
 
     async def send_empty(self, status: int) -> None:

@@ -7,7 +7,7 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import orjson
@@ -16,13 +16,14 @@ from starlette.types import Receive, Scope, Send
 from serving.cluster.directory import EMPTY, RouterReport, ServiceRecord, Snapshot
 from serving.errors import (
     InternalError,
-    InvalidRequestError,
     MethodNotAllowedError,
     RouteNotFoundError,
     ServingError,
 )
-from serving.http.bodies import ClientGoneError, discard_body, read_headers, read_request_id
+from serving.http.bodies import ClientGoneError, discard_body
+from serving.http.cors import CorsRules
 from serving.http.reply import Reply
+from serving.router.access.arrival import read_arrival
 from serving.router.access.auth import Authenticator
 from serving.router.access.control import AccessControl, Incoming
 from serving.router.access.limits import TenantLimits
@@ -52,7 +53,8 @@ _PROBES = ("/health", "/ready")
 """Requested by monitoring systems, under any host name."""
 METHODS = dict.fromkeys((*GENERATE, QUOTE), "POST") | dict.fromkeys((*GET_ROUTES, *OPEN), "GET")
 """Every route except the OCR service's (`is_for_ocr`) and single models (`MODEL`)."""
-_PREFIX = "/v1/openai/"  # DeepInfra's
+_ALLOWED = {"GET": "GET, HEAD, OPTIONS", "POST": "POST, OPTIONS"}
+"""The methods of a route by its own."""
 
 
 class RouterApp:
@@ -188,22 +190,22 @@ class RouterApp:
         """Answer an HTTP request. Every failure becomes an answer in OpenAI's shape."""
         if scope["type"] != "http":
             return
-        request_id, headers, refusal = _read_head(scope)
-        reply = Reply(send, [(b"x-request-id", request_id.encode())])
-        path = scope["path"]
-        is_deepinfra = path.startswith(_PREFIX)
-        incoming = Incoming(request_id, _canonical_path(path), is_deepinfra, headers, scope, receive, reply)
+        incoming, refusal = read_arrival(scope, receive, send)
+        reply = incoming.reply
         try:
             if refusal is not None:
                 await discard_body(receive, self.settings.router.limits)
                 raise refusal
+            cors = self.access.cors
+            if cors is not None and cors.allows(incoming.headers) and await _answer_page(cors, incoming):
+                return
             await self._route(incoming)
         except ServingError as error:
             await reply.send_error(error)
         except ClientGoneError:
             return
         except Exception:
-            logger.exception("the router failed on %s %s (%s)", scope["method"], scope["path"], request_id)
+            logger.exception("the router failed on %s %s (%s)", scope["method"], scope["path"], incoming.request_id)
             failure = InternalError("The router failed on this request; it has been logged.")
             await (reply.end_with_error(failure) if reply.has_begun else reply.send_error(failure))
 
@@ -215,10 +217,14 @@ class RouterApp:
         if path not in _PROBES:
             await self.access.check_source(incoming)
         allowed = "GET" if path.startswith(MODEL) else METHODS.get(path)
+        if method == "OPTIONS" and (allowed is not None or path == "*"):
+            reply.headers.append((b"allow", _ALLOWED.get(allowed or "", "GET, HEAD, POST, OPTIONS").encode()))
+            await reply.send_empty(204)
+            return
         if allowed is None:
             raise RouteNotFoundError(f"No route matches {method} {incoming.scope['path'][:200]}.")
         if method != allowed and not (allowed == "GET" and method == "HEAD"):
-            raise MethodNotAllowedError(f"{path} supports {allowed} only.", allowed)
+            raise MethodNotAllowedError(f"{path} supports {allowed} only.", _ALLOWED[allowed])
         await self.access.check_open(incoming)
         if path in GENERATE:
             await self._generation.serve(incoming)
@@ -260,23 +266,21 @@ class RouterApp:
         yield from read_settings(self.settings)
 
 
+async def _answer_page(cors: CorsRules, incoming: Incoming) -> bool:
+    """Let a page of an allowed origin read the answer. Returns whether this was only its browser's question whether it
+    may ask, which comes without a key; it is answered now."""
+    reply = incoming.reply
+    if incoming.scope["method"] == "OPTIONS" and b"access-control-request-method" in incoming.headers:
+        reply.headers += cors.build_preflight(incoming.headers)
+        await reply.send_empty(204)
+        return True
+    reply.headers += cors.build_headers(incoming.headers)
+    return False
+
+
 def _build_traces(settings: Settings, router_id: str) -> Traces | None:
     if settings.telemetry.otlp_endpoint is None:
         return None
     from serving.telemetry.traces import Traces  # imports the whole SDK, which most stacks do not need
 
     return Traces(settings.telemetry, router_id)
-
-
-def _read_head(scope: Scope) -> tuple[str, Mapping[bytes, bytes], ServingError | None]:
-    """The request's id, its headers, and the error in them, if any."""
-    try:
-        headers = read_headers(scope)
-    except InvalidRequestError as error:
-        return read_request_id({}), {}, error
-    return read_request_id(headers), headers, None
-
-
-def _canonical_path(path: str) -> str:
-    path = path.rstrip("/")
-    return "/v1/" + path.removeprefix(_PREFIX) if path.startswith(_PREFIX) else path

@@ -110,6 +110,11 @@ class RouterSettings(Frozen):
     names and, on a non-loopback address, IP addresses and its machine's name. Any other name in `Host` may belong to a
     web page that was made to resolve here (DNS rebinding). Pages under these names may call the service across
     ports."""
+    cors_origins: tuple[
+        Annotated[str, StringConstraints(pattern=r"^(\*|https?://[A-Za-z0-9.:\[\]-]{1,253})/?$")], ...
+    ] = ()
+    """Origins (`https://app.example.com`) whose web pages may use the API from a browser; `*`, which needs keys, allows
+    all pages. A page can read what it sends the key for, so this replaces no key."""
     connect_timeout_s: Annotated[float, Field(gt=0)] = 5.0
     read_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Longest time that an engine may send nothing in the middle of an answer."""
@@ -134,4 +139,10 @@ class RouterSettings(Frozen):
                 f"host {self.host} can be reached by others and no API keys are required; set keys_file (see `serving "
                 "keys --help`), or allow_unauthenticated: true if that is intended, or listen on 127.0.0.1"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_origins(self) -> RouterSettings:
+        if "*" in self.cors_origins and self.keys_file is None:
+            raise ValueError("cors_origins may be '*' only with a keys_file; without keys name the origins")
         return self

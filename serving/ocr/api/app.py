@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 Answer = Callable[[Request, Reply], Awaitable[None]]
 _PROBES = ("/health", "/ready")
+_HEADS = {"GET": ("GET", "HEAD")}
 _PREFIX = "/v1/openai/"  # DeepInfra's
 
 
@@ -116,7 +117,7 @@ class _Endpoint:
     def _find(self, method: str) -> Answer:
         found = self._answers.get("GET" if method == "HEAD" else method)
         if found is None:
-            allowed = ", ".join(self._answers)
+            allowed = ", ".join(name for method in self._answers for name in _HEADS.get(method, (method,)))
             raise MethodNotAllowedError(f"This path does not support {method[:20]}; use {allowed}.", allowed)
         return found
 
@@ -140,5 +141,5 @@ async def _answer_http_error(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     refusal: ServingError = RouteNotFoundError(f"There is no route {request.method} {request.url.path[:200]}.")
     if status == 405:
-        refusal = MethodNotAllowedError("This path does not support the method.", "GET")
+        refusal = MethodNotAllowedError("This path does not support the method.", "GET, HEAD")
     return Response(orjson.dumps(refusal.body()), refusal.http_status, refusal.headers, "application/json")

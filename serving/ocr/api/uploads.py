@@ -20,7 +20,7 @@ from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
-from serving.errors import BodyTooLargeError, InvalidRequestError, ServingError
+from serving.errors import BodyTooLargeError, InvalidRequestError, ServingError, UnsupportedCodingError
 from serving.http.addresses import is_public_address
 from serving.http.bodies import ClientGoneError, decode_json, discard_body, read_body, too_slow
 from serving.http.body_pace import BodyPace, receive_in_time
@@ -101,6 +101,8 @@ class UploadReceiver:
                 sink = _Sink(file, self._settings.max_document_bytes)
                 kind, parameters = parse_options_header(request.headers.get("content-type", ""))
                 if kind == b"multipart/form-data":
+                    if request.headers.get("content-encoding", "identity").lower() != "identity":
+                        raise UnsupportedCodingError("Forms are received without a Content-Encoding; send it plain.")
                     options = await self._receive_form(request, parameters.get(b"boundary", b""), sink)
                 elif kind in (b"application/json", b""):
                     options = await self._receive_json(request, caller, sink)

@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope
 from serving.billing.credits import CREDIT_HEADER, CreditReader
 from serving.errors import OverloadedError, ServingError
 from serving.http.bodies import BodyBudget, discard_body
+from serving.http.cors import CorsRules
 from serving.http.origins import FORM, JSON, HostRules, build_rules, check_content_type, check_source
 from serving.http.reply import Reply
 from serving.router.access.auth import Authenticator
@@ -49,12 +50,15 @@ class AccessControl:
     """Whether the whole stack is shutting down."""
     bodies: BodyBudget = field(init=False)
     """For all requests that this router holds, of every kind."""
+    cors: CorsRules | None = field(init=False)
+    """None if pages of other sites may not use the API."""
     _credits: CreditReader = field(init=False)
     _hosts: HostRules = field(init=False)
 
     def __post_init__(self) -> None:
         self.bodies = BodyBudget(self.settings.router.limits.max_held_bytes)
         router, ocr = self.settings.router, self.settings.ocr
+        self.cors = CorsRules(router.cors_origins) if router.cors_origins else None
         self._hosts = build_rules(router.host, router.allowed_hosts)
         self._credits = CreditReader(ocr.secret, ocr.secret_file)
 
@@ -68,7 +72,8 @@ class AccessControl:
         if not self.keys.is_open:
             return
         try:
-            check_source(incoming.headers, self._hosts, is_page=is_page)
+            is_trusted = self.cors is not None and self.cors.allows(incoming.headers)
+            check_source(incoming.headers, self._hosts, is_page=is_page, is_trusted=is_trusted)
             check_content_type(incoming.headers, JSON, *((FORM,) if takes_forms else ()))
         except ServingError:
             await discard_body(incoming.receive, self.settings.router.limits)

@@ -16,6 +16,7 @@ _STATUSES = {
     "405": "The method is not supported on this path",
     "408": "The body stalled, or arrived too slowly",
     "413": "The body is too large",
+    "415": "The body has a content coding other than gzip, deflate or zstd",
     "429": "A limit of the tenant is reached, or its budget is spent; Retry-After says when to try again",
     "431": "The headers are too large",
     "500": "The model failed",
@@ -123,7 +124,7 @@ def _listing(summary: str) -> dict[str, Any]:
 
 
 def _quoting(schema: dict[str, Any]) -> dict[str, Any]:
-    statuses = ("400", "401", "403", "404", "405", "408", "413", "429", "431", "503")
+    statuses = ("400", "401", "403", "404", "405", "408", "413", "415", "429", "431", "503")
     found = {"description": "Tokens and dollars, at least and at most", "content": _JSON_OBJECT}
     return {
         "summary": "What a request would cost, without running it",

@@ -10,7 +10,7 @@ from typing import Any
 import pybase64
 from PIL import Image, UnidentifiedImageError
 
-from serving.errors import ImageTooLargeError, InvalidImageError, InvalidRequestError
+from serving.errors import BadBase64Error, ImageTooLargeError, InvalidImageError, InvalidRequestError
 from serving.plugin.images.geometry import shown_size
 from serving.plugin.images.repairs import read_tolerantly
 from serving.settings.router import RouterSettings
@@ -24,10 +24,6 @@ _MAX_URL_CHARS = 8192
 _TO_BASE64 = str.maketrans("-_", "+/", " \t\r\n=")
 """From the URL-safe alphabet, and without what is written between lines and at the end."""
 _HEAD_CHARS = 64 * 1024  # a multiple of four, so that the part is valid base64
-
-
-class BadBase64Error(InvalidImageError):
-    """The data of a data URL is not strict base64; `repair_data_url` may help."""
 
 
 def repair_data_url(url: str) -> str:

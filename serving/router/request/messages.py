@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from serving.errors import InvalidRequestError
+from serving.errors import BadBase64Error, InvalidRequestError
 from serving.plugin.modes.selection import AUTO
 from serving.router.request.checks import refuse
 from serving.router.request.fields import check_function
-from serving.router.request.image_headers import BadBase64Error, check_image_url, repair_data_url
+from serving.router.request.image_headers import check_image_url, repair_data_url
 from serving.settings.router import RouterSettings
 
 MODE_FOR_DETAIL = {"low": "small", "high": "gundam", "auto": AUTO, "original": "gundam"}

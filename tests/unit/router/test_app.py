@@ -237,7 +237,7 @@ async def test_what_is_not_served_is_refused(
 async def test_a_405_says_what_is_allowed(router: RunningRouter) -> None:
     async with router.fronting():
         response = await router.client.get("/v1/chat/completions")
-        assert response.headers["allow"] == "POST"
+        assert response.headers["allow"] == "POST, OPTIONS"
 
 
 @pytest.mark.parametrize(
