@@ -21,7 +21,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from serving.billing.credits import SERVICE_MARK
@@ -154,15 +154,14 @@ class Generation:
     async def _parse(self, account: RequestAccount, incoming: Incoming, memory: HeldBody) -> RoutedRequest:
         context, settings = account.context, self.settings
         body = await read_body(incoming.scope, incoming.receive, settings.router.limits, memory)
-        request = parse_request(context.route, body, settings, self.dispatcher.trained_modes)
+        stream_usage = "finish_chunk" if incoming.is_deepinfra else settings.router.stream_usage
+        request = parse_request(context.route, body, settings, self.dispatcher.trained_modes, stream_usage)
         if request.ignored:
             incoming.reply.headers.append(build_header(request.ignored))
         if request.documents:
             raise InvalidRequestError(
                 "Send documents to POST /v1/ocr; chats hold images.", param=request.documents[0].param
             )
-        if incoming.is_deepinfra or settings.router.usage_in_last_chunk:
-            request = replace(request, usage_in_last_chunk=not request.wants_stream_usage)
         check_model_allowed(context.identity, request.model, *settings.models[request.model].aliases)
         account.set_price(request)
         if None in request.image_sizes:

@@ -143,7 +143,9 @@ def test_a_stream_gives_the_text_of_the_whole_answer_and_ends_in_done(stack: Sta
     chunks = [json.loads(event) for event in events[:-1]]
     text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
     assert text == whole.choices[0].message.content
-    assert all(not chunk.get("usage") for chunk in chunks)
+    assert all(not chunk.get("usage") for chunk in chunks[:-1])
+    assert chunks[-1]["choices"][0]["finish_reason"]
+    assert chunks[-1]["usage"]["completion_tokens"] == whole.usage.completion_tokens
     assert {chunk["model"] for chunk in chunks} == {MODEL}
 
 

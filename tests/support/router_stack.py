@@ -34,6 +34,7 @@ def build_settings(*, api_key: str | None = None, **router: Any) -> Settings:
         "limits": LimitSettings(max_body_bytes=MAX_BODY_BYTES),
         "admission": AdmissionSettings(replica_wait_s=0),
         "read_timeout_s": 5.0,
+        "stream_usage": "asked",
     }
     return Settings(
         models={MODEL: ModelSettings(checkpoint="nano", aliases=(ALIAS,))},

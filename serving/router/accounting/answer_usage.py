@@ -137,7 +137,8 @@ class StreamAnnotator:
             chunk = self._take_error(chunk)
         self._last = chunk
         self._notes.num_frames += chunk.count(_FRAME_END)
-        if _FINISH in chunk and not self._notes.finish_reason:
+        ends_choice = _FINISH in chunk
+        if ends_choice and not self._notes.finish_reason:
             start = chunk.index(_FINISH) + len(_FINISH)
             self._notes.finish_reason = chunk[start : chunk.index(b'"', start)].decode()
         if _USAGE in chunk:
@@ -145,7 +146,7 @@ class StreamAnnotator:
         if self._has_tail:
             self._tail += chunk
             return b""
-        if self._usage_in_last and (self._held or _FINISH in chunk):
+        if (ends_choice or self._held) and self._usage_in_last:
             return self._hold_last(chunk)
         return chunk
 

@@ -18,6 +18,7 @@ from serving.router.access.auth import check_model_allowed
 from serving.router.access.control import AccessControl, Incoming
 from serving.router.access.limits import DOCUMENT, LOOKUP, Charge
 from serving.router.accounting.accounts import Accounts
+from serving.router.lookups.model_cards import build_cards
 from serving.router.lookups.state import RouterState
 from serving.router.lookups.usage_reports import (
     answer_costs,
@@ -158,18 +159,15 @@ class Lookups:
 
     def _model_cards(self, identity: Identity) -> list[dict[str, Any]]:
         """OpenAI's model cards: every name that a request may use, with the model behind it as `root`."""
-        snapshot = self._read_snapshot()
+        snapshot, now_ns = self._read_snapshot(), time.time_ns()
         cards: list[dict[str, Any]] = []
         for name, model in self._settings.models.items():
             try:
                 check_model_allowed(identity, name, *model.aliases)
             except PermissionDeniedError:
                 continue
-            ready = snapshot.ready(name)
-            longest = min((record.max_model_len for record in ready), default=None)
-            for alias in (name, *model.aliases):
-                card = {"id": alias, "object": "model", "created": self._started_s, "owned_by": "serving"}
-                cards.append({**card, "root": name, "max_model_len": longest, "ready_replicas": len(ready)})
+            price = self._accounts.find_price(name, identity.tenant_id, now_ns)
+            cards += build_cards(name, model, price, snapshot.ready(name), self._started_s)
         return cards
 
     def _find_card(self, name: str, identity: Identity) -> dict[str, Any]:

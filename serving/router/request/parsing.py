@@ -19,6 +19,7 @@ from serving.router.request.checks import refuse
 from serving.router.request.engine_refusals import rewrite_refusal
 from serving.router.request.fields import CHAT_FIELDS, TEXT_FIELDS, check_fields
 from serving.router.request.messages import MODE_FOR_DETAIL, Content, DocumentPart, check_messages
+from serving.settings.router import StreamUsage
 from serving.settings.stack import Settings
 
 _CHOICE_COUNTS = ("n", "best_of")
@@ -86,8 +87,21 @@ class RoutedRequest:
         return replace(self, body=add_field(self.body, "max_tokens", num_tokens), max_tokens=num_tokens)
 
 
-def parse_request(path: str, body: bytes, settings: Settings, trained_modes: TrainedModes = _any_mode) -> RoutedRequest:
+def parse_request(
+    path: str,
+    body: bytes,
+    settings: Settings,
+    trained_modes: TrainedModes = _any_mode,
+    stream_usage: StreamUsage = "asked",
+) -> RoutedRequest:
     """Parse and check a complete body.
+
+    Args:
+        path: the engine's path for it.
+        body: as the client sent it, decoded.
+        settings: models, limits, and what becomes of unknown fields.
+        trained_modes: which resolution modes a model was trained for.
+        stream_usage: where a stream has its usage unless the body says so.
 
     Raises:
         RequestError: what is wrong with it.
@@ -107,6 +121,7 @@ def parse_request(path: str, body: bytes, settings: Settings, trained_modes: Tra
         num_choices *= content.num_prompts
         if num_choices > settings.router.limits.max_choices:
             raise refuse("prompt", f"at most {settings.router.limits.max_choices} prompts times n")
+    asks_usage = _wants_stream_usage(payload)
     options = payload.get("mm_processor_kwargs") or {}
     if any(content.details) and "mode" not in options:
         # The engine does not know `detail`.
@@ -128,7 +143,8 @@ def parse_request(path: str, body: bytes, settings: Settings, trained_modes: Tra
         image_sizes=tuple(content.sizes),
         image_options=options,
         is_stream=bool(payload.get("stream")),
-        wants_stream_usage=_wants_stream_usage(payload),
+        wants_stream_usage=asks_usage or stream_usage == "extra_chunk",
+        usage_in_last_chunk=stream_usage == "finish_chunk" and not asks_usage,
         num_text_chars=content.num_chars,
         num_tool_bytes=_count_tool_bytes(payload),
         max_tokens=_read_max_tokens(payload, is_chat),

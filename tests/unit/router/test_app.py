@@ -176,6 +176,13 @@ async def test_every_name_is_listed_with_the_model_behind_it(router: RunningRout
                 assert isinstance(card["created"], int)
                 assert card["owned_by"] == "serving"
                 assert (card["max_model_len"], card["ready_replicas"]) == (1024, 2)
+                assert card["context_length"] == card["max_completion_tokens"] == 1024
+                assert card["pricing"] == {
+                    "prompt": "0.00000003",
+                    "completion": "0.0000001",
+                    "request": "0",
+                    "image": "0",
+                }
 
 
 async def test_a_router_is_up_before_it_is_ready(router: RunningRouter) -> None:

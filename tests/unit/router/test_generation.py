@@ -35,7 +35,7 @@ from support.router_stack import (
 
 from serving.billing.records import LostTry, Outcome, RequestRecord, TokenCounts
 from serving.router.access.keys_file import KeysFile, make_key, write_keys
-from serving.settings.router import AdmissionSettings
+from serving.settings.router import AdmissionSettings, RouterSettings
 from serving.settings.stack import Settings
 from serving.settings.tenants import Priority, Tenant
 
@@ -527,19 +527,32 @@ async def test_the_document_describes_every_route() -> None:
 
 
 @pytest.mark.parametrize(("path", "fields"), [("chat/completions", {}), ("completions", {"prompt": "a"})])
-@pytest.mark.parametrize(("prefix", "is_set"), [("/v1/openai/", False), ("/v1/", True)])
+@pytest.mark.parametrize(("prefix", "where"), [("/v1/openai/", "asked"), ("/v1/", "finish_chunk")])
 async def test_a_client_of_deepinfra_finds_the_usage_where_it_looks(
-    prefix: str, is_set: bool, path: str, fields: dict[str, Any]
+    prefix: str, where: str, path: str, fields: dict[str, Any]
 ) -> None:
     """The loop of their documentation: https://deepinfra.com/docs, "Streaming"."""
     body = orjson.dumps({"model": "nano", "stream": True, **fields}) if fields else chat_body(stream=True)
     engine = Engine(streams(TEXT, LAST, USAGE_FRAME, DONE))
-    async with recording(engine, settings=build_settings(usage_in_last_chunk=is_set)) as recorded:
+    async with recording(engine, settings=build_settings(stream_usage=where)) as recorded:
         answer = await recorded.router.client.post(prefix + path, content=body)
         chunks = [orjson.loads(line[6:]) for line in answer.text.split("\n\n")[:-2]]
         assert (len(chunks), answer.text.endswith("data: [DONE]\n\n")) == (2, True)
         usage = next(event["usage"] for event in chunks if event["choices"][0].get("finish_reason"))
         assert (usage["prompt_tokens"], usage["estimated_cost"]) == (1000, 0.00008)
+
+
+async def test_a_stream_has_usage_in_a_chunk_of_its_own_if_the_settings_say_so() -> None:
+    engine = Engine(streams(TEXT, LAST, USAGE_FRAME, DONE))
+    async with recording(engine, settings=build_settings(stream_usage="extra_chunk")) as recorded:
+        answer = await recorded.router.client.post("/v1/chat/completions", content=chat_body(stream=True))
+        last = orjson.loads(answer.text.split("\n\n")[-3][6:])
+        assert (last["choices"], last["usage"]["estimated_cost"]) == ([], 0.00008)
+        assert answer.text.count("estimated_cost") == 1
+
+
+def test_a_stream_has_usage_where_all_clients_accept_it_unless_the_settings_say_otherwise() -> None:
+    assert RouterSettings().stream_usage == "finish_chunk"
 
 
 @pytest.mark.parametrize("prefix", ["/v1/openai/", "/v1/"])
