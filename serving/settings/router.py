@@ -105,9 +105,9 @@ class RouterSettings(Frozen):
     """What becomes of a request's field that nobody here knows: it is left out and named in the answer's
     `x-ignored-parameters`, or the request is refused with 400."""
     stream_usage: StreamUsage = "finish_chunk"
-    """Where a stream has `usage`, with its cost, if the client does not set `stream_options.include_usage`: in the chunk
-    with the `finish_reason`, which all clients accept and many read; in a chunk of its own without choices, as OpenAI's
-    when asked; or nowhere. Under DeepInfra's path `/v1/openai/` it is always in the former, as with DeepInfra's own."""
+    """Where a stream has `usage`, with its cost, if the client does not set `stream_options.include_usage`: in the
+    chunk with the `finish_reason`, which all clients accept and many read; in a chunk of its own without choices, as
+    OpenAI's when asked; or nowhere. Under DeepInfra's path `/v1/openai/` it is always in the first, as DeepInfra's."""
     allowed_hosts: tuple[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9.-]{1,253}$")], ...] = ()
     """Host names (without ports) that a router or OCR service without API keys answers to, in addition to loopback
     names and, on a non-loopback address, IP addresses and its machine's name. Any other name in `Host` may belong to a
