@@ -28,6 +28,7 @@ from serving.router.access.auth import Authenticator
 from serving.router.access.control import AccessControl, Incoming
 from serving.router.access.limits import TenantLimits
 from serving.router.accounting.accounts import Accounts, Journal, build_ledger
+from serving.router.dialects import DIALECTS
 from serving.router.generation import Generation
 from serving.router.lookups.openapi import build_document
 from serving.router.lookups.routes import GET_ROUTES, MODEL, QUOTE, Lookups
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-GENERATE = ("/v1/chat/completions", "/v1/completions")
+GENERATE = frozenset({"/v1/chat/completions", "/v1/completions", *DIALECTS})
 OPEN = ("/health", "/ready", "/openapi.json")
 _PROBES = ("/health", "/ready")
 """Requested by monitoring systems, under any host name."""

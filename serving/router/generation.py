@@ -24,6 +24,8 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import orjson
+
 from serving.billing.credits import SERVICE_MARK
 from serving.billing.records import Outcome
 from serving.errors import (
@@ -34,7 +36,7 @@ from serving.errors import (
     ReplicaTimeoutError,
     ServingError,
 )
-from serving.http.bodies import ClientGoneError, HeldBody, discard_body, read_body
+from serving.http.bodies import ClientGoneError, HeldBody, decode_json, discard_body, read_body
 from serving.http.disconnects import ClientPresence
 from serving.http.reply import Reply
 from serving.router.access.auth import check_model_allowed
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_CHAT = "/v1/chat/completions"
 _TIMEOUT_HEADER = b"x-request-timeout-ms"
 _GRACE_S = 0.05
 """A request ends so much later than its deadline in the queue, whose refusal says more."""
@@ -154,8 +157,12 @@ class Generation:
     async def _parse(self, account: RequestAccount, incoming: Incoming, memory: HeldBody) -> RoutedRequest:
         context, settings = account.context, self.settings
         body = await read_body(incoming.scope, incoming.receive, settings.router.limits, memory)
-        stream_usage = "finish_chunk" if incoming.is_deepinfra else settings.router.stream_usage
-        request = parse_request(context.route, body, settings, self.dispatcher.trained_modes, stream_usage)
+        path = context.route
+        if incoming.dialect is not None:
+            path, body = _CHAT, orjson.dumps(incoming.dialect.to_chat(decode_json(body, settings.router.limits)))
+        is_told = incoming.is_deepinfra or incoming.dialect is not None
+        stream_usage = "finish_chunk" if is_told else settings.router.stream_usage
+        request = parse_request(path, body, settings, self.dispatcher.trained_modes, stream_usage)
         if request.ignored:
             incoming.reply.headers.append(build_header(request.ignored))
         if request.documents:

@@ -11,6 +11,8 @@ from serving.errors import InvalidRequestError, ServingError
 from serving.http.bodies import read_headers, read_request_id
 from serving.http.reply import Reply
 from serving.router.access.control import Incoming
+from serving.router.dialects import DIALECTS
+from serving.router.dialects.dialect import DialectReply
 
 _PREFIX = "/v1/openai/"  # DeepInfra's
 _SLASHES = re.compile("//+")
@@ -29,10 +31,16 @@ def read_arrival(scope: Scope, receive: Receive, send: Send) -> tuple[Incoming, 
     except InvalidRequestError as error:
         refusal = error
     request_id = read_request_id(headers)
-    reply = Reply(send, [(b"x-request-id", request_id.encode())], takes_gzip=b"gzip" in headers.get(_CODINGS, b""))
+    given = [(b"x-request-id", request_id.encode())]
+    takes_gzip = b"gzip" in headers.get(_CODINGS, b"")
     path: str = scope["path"]
-    is_deepinfra = path.startswith(_PREFIX)
-    return Incoming(request_id, _canonical_path(path), is_deepinfra, headers, scope, receive, reply), refusal
+    is_deepinfra, path = path.startswith(_PREFIX), _canonical_path(path)
+    if path in DIALECTS:
+        dialect = DIALECTS[path](request_id)
+        reply: Reply = DialectReply(send, given, dialect, takes_gzip=takes_gzip)
+        return Incoming(request_id, path, is_deepinfra, headers, scope, receive, reply, dialect), refusal
+    reply = Reply(send, given, takes_gzip=takes_gzip)
+    return Incoming(request_id, path, is_deepinfra, headers, scope, receive, reply), refusal
 
 
 _CODINGS = b"accept-encoding"

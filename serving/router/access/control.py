@@ -17,6 +17,7 @@ from serving.http.origins import FORM, JSON, HostRules, build_rules, check_conte
 from serving.http.reply import Reply
 from serving.router.access.auth import Authenticator
 from serving.router.access.limits import Charge, TenantLimits
+from serving.router.dialects.dialect import Dialect
 from serving.settings.stack import Settings
 from serving.settings.tenants import Identity
 
@@ -37,6 +38,8 @@ class Incoming:
     scope: Scope
     receive: Receive
     reply: Reply
+    dialect: Dialect | None = None
+    """What its body and its answer are written in, if that is not a chat completion."""
 
 
 @dataclass(slots=True)
