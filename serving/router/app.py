@@ -33,6 +33,7 @@ from serving.router.generation import Generation
 from serving.router.lookups.openapi import build_document
 from serving.router.lookups.routes import GET_ROUTES, MODEL, QUOTE, Lookups
 from serving.router.lookups.state import RouterState
+from serving.router.lookups.tokens import TOKEN_ROUTES, TokenLookups
 from serving.router.relay.ocr_relay import DocumentRelay, find_charge, is_for_ocr
 from serving.router.relay.replica_relay import Relay
 from serving.router.request.remote_images import RemoteImages
@@ -52,7 +53,7 @@ GENERATE = frozenset({"/v1/chat/completions", "/v1/completions", *DIALECTS})
 OPEN = ("/health", "/ready", "/openapi.json")
 _PROBES = ("/health", "/ready")
 """Requested by monitoring systems, under any host name."""
-METHODS = dict.fromkeys((*GENERATE, QUOTE), "POST") | dict.fromkeys((*GET_ROUTES, *OPEN), "GET")
+METHODS = dict.fromkeys((*GENERATE, *TOKEN_ROUTES, QUOTE), "POST") | dict.fromkeys((*GET_ROUTES, *OPEN), "GET")
 """Every route except the OCR service's (`is_for_ocr`) and single models (`MODEL`)."""
 _ALLOWED = {"GET": "GET, HEAD, OPTIONS", "POST": "POST, OPTIONS"}
 """The methods of a route by its own."""
@@ -117,6 +118,7 @@ class RouterApp:
             self.access,
             self.list_targets,
         )
+        self._tokens = TokenLookups(settings, self.access, self._relay, read_snapshot)
         self._traces = _build_traces(settings, self.router_id)
         self._document = orjson.dumps(build_document(settings))
         self._generation = Generation(
@@ -235,6 +237,8 @@ class RouterApp:
             await self._answer_ready(reply)
         elif path == "/openapi.json":
             await reply.send_body(200, self._document)
+        elif path in TOKEN_ROUTES:
+            await self._tokens.answer(incoming)
         elif path == QUOTE:
             await self._lookups.answer_quote(incoming)
         else:

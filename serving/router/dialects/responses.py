@@ -242,13 +242,14 @@ def _read_format(text: Any) -> dict[str, Any] | None:
 
 def _build_usage(usage: dict[str, Any]) -> dict[str, Any]:
     details = usage.get("prompt_tokens_details") or {}
+    of_input = {"cached_tokens": details.get("cached_tokens") or 0, "cache_write_tokens": 0}
+    if "image_tokens" in details:
+        of_input["image_tokens"] = details["image_tokens"]
     found = {
         "input_tokens": usage.get("prompt_tokens") or 0,
-        "input_tokens_details": {"cached_tokens": details.get("cached_tokens") or 0, "cache_write_tokens": 0},
+        "input_tokens_details": of_input,
         "output_tokens": usage.get("completion_tokens") or 0,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": usage.get("total_tokens") or 0,
     }
-    if "image_tokens" in details:
-        found["input_tokens_details"]["image_tokens"] = details["image_tokens"]
     return found | {name: usage[name] for name in ("estimated_cost", "credited_cost") if name in usage}

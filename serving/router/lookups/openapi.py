@@ -39,6 +39,10 @@ def build_document(settings: Settings) -> dict[str, Any]:
         "paths": {
             "/v1/chat/completions": {"post": _generating("Chat", chat)},
             "/v1/completions": {"post": _generating("Completion", _completion_schema(names))},
+            "/v1/responses": {"post": _generating("A response, without state", _response_schema(names))},
+            "/v1/messages": {"post": _generating("A message, in Anthropic's shape", _message_schema(chat))},
+            "/tokenize": {"post": _quoting(_tokenize_schema(names), "The tokens of a text or of texts in messages")},
+            "/detokenize": {"post": _quoting(_detokenize_schema(names), "The text of tokens")},
             "/v1/models": {"get": _looking_up("Every model name that a request may use")},
             "/v1/models/{model}": {
                 "get": _looking_up("One of them"),
@@ -123,11 +127,11 @@ def _listing(summary: str) -> dict[str, Any]:
     return {"summary": summary, "responses": {"200": found, **_errors(_LOOK_UPS)}}
 
 
-def _quoting(schema: dict[str, Any]) -> dict[str, Any]:
+def _quoting(schema: dict[str, Any], summary: str = "What a request would cost, without running it") -> dict[str, Any]:
     statuses = ("400", "401", "403", "404", "405", "408", "413", "415", "429", "431", "503")
-    found = {"description": "Tokens and dollars, at least and at most", "content": _JSON_OBJECT}
+    found = {"description": summary, "content": _JSON_OBJECT}
     return {
-        "summary": "What a request would cost, without running it",
+        "summary": summary,
         "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
         "responses": {"200": found, **_errors(statuses)},
     }
@@ -180,6 +184,40 @@ def _chat_schema(names: list[str], max_messages: int) -> dict[str, Any]:
 def _completion_schema(names: list[str]) -> dict[str, Any]:
     prompt = {"oneOf": [_TEXT, {"type": "array", "minItems": 1, "items": _TEXT}]}
     return {"type": "object", "required": ["model", "prompt"], "properties": {**_common(names), "prompt": prompt}}
+
+
+def _response_schema(names: list[str]) -> dict[str, Any]:
+    common = _common(names)
+    properties = {
+        **{name: common[name] for name in ("model", "temperature", "top_p", "stream", "mm_processor_kwargs")},
+        "input": {"type": ["string", "array"]},
+        "instructions": {"type": ["string", "null"]},
+        "max_output_tokens": {"type": ["integer", "null"], "minimum": 1},
+        "text": {"type": ["object", "null"]},
+    }
+    return {"type": "object", "required": ["model", "input"], "properties": properties}
+
+
+def _message_schema(chat: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a message's request, for texts; `chat` is that of a chat."""
+    properties = {
+        **{name: chat["properties"][name] for name in ("model", "temperature", "stream", "messages")},
+        "max_tokens": {"type": "integer", "minimum": 1},
+        "system": {"type": ["string", "array", "null"]},
+        "stop_sequences": {"type": ["array", "null"], "items": _TEXT},
+    }
+    return {"type": "object", "required": ["model", "messages", "max_tokens"], "properties": properties}
+
+
+def _tokenize_schema(names: list[str]) -> dict[str, Any]:
+    properties = {"model": _common(names)["model"], "prompt": _TEXT, "messages": {"type": "array"}}
+    return {"type": "object", "required": ["model"], "properties": properties}
+
+
+def _detokenize_schema(names: list[str]) -> dict[str, Any]:
+    tokens = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+    properties = {"model": _common(names)["model"], "tokens": tokens}
+    return {"type": "object", "required": ["model", "tokens"], "properties": properties}
 
 
 _TEXT: dict[str, Any] = {"type": "string"}

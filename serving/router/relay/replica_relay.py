@@ -14,6 +14,7 @@ from serving.errors import InternalError, ReplicaUnreachableError, ServingError,
 from serving.http.reply import Reply
 from serving.router.accounting.answer_usage import StreamAnnotator, UsageNotes, annotate_answer
 from serving.router.relay.http_client import Answer, Upstream
+from serving.router.request.engine_refusals import rewrite_refusal
 from serving.router.request.parsing import RoutedRequest, explain_refusal
 from serving.settings.router import RouterSettings
 
@@ -79,6 +80,20 @@ class Relay:
                 annotator = StreamAnnotator(notes, shows_usage=shows, usage_in_last=in_last)
                 return await _relay_stream(request, answer, annotator, reply)
             return annotate_answer(await answer.read(), notes)
+
+    async def ask(self, replica: ReplicaRecord, path: str, body: bytes, request_id: str, *, is_chat: bool) -> bytes:
+        """Ask a replica for something that generates nothing, and return its answer.
+
+        Raises:
+            ServingError: the replica failed or refused.
+        """
+        if self._upstream is None:
+            raise InternalError("The router has not started.")
+        headers = {**self._headers, "x-request-id": request_id}
+        async with self._upstream.request("POST", replica.base_url + path, headers, body) as answer:
+            if answer.status >= 400:
+                raise rewrite_refusal(from_engine(answer.status, await _read_error(answer)), is_chat=is_chat)
+            return await answer.read()
 
     async def fetch_usage(self, replica: ReplicaRecord, request_id: str) -> dict[str, Any] | None:
         """What the replica's engine counted for a request whose answer did not say; None if it cannot be had."""

@@ -107,7 +107,7 @@ def parse_request(
         RequestError: what is wrong with it.
     """
     payload = decode_json(body, settings.router.limits)
-    model = _find_model(payload.get("model"), settings)
+    model = find_model(payload.get("model"), settings)
     is_chat = path.endswith("/chat/completions")
     num_choices = _count_choices(payload, settings.router.limits.max_choices)
     refuses_unknown = settings.router.unknown_fields == "refuse"
@@ -198,7 +198,13 @@ def explain_refusal(request: RoutedRequest, error: ServingError) -> ServingError
     return rewrite_refusal(error, is_chat=request.is_chat, has_structured_outputs=request.has_structured_outputs)
 
 
-def _find_model(name: Any, settings: Settings) -> str:
+def find_model(name: Any, settings: Settings) -> str:
+    """The canonical name of the model that a body names.
+
+    Raises:
+        InvalidRequestError: it names none.
+        ModelNotFoundError: there is no such model.
+    """
     if not isinstance(name, str) or not name:
         raise InvalidRequestError("You must name a model.", param="model")
     model = settings.find_model(name)
