@@ -38,7 +38,9 @@ from serving.settings.stack import Settings, load_settings
 from serving.stack.run_file import read_engine_key
 
 app = typer.Typer(
-    help="Cost accounting: usage, what the stack itself costs, and whether both are right.", no_args_is_help=True
+    help="Cost accounting: usage, what the stack itself costs, and whether both are right.",
+    no_args_is_help=True,
+    add_completion=False,
 )
 
 _EVER = Window(0, 2**63 - 1)

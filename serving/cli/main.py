@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import typing
 from pathlib import Path
@@ -9,10 +10,9 @@ from typing import Annotated
 
 import typer
 from pydantic import ValidationError
+from typer.core import TyperGroup
 
-from serving.cli import billing as billing_cli
 from serving.cli import keys as keys_cli
-from serving.cli import ocr as ocr_cli
 from serving.cli import plan as plan_cli
 from serving.errors import ServingError, SettingsError
 from serving.settings.stack import Settings, dump_settings, load_settings
@@ -20,7 +20,32 @@ from serving.settings.stack import Settings, dump_settings, load_settings
 if typing.TYPE_CHECKING:
     from serving.stack.run_file import StackRun
 
+_LATE = {"billing": ("serving.cli.billing", "app"), "ocr": ("serving.cli.ocr", "read_files")}
+"""Commands whose modules take longer to import than the other commands to run: of each the module and its attribute, a
+group or a function."""
+
+
+class _Commands(TyperGroup):
+    """The commands of this module, and those of `_LATE`, imported when they are called for."""
+
+    def list_commands(self, ctx: typing.Any) -> list[str]:
+        return [*super().list_commands(ctx), *_LATE]
+
+    def get_command(self, ctx: typing.Any, cmd_name: str) -> typing.Any:
+        if cmd_name not in _LATE:
+            return super().get_command(ctx, cmd_name)
+        module, attribute = _LATE[cmd_name]
+        found = getattr(importlib.import_module(module), attribute)
+        if not isinstance(found, typer.Typer):
+            function, found = found, typer.Typer(add_completion=False)
+            found.command(cmd_name)(function)
+        command = typer.main.get_command(found)
+        command.name = cmd_name
+        return command
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="A serving stack for DeepSeek-OCR: vLLM engines in Ray Serve replicas behind an OpenAI-compatible router.",
     no_args_is_help=True,
     add_completion=False,
@@ -28,8 +53,6 @@ app = typer.Typer(
 )
 
 app.add_typer(keys_cli.app, name="keys")
-app.add_typer(billing_cli.app, name="billing")
-app.command("ocr")(ocr_cli.read_files)
 app.command("plan")(plan_cli.plan)
 
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="Settings file; see configs/ for examples.")]

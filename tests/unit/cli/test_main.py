@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -236,3 +238,16 @@ def test_a_refusal_of_vllm_is_not_hidden(monkeypatch: pytest.MonkeyPatch, write_
     file = write_settings()
     result = run("check-config", file)
     assert (result.exit_code, result.stderr) == (2, f"{file}: models.nano: no\n")
+
+
+def test_a_command_imports_only_what_it_needs() -> None:
+    late = {"aiohttp", "httpx", "numpy", "ray", "simpy", "sqlalchemy", "vllm"}
+    code = f"import sys, serving.cli.main; found = {late} & set(sys.modules); assert not found, found"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("command", ["billing", "ocr"])
+def test_commands_that_are_imported_late_are_found_and_listed(command: str) -> None:
+    assert f"│ {command} " in run("--help").stdout
+    usage = run(command, "--help").stdout
+    assert f"serving {command}" in usage or f"root {command}" in usage
