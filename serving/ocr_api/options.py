@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import ConfigDict, Field
@@ -9,6 +10,7 @@ from pydantic.dataclasses import dataclass
 
 ResolutionMode = Literal["tiny", "small", "base", "large", "gundam"]
 Mode = Literal[ResolutionMode, "auto"]
+TextLayer = Literal["off", "prefer", "verify"]
 PageFormat = Literal["markdown", "text", "layout"]
 
 RESOLUTION_MODES: tuple[ResolutionMode, ...] = get_args(ResolutionMode)
@@ -29,7 +31,7 @@ class ReadOptions:
     model: Annotated[_Line, Field(max_length=255)]
     """One of the names that `GET /v1/models` lists."""
     pages: Annotated[_Line, Field(max_length=4096)] | None = None
-    """Pages to read, counted from 1: `1-3,7`. All of them by default."""
+    """Pages to read, counted from 1: `1-3,7`, `5-` or `-5`. All of them by default."""
     mode: Mode | None = None
     """Resolution of the images that the model sees; `auto` chooses by page."""
     format: PageFormat = "markdown"
@@ -40,6 +42,11 @@ class ReadOptions:
     """Resolution in which PDF pages are rendered."""
     max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     """Limit on the answer for one page."""
+    text_layer: TextLayer = "off"
+    """PDFs that contain their text: `prefer` takes it, without a model and at no cost, where it is all that the page
+    shows; `verify` reads the page as well and reports where the two differ."""
+    password: Annotated[_Line, Field(max_length=255)] | None = dataclasses.field(default=None, repr=False)
+    """Opens an encrypted PDF. It is not logged, and kept in encrypted form until the document has been read."""
     include_images: bool = False
     """Return figures, cut out of the pages."""
     stream: bool = False
@@ -50,4 +57,5 @@ class ReadOptions:
     def fields(self) -> dict[str, Any]:
         """The options that differ from the service's defaults, by their names in the API."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {name: value for name, value in values.items() if value is not None and value is not False}
+        # The default of `text_layer` is left out for services that do not know it yet.
+        return {name: value for name, value in values.items() if value not in (None, False, "off")}

@@ -1,4 +1,4 @@
-"""Parses page selections such as `1-3,7`, for the service and its clients. Pure."""
+"""Parses page selections such as `1-3,7-`, for the service and its clients. Pure."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import re
 from serving.errors import InvalidRequestError
 
 _MAX_SELECTION_CHARS = 4096
-_RANGE = re.compile(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?")
+_RANGE = re.compile(r"\s*(?:(\d{1,9})|(\d{1,9})?\s*-\s*(\d{1,9})?)\s*")
 
 
 def select_pages(selection: str | None, num_pages: int, max_pages: int) -> list[int]:
     """Indices of the selected pages, counted from 0, in document order and without duplicates.
 
     Args:
-        selection: `1-3,7`, counted from 1; None for all pages.
+        selection: `1-3,7`, counted from 1; `5-` is from page 5 to the end and `-5` the first five pages. A range may
+            extend beyond the end of the document. None for all pages.
         num_pages: number of pages of the document.
         max_pages: how many pages of one document may be read.
 
@@ -35,17 +36,35 @@ def select_pages(selection: str | None, num_pages: int, max_pages: int) -> list[
     return [page - 1 for first, last in _merge(ranges) for page in range(first, last + 1)]
 
 
-def _read_range(part: str, num_pages: int) -> tuple[int, int]:
+def check_selection(selection: str) -> None:
+    """Check what can be checked without a document.
+
+    Raises:
+        InvalidRequestError: the selection is malformed.
+    """
+    for part in selection.split(","):
+        _parse_range(part)
+
+
+def _parse_range(part: str) -> tuple[int, int | None]:
+    """The first and the last page; None for the document's last page."""
     found = _RANGE.fullmatch(part)
-    if found is None:
-        raise _refuse("pages must be numbers and ranges separated by commas, such as 1-3,7.")
-    first = int(found.group(1))
-    last = int(found.group(2) or first)
-    if not 1 <= first <= last:
+    if found is None or part.strip() == "-":
+        raise _refuse("pages must be numbers and ranges separated by commas, such as 1-3,7 or 5-.")
+    single, first, last = found.groups()
+    if single is not None:
+        first = last = single
+    begin, end = int(first or 1), int(last) if last is not None else None
+    if begin < 1 or (end is not None and end < begin):
         raise _refuse("pages are counted from 1, and ranges must be ascending.")
-    if last > num_pages:
-        raise _refuse(f"pages selects page {last}, but the document has {num_pages} pages.")
-    return first, last
+    return begin, end
+
+
+def _read_range(part: str, num_pages: int) -> tuple[int, int]:
+    first, last = _parse_range(part)
+    if first > num_pages:
+        raise _refuse(f"pages selects page {first}, but the document has {num_pages} pages.")
+    return first, num_pages if last is None else min(last, num_pages)
 
 
 def _merge(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -35,7 +35,7 @@ class Dimensions(Shape):
     width: int
     height: int
     dpi: int | None = None
-    """None for images, which have pixels of their own."""
+    """None for images, which have pixels of their own. Below what was asked for if the page would be too large."""
 
 
 class Block(Shape):
@@ -72,6 +72,31 @@ class ErrorDetail(Shape):
     code: str | None = None
 
 
+class PageWarning(Shape):
+    """What may be wrong with a page that was read: its text may be incomplete."""
+
+    code: str
+    """`damaged`, `font_missing`, `font_substituted`, `resolution_reduced`, `cut_into_parts`, `text_layer_unused` or
+    `text_layer_differs`; later versions may add others."""
+    message: str
+
+
+class TextDifference(Shape):
+    """Words that the text layer has and the reading has not, or the other way round."""
+
+    layer: str
+    read: str
+
+
+class TextLayerCheck(Shape):
+    """How a page's text layer compares with what the model read."""
+
+    agreement: float
+    """The part of the words that both have, from 0 to 1."""
+    differences: tuple[TextDifference, ...] = ()
+    """The first twenty."""
+
+
 class OcrPage(Shape):
     """A page that was read, or that failed."""
 
@@ -94,6 +119,11 @@ class OcrPage(Shape):
     retries: int = 0
     usage: OcrPageUsage = OcrPageUsage()
     error: ErrorDetail | None = None
+    source: Absent[Literal["text_layer"]] = None
+    """`text_layer` when the text was taken from the PDF and no model was asked."""
+    text_layer: Absent[TextLayerCheck] = None
+    """Only with `text_layer: verify`."""
+    warnings: Absent[tuple[PageWarning, ...]] = None
     seq: Absent[int] = None
     """Only for a job's page: its place in the order of finishing."""
 
@@ -254,6 +284,8 @@ class ModelName(Shape):
     """A model's card, of which clients need the name."""
 
     id: str
+    revision: str | None = None
+    """Of the checkpoint; routers may not tell it."""
 
 
 class ModelList(Shape):

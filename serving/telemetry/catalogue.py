@@ -172,6 +172,12 @@ OCR_PAGES = Metric(
     ("status",),
 )
 OCR_PAGE_RETRIES = Metric("serving_ocr_page_retries_total", MetricKind.COUNTER, "Tries to read a page after its first")
+OCR_WARNINGS = Metric(
+    "serving_ocr_page_warnings_total",
+    MetricKind.COUNTER,
+    "Pages that were read with a warning, by its code: their text may be incomplete",
+    ("kind",),
+)
 OCR_DOCUMENTS = Metric(
     "serving_ocr_documents_total",
     MetricKind.COUNTER,
@@ -224,6 +230,7 @@ OCR_JOB_LAG = Metric("serving_ocr_job_lag_seconds", MetricKind.GAUGE, "How long 
 OCR = (
     OCR_PAGES,
     OCR_PAGE_RETRIES,
+    OCR_WARNINGS,
     OCR_DOCUMENTS,
     OCR_REFUSALS,
     OCR_OPEN,

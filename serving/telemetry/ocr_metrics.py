@@ -22,6 +22,7 @@ class OcrMetrics:
         self._refusals: Any = build_metric(catalogue.OCR_REFUSALS, self._registry)
         self._render: Any = build_metric(catalogue.OCR_RENDER, self._registry)
         self._page: Any = build_metric(catalogue.OCR_PAGE, self._registry)
+        self._warnings: Any = build_metric(catalogue.OCR_WARNINGS, self._registry)
         self._registry.register(StateCollector([read_gauges]))
 
     def see_document(self, form: str, way: str) -> None:
@@ -40,6 +41,10 @@ class OcrMetrics:
         if num_retries:
             self._retries.inc(num_retries)
         self._page.observe(seconds)
+
+    def see_warning(self, kind: str) -> None:
+        """Count a warning on a finished page."""
+        self._warnings.labels(kind).inc()
 
     def render(self) -> bytes:
         """Return the metrics in Prometheus' text format."""

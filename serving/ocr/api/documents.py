@@ -90,8 +90,8 @@ class DocumentsRoute:
             service.uploads.receive(request, caller) as submission,
             ClientPresence(request.receive),
         ):
-            document = await service.renderer.open(submission.file, caller.owner)
             options = submission.options
+            document = await service.renderer.open(submission.file, caller.owner, options.password)
             read_request = ReadRequest(
                 document=document,
                 pages=select_pages(options.pages, document.num_pages, ocr.render.max_pages),

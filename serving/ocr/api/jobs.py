@@ -13,6 +13,7 @@ from serving.http.disconnects import ClientPresence
 from serving.http.reply import Reply
 from serving.ocr.api.service import OcrService
 from serving.ocr.api.uploads import Submission
+from serving.ocr.jobs.key_sealing import JobSecrets
 from serving.ocr.jobs.model import JobRow, NewJob, new_job_id
 from serving.ocr.reading.options import options_to_json, without_stream
 from serving.ocr.reading.results import build_document
@@ -60,7 +61,7 @@ class JobsRoute:
                 return await service.store.find_repeated(caller.owner, idempotency_key, digest)
             except JobNotFoundError:
                 pass
-        document = await service.renderer.open(submission.file, caller.owner)
+        document = await service.renderer.open(submission.file, caller.owner, options.password)
         pages = select_pages(options.pages, document.num_pages, service.settings.ocr.render.max_pages)
         new = NewJob(
             owner=caller.owner,
@@ -68,7 +69,7 @@ class JobsRoute:
             options=options_json,
             document=build_document(document, submission.size_bytes),
             pages=pages,
-            sealed_key=service.key_sealer.seal(caller.api_key),
+            sealed_key=service.key_sealer.seal(JobSecrets(caller.api_key, options.password)),
             digest=digest,
             idempotency_key=idempotency_key,
         )

@@ -1,4 +1,4 @@
-"""Encryption of the API keys that jobs keep beyond the request that submitted them, until they have ended."""
+"""Encryption of the API keys and passwords that jobs keep beyond the request that submitted them, until they end."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import base64
 import contextlib
 import hashlib
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography.fernet import Fernet, InvalidToken
@@ -15,6 +16,15 @@ from serving.billing.credits import CreditSigner
 from serving.errors import SettingsError
 
 _CONTEXT = b"serving.ocr.jobs.model"
+
+
+@dataclass(frozen=True, slots=True)
+class JobSecrets:
+    """What a job needs to be read."""
+
+    api_key: str | None = field(default=None, repr=False)
+    password: str | None = field(default=None, repr=False)
+    """Opens the document."""
 
 
 class KeySealer:
@@ -31,20 +41,26 @@ class KeySealer:
         self.signer = CreditSigner(given)
         """Signs credits, so that routers trust them."""
 
-    def seal(self, api_key: str | None) -> str:
-        """The encrypted key as text for the database; empty without a key."""
-        return self._fernet.encrypt(api_key.encode()).decode() if api_key is not None else ""
+    def seal(self, secrets: JobSecrets) -> str:
+        """The encrypted secrets as text for the database; empty if there are none."""
+        if secrets.api_key is None and secrets.password is None:
+            return ""
+        text = secrets.api_key or ""
+        if secrets.password is not None:
+            text += f"\n{secrets.password}"  # keys have no line breaks
+        return self._fernet.encrypt(text.encode()).decode()
 
-    def open(self, sealed: str) -> str | None:
-        """Decrypt a key.
+    def open(self, sealed: str) -> JobSecrets:
+        """Decrypt a job's secrets.
 
         Raises:
             SettingsError: it was encrypted with another secret.
         """
         if not sealed:
-            return None
+            return JobSecrets()
         try:
-            return self._fernet.decrypt(sealed.encode()).decode()
+            api_key, line_break, password = self._fernet.decrypt(sealed.encode()).decode().partition("\n")
+            return JobSecrets(api_key or None, password if line_break else None)
         except InvalidToken as error:
             raise SettingsError("the job's API key was encrypted with another ocr.secret than this one") from error
 

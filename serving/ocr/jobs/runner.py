@@ -209,7 +209,7 @@ class JobRunner:
         if job.num_takes > _MAX_TAKES + job.num_done:
             return PageFailure("job_given_up", "The service stopped too often while it read this job.")
         try:
-            api_key = self._key_sealer.open(job.sealed_key)
+            secrets = self._key_sealer.open(job.sealed_key)
             options = read_options(job.options)
         except SettingsError as error:
             logger.error("job %s: %s", job.job_id, error)
@@ -217,7 +217,7 @@ class JobRunner:
             return PageFailure("key_unreadable", message)
         except InvalidRequestError as error:  # submitted to a version with other options
             return as_failure(error)
-        document = self._find_document(job)
+        document = self._find_document(job, secrets.password)
         if not await asyncio.to_thread(document.file.exists):
             return PageFailure("document_missing", "The job's document no longer exists; submit it again.")
         charged = await self._find_charged(job)
@@ -228,7 +228,7 @@ class JobRunner:
             options=options,
             prompt=choose_prompt(options, self._settings),
             request_id=job.job_id,
-            api_key=api_key,
+            api_key=secrets.api_key,
             charged=charged,
             stop=stop,
         )
@@ -239,13 +239,12 @@ class JobRunner:
                 self._efforts.popitem(last=False)
         return failure
 
-    def _find_document(self, job: JobRow) -> OpenedDocument:
+    def _find_document(self, job: JobRow, password: str | None) -> OpenedDocument:
         """The document as it was opened when the job was submitted."""
         effort = self._efforts.pop(job.job_id, None) or Effort()
         facts = job.document
-        return OpenedDocument(
-            self.find_file(job.job_id), DocumentFormat(facts.format or ""), facts.num_pages or 0, job.owner, effort
-        )
+        kind, num_pages = DocumentFormat(facts.format or ""), facts.num_pages or 0
+        return OpenedDocument(self.find_file(job.job_id), kind, num_pages, job.owner, password, effort)
 
     async def _find_charged(self, job: JobRow) -> Mapping[int, int]:
         """What pages were charged while another service held the job: nanodollars by page index."""

@@ -10,13 +10,13 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import pybase64
 
 from serving.errors import ServingError
-from serving.ocr.reading.pages import Delta, PageFailure, PageReader, PageReading, TryStarted
+from serving.ocr.reading.pages import Delta, PageFailure, PageReader, PageReading, PageUsage, TryStarted
 from serving.ocr.reading.request import ReadRequest
 from serving.ocr.reading.results import (
     PageResult,
@@ -25,10 +25,15 @@ from serving.ocr.reading.results import (
     build_unread_page,
     find_figures,
     measure,
+    parse_layer,
+    parse_reading,
 )
-from serving.ocr.rendering.pool import DrawnPage, Renderer
-from serving.ocr.text.layout import Box, parse_layout
-from serving.ocr_api.shapes import Dimensions, PageDelta, PageImage, PageStarted
+from serving.ocr.rendering.drawing import WarningKind
+from serving.ocr.rendering.pool import DrawnPage, PageLayer, Renderer
+from serving.ocr.text.comparison import compare_texts
+from serving.ocr.text.layout import Box, LayoutBlock
+from serving.ocr.text.markdown import render_text
+from serving.ocr_api.shapes import PageDelta, PageImage, PageStarted, PageWarning, TextLayerCheck
 from serving.settings.ocr import OcrSettings
 
 _QUEUED_EVENTS = 256
@@ -60,6 +65,8 @@ class Observer(Protocol):
 
     def see_page(self, *, is_failed: bool, num_retries: int, seconds: float) -> None: ...
 
+    def see_warning(self, kind: str) -> None: ...
+
 
 @dataclass(slots=True, eq=False)
 class _Run:
@@ -79,6 +86,11 @@ def wants_page_image(request: ReadRequest, index: int, image: DrawnPage) -> bool
     """Whether the stream sends this page's image."""
     is_wanted = request.options.stream and request.options.include_page_images
     return is_wanted and index in request.pages[:_MAX_PICTURES] and len(image.data) <= _MAX_PICTURE_BYTES
+
+
+def warn_of_layer(image: DrawnPage, kind: WarningKind, message: str) -> DrawnPage:
+    """The page with a further warning."""
+    return replace(image, warnings=(*image.warnings, PageWarning(code=kind.value, message=message)))
 
 
 class Pipeline:
@@ -127,47 +139,113 @@ class Pipeline:
         """Record metrics for a finished page. Pages that could not be delivered or stored are not counted."""
         result = ended.result
         self._observer.see_page(is_failed=result.is_failed, num_retries=result.page.retries, seconds=ended.seconds)
+        for warning in result.page.warnings or ():
+            self._observer.see_warning(warning.code)
 
     async def _read_page(self, run: _Run, index: int) -> PageResult:
         request, started_s = run.request, time.monotonic()
+        layer: PageLayer | None = None
         try:
             image = await self._renderer.draw(request.document, index, request.options.dpi)
+            if request.options.text_layer != "off":
+                layer = await self._renderer.read_layer(request.document, index)
         except ServingError as error:
             return build_unread_page(index, as_failure(error), request.charged.get(index, 0))
         self._observer.see_render(time.monotonic() - started_s)
-        return await self._read_image(run, index, image)
+        if layer is None:
+            return await self._read_image(run, index, image)
+        if layer.flaw is not None:
+            warned = warn_of_layer(image, WarningKind.TEXT_LAYER_UNUSED, f"The text layer was not used: {layer.flaw}.")
+            return await self._read_image(run, index, warned)
+        if request.options.text_layer == "prefer":
+            return await self._take_layer(run, index, image, layer)
+        return await self._read_image(run, index, image, layer)
 
-    async def _read_image(self, run: _Run, index: int, image: DrawnPage) -> PageResult:
-        request, events = run.request, run.events
-        dimensions = measure(request.document, image, request.options.dpi or self._settings.render.dpi)
+    async def _take_layer(self, run: _Run, index: int, image: DrawnPage, layer: PageLayer) -> PageResult:
+        """Take the page's text from the PDF, without a model."""
+        started = PageStarted(index=index, dimensions=measure(image))
+        await run.events.put(started)
+        await self._put_picture(run, index, image)
+        await run.events.put(PageDelta(index=index, text=layer.text))
+        usage = PageUsage(cost_nanodollars=run.request.charged.get(index, 0))
+        reading = PageReading((layer.text,), usage, num_tries=1, mode=None)
+        figures: list[tuple[Box, str]] | None = [] if run.request.options.include_images else None
+        blocks = parse_layer(layer, image.width, image.height)
+        result = build_page(index, reading, blocks, image, run.request.options.format, figures)
+        return replace(result, page=result.page.model_copy(update={"source": "text_layer"}))
+
+    async def _read_image(self, run: _Run, index: int, image: DrawnPage, layer: PageLayer | None = None) -> PageResult:
+        """Read a page, part after part if it is a strip, and compare it with its text layer, if one is given."""
         reading: PageReading | None = None
-        async with contextlib.aclosing(self._reader.read(image, request, index)) as read:
+        for part in image.parts or (None,):
+            try:
+                shown = image if part is None else await self._draw_part(run, index, part)
+            except ServingError as error:
+                failure = as_failure(error)
+                if reading is None:
+                    return build_unread_page(index, failure, run.request.charged.get(index, 0))
+                reading = replace(reading, failure=failure)
+                break
+            reading = await self._read_part(run, index, image, shown, reading)
+            if reading.failure is not None:
+                break
+        assert reading is not None  # every page has a part
+        blocks = parse_reading(reading, image)
+        check: TextLayerCheck | None = None
+        if layer is not None and reading.failure is None:
+            check = await asyncio.to_thread(compare_texts, layer.text, render_text(blocks))
+            if check.differences:
+                message = f"The text layer and the reading agree in {check.agreement:.0%} of the words."
+                image = warn_of_layer(image, WarningKind.TEXT_LAYER_DIFFERS, message)
+        figures = await self._cut_figures(run, index, blocks) if run.request.options.include_images else None
+        result = build_page(index, reading, blocks, image, run.request.options.format, figures)
+        if check is None:
+            return result
+        return replace(result, page=result.page.model_copy(update={"text_layer": check}))
+
+    async def _draw_part(self, run: _Run, index: int, part: Box) -> DrawnPage:
+        return await self._renderer.draw(run.request.document, index, run.request.options.dpi, part)
+
+    async def _read_part(
+        self, run: _Run, index: int, image: DrawnPage, shown: DrawnPage, before: PageReading | None
+    ) -> PageReading:
+        """Read a page, or the part of it that is `shown`; `before` is the reading of earlier parts."""
+        events, num_before = run.events, before.num_tries if before is not None else 0
+        reading: PageReading | None = None
+        async with contextlib.aclosing(self._reader.read(shown, run.request, index, before)) as read:
             async for event in read:
                 if isinstance(event, TryStarted):
-                    started = PageStarted(index=index, attempt=event.number, mode=event.mode, dimensions=dimensions)
-                    await events.put(started)
-                    if event.number == 1 and wants_page_image(request, index, image):
-                        picture = PageImage(
-                            index=index, image_url=image.as_url(), width=image.width, height=image.height
+                    if before is None or event.number > num_before + 1:
+                        dimensions = measure(image)
+                        await events.put(
+                            PageStarted(index=index, attempt=event.number, mode=event.mode, dimensions=dimensions)
                         )
-                        await events.put(picture)
+                    if event.number == 1:
+                        await self._put_picture(run, index, image)
+                    if before is not None:
+                        # What earlier parts said: after another attempt it has to be said again.
+                        is_retry = event.number > num_before + 1
+                        text = "\n\n".join((*before.texts, "")) if is_retry else "\n\n"
+                        await events.put(PageDelta(index=index, text=text))
                 elif isinstance(event, Delta):
                     await events.put(PageDelta(index=index, text=event.text))
                 else:
                     reading = event
         assert reading is not None  # a reader's last event
-        figures = await self._cut_figures(run, index, reading, dimensions) if request.options.include_images else None
-        return build_page(index, reading, dimensions, request.options.format, figures)
+        return reading
 
-    async def _cut_figures(
-        self, run: _Run, index: int, reading: PageReading, dimensions: Dimensions
-    ) -> list[tuple[Box, str]]:
+    async def _put_picture(self, run: _Run, index: int, image: DrawnPage) -> None:
+        if wants_page_image(run.request, index, image):
+            await run.events.put(
+                PageImage(index=index, image_url=image.as_url(), width=image.width, height=image.height)
+            )
+
+    async def _cut_figures(self, run: _Run, index: int, blocks: Sequence[LayoutBlock]) -> list[tuple[Box, str]]:
         """Figures with their images as base64.
 
         Figures that cannot be cut out, or exceed the document's budget of bytes, are left out: the boxes come from the
         model and may be anywhere.
         """
-        blocks = parse_layout(reading.text, dimensions.width, dimensions.height)
         figures = []
         for box in find_figures(blocks, self._settings.max_figures):
             with contextlib.suppress(ServingError):

@@ -68,9 +68,11 @@ def without_stream(options: ReadOptions) -> ReadOptions:
 
 
 def options_to_json(options: ReadOptions) -> dict[str, Any]:
-    """Options as they are stored, and returned with a job."""
+    """Options as they are stored, and returned with a job: without the password."""
     found = asdict(options)
-    del found["stream"], found["include_page_images"]
+    del found["stream"], found["include_page_images"], found["password"]
+    if options.text_layer == "off":
+        del found["text_layer"]
     return found
 
 

@@ -85,15 +85,29 @@ class Delta:
 class PageReading:
     """The end of a page: its text, or the failure with the text of the last attempt as far as it got."""
 
-    text: str
+    texts: tuple[str, ...]
+    """What was read of each part of the page; most pages have one."""
     usage: PageUsage
     """Sum over all attempts that reported usage; one that broke off reports none. Includes the page's credit."""
     num_tries: int
+    """Attempts at all parts together."""
     mode: str | None
     """Resolution mode of the last attempt: as reported by the router, or else as requested."""
     is_cut: bool = False
     """Whether the answer ended because it reached a limit on its length."""
     failure: PageFailure | None = None
+    credit_nanodollars: int = 0
+    """What is left of the page's credit for further parts of it."""
+
+    @property
+    def text(self) -> str:
+        """The text of all parts."""
+        return "\n\n".join(self.texts)
+
+    @property
+    def num_retries(self) -> int:
+        """Attempts beyond the first of each part."""
+        return max(0, self.num_tries - len(self.texts))
 
 
 Event = TryStarted | Delta | PageReading
@@ -163,19 +177,29 @@ class PageReader:
         assert self._session is not None
         await self._session.close()
 
-    async def read(self, image: DrawnPage, request: ReadRequest, index: int) -> AsyncGenerator[Event]:
-        """Read one page; the last event is its PageReading. Closing the generator cancels the request."""
+    async def read(
+        self, image: DrawnPage, request: ReadRequest, index: int, before: PageReading | None = None
+    ) -> AsyncGenerator[Event]:
+        """Read one page; the last event is its PageReading. Closing the generator cancels the request.
+
+        Args:
+            image: the page, or a part of it.
+            request: what is read, and how.
+            index: the page's, counted from 0.
+            before: the reading of the parts of the same page that precede this one. The last event includes it.
+        """
         deadline_s = asyncio.get_running_loop().time() + self._settings.page_timeout_s
         url = image.as_url()
         mode: str | None = request.options.mode
-        credit_nanodollars = request.charged.get(index, 0)
-        spent = PageUsage(cost_nanodollars=credit_nanodollars)
+        credit_nanodollars = request.charged.get(index, 0) if before is None else before.credit_nanodollars
+        spent = PageUsage(cost_nanodollars=credit_nanodollars) if before is None else before.usage
+        num_before = before.num_tries if before is not None else 0
         tried_modes: list[str] = []
         num_refusals = 0
         for number in itertools.count(1):
-            yield TryStarted(number, mode)
+            yield TryStarted(num_before + number, mode)
             attempt = _Try(mode=mode)
-            headers = self._build_headers(request, index, number, credit_nanodollars)
+            headers = self._build_headers(request, index, num_before + number, credit_nanodollars)
             async for text in self._ask(build_body(url, request, mode), headers, attempt, deadline_s):
                 yield Delta(text)
             spent += attempt.usage
@@ -187,7 +211,11 @@ class PageReader:
             pause_s, mode = another
             await asyncio.sleep(pause_s)
         text, is_cut = "".join(attempt.texts), attempt.finish_reason == "length"
-        yield PageReading(text, spent, number, attempt.mode, is_cut, attempt.failure)
+        texts = (*before.texts, text) if before is not None else (text,)
+        is_cut = is_cut or (before is not None and before.is_cut)
+        yield PageReading(
+            texts, spent, num_before + number, attempt.mode, is_cut, attempt.failure, max(0, credit_nanodollars)
+        )
 
     def _plan(
         self, attempt: _Try, mode: str | None, tried_modes: list[str], number: int, deadline_s: float

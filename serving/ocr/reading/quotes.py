@@ -66,20 +66,24 @@ class Quoter:
         document, options = request.document, request.options
         try:
             image = await self._renderer.draw(document, index, options.dpi)
+            if options.text_layer == "prefer" and (await self._renderer.read_layer(document, index)).flaw is None:
+                return PageQuote(index, measure(image), sum_quotes(()))
         except RenderError as error:
             return PageQuote(index, None, None, as_failure(error))
-        dimensions = measure(document, image, options.dpi or self._settings.render.dpi)
         try:
-            answer = await self._callers.fetch_quote(request.api_key, build_body(image.as_url(), request, options.mode))
+            quotes = []
+            for part in image.parts or (None,):
+                shown = image if part is None else await self._renderer.draw(document, index, options.dpi, part)
+                body = build_body(shown.as_url(), request, options.mode)
+                quotes.append(quote_from_json(await self._callers.fetch_quote(request.api_key, body)))
         except ServingError as error:
             failure = as_failure(error)
             if error.http_status >= 500 or is_for_all(failure):
                 raise
-            return PageQuote(index, dimensions, None, failure)
-        try:
-            return PageQuote(index, dimensions, quote_from_json(answer))
+            return PageQuote(index, measure(image), None, failure)
         except ValueError as error:
             raise InternalError("The router's answer is not a quote.", 502, code="bad_answer") from error
+        return PageQuote(index, measure(image), quotes[0] if len(quotes) == 1 else sum_quotes(quotes))
 
 
 def build_quote(model: str, pages: Sequence[PageQuote], document: DocumentFacts) -> DocumentQuote:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from serving.errors import ServingError
 from serving.ocr.reading.pages import NANO_PER_DOLLAR, PageFailure, PageReading, PageUsage
-from serving.ocr.rendering.formats import DocumentFormat
-from serving.ocr.rendering.pool import DrawnPage, OpenedDocument
+from serving.ocr.rendering.pool import DrawnPage, OpenedDocument, PageLayer
 from serving.ocr.text.layout import Box, LayoutBlock, parse_layout
 from serving.ocr.text.markdown import render_markdown, render_text
 from serving.ocr_api.options import PageFormat
@@ -42,10 +41,43 @@ class PageResult:
         return self.failure is not None
 
 
-def measure(document: OpenedDocument, image: DrawnPage, dpi: int) -> Dimensions:
-    """The dimensions of a page that was rendered at `dpi`, which images ignore."""
-    is_pdf = document.format is DocumentFormat.PDF
-    return Dimensions(width=image.width, height=image.height, dpi=dpi if is_pdf else None)
+def measure(image: DrawnPage) -> Dimensions:
+    """The dimensions of a rendered page."""
+    return Dimensions(width=image.width, height=image.height, dpi=image.dpi)
+
+
+def parse_reading(reading: PageReading, image: DrawnPage) -> list[LayoutBlock]:
+    """The blocks of all parts of a page, with boxes in pixels of the page."""
+    parts = image.parts or (Box(0, 0, image.width, image.height),)
+    found: list[LayoutBlock] = []
+    for text, part in zip(reading.texts, parts, strict=False):
+        blocks = parse_layout(text, part.right - part.left, part.bottom - part.top)
+        found.extend(
+            replace(block, boxes=tuple(box.moved(part.left, part.top) for box in block.boxes)) for block in blocks
+        )
+    return found
+
+
+def parse_layer(layer: PageLayer, width: int, height: int) -> list[LayoutBlock]:
+    """The lines of a page's text layer as blocks: one for each paragraph."""
+    blocks: list[LayoutBlock] = []
+    for line in layer.lines:
+        left, top, right, bottom = line.box
+        box = Box(round(left * width), round(top * height), round(right * width), round(bottom * height))
+        last = blocks[-1].boxes[0] if blocks else None
+        if last is not None and _continues(last, box):
+            joined = Box(min(last.left, box.left), last.top, max(last.right, box.right), max(last.bottom, box.bottom))
+            blocks[-1] = LayoutBlock("text", (joined,), f"{blocks[-1].text}\n{line.text}")
+        else:
+            blocks.append(LayoutBlock("text", (box,), line.text))
+    return blocks
+
+
+def _continues(paragraph: Box, line: Box) -> bool:
+    """Whether a line belongs to the paragraph above it."""
+    height = max(1, line.bottom - line.top)
+    overlaps = min(paragraph.right, line.right) > max(paragraph.left, line.left)
+    return overlaps and -height / 2 < line.top - paragraph.bottom < height * 0.8
 
 
 def find_figures(blocks: Sequence[LayoutBlock], max_figures: int) -> list[Box]:
@@ -62,7 +94,8 @@ def name_figure(index: int, box: Box, figures: Sequence[Box]) -> str | None:
 def build_page(
     index: int,
     reading: PageReading,
-    dimensions: Dimensions,
+    blocks: Sequence[LayoutBlock],
+    image: DrawnPage,
     form: PageFormat,
     figures: Sequence[tuple[Box, str]] | None = None,
 ) -> PageResult:
@@ -71,11 +104,11 @@ def build_page(
     Args:
         index: counted from 0.
         reading: what was read.
-        dimensions: those of the image that was sent.
+        blocks: what `parse_reading` found in it, or `parse_layer` in the text layer.
+        image: the page that was sent.
         form: the format that was asked for.
         figures: boxes and images (base64) of figures that were cut out; None when they were not requested.
     """
-    blocks = parse_layout(reading.text, dimensions.width, dimensions.height)
     boxes = [box for box, _ in figures or ()]
 
     def name(_: int, box: Box | None) -> str | None:
@@ -85,16 +118,17 @@ def build_page(
         index=index,
         number=index + 1,
         status="completed" if reading.failure is None else "failed",
-        dimensions=dimensions,
+        dimensions=measure(image),
         text=render_text(blocks) if form == "text" else None,
         markdown=render_markdown(blocks, name if figures is not None else None) if form != "text" else None,
         blocks=tuple(map(_build_block, blocks)) if form == "layout" else None,
         images=_build_figures(index, figures) if figures is not None else None,
         mode=reading.mode,
         finish_reason=_finish_reason(reading),
-        retries=reading.num_tries - 1,
+        retries=reading.num_retries,
         usage=_build_page_usage(reading.usage),
         error=build_error(reading.failure) if reading.failure is not None else None,
+        warnings=image.warnings or None,
     )
     return PageResult(page, reading.usage, reading.failure)
 

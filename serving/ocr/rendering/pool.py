@@ -19,7 +19,7 @@ import resource
 import signal
 import sys
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from serving.errors import RenderError
 from serving.ocr.limits.turns import TurnQueue
 from serving.ocr.rendering.formats import HEAD_BYTES, DocumentFormat, find_format
 from serving.ocr.text.layout import Box
+from serving.ocr_api.shapes import PageWarning
 from serving.settings.ocr import RenderSettings
 
 _LINE_BYTES = 2**20
@@ -60,6 +61,8 @@ class OpenedDocument:
     num_pages: int
     tenant: str
     """The tenant on whose turn pages are rendered."""
+    password: str | None = field(default=None, repr=False)
+    """Opens an encrypted PDF."""
     effort: Effort = field(default_factory=Effort, compare=False)
 
 
@@ -71,10 +74,38 @@ class DrawnPage:
     media_type: str
     width: int
     height: int
+    dpi: int | None = None
+    """Pixels per inch; None for images, which have pixels of their own."""
+    warnings: tuple[PageWarning, ...] = ()
+    """What may be wrong with the page."""
+    parts: tuple[Box, ...] = ()
+    """Where an extremely long or wide page is cut, in pixels; empty for others."""
 
     def as_url(self) -> str:
         """The image as a `data:` URL."""
         return f"data:{self.media_type};base64,{pybase64.b64encode(self.data).decode()}"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerLine:
+    """A line of a page's text layer."""
+
+    text: str
+    box: tuple[float, ...]
+    """Left, top, right and bottom, as parts of the page's width and height."""
+
+
+@dataclass(frozen=True, slots=True)
+class PageLayer:
+    """The text that a PDF page contains."""
+
+    lines: tuple[LayerLine, ...] = ()
+    flaw: str | None = "the document is not a PDF"
+    """Why the text cannot be taken for the page's; None if it can."""
+
+    @property
+    def text(self) -> str:
+        return "\n".join(line.text for line in self.lines)
 
 
 class Renderer:
@@ -93,23 +124,24 @@ class Renderer:
         """Number of documents and pages that wait for their turn."""
         return self.queue.num_waiting
 
-    async def open(self, file: Path, tenant: str) -> OpenedDocument:
+    async def open(self, file: Path, tenant: str, password: str | None = None) -> OpenedDocument:
         """Detect a document's format and count its pages, once it is the tenant's turn.
 
         Args:
             file: must exist while pages are rendered.
             tenant: the document's owner.
+            password: opens an encrypted PDF; other documents ignore it.
 
         Raises:
             InvalidRequestError: the format is not supported.
             RenderError: it is encrypted or damaged, or took too long.
         """
         kind = find_format(await asyncio.to_thread(_read_head, file))
-        effort = Effort()
-        answer, _ = await self._ask({"file": str(file), "format": kind.value}, tenant, effort)
+        document = OpenedDocument(file, kind, 0, tenant, password)
+        answer, _ = await self._ask(document, {})
         if answer["num_pages"] < 1:
             raise RenderError("The document has no pages.", param="document")
-        return OpenedDocument(file, kind, answer["num_pages"], tenant, effort)
+        return replace(document, num_pages=answer["num_pages"])
 
     async def draw(
         self, document: OpenedDocument, page: int, dpi: int | None = None, part: Box | None = None
@@ -133,9 +165,31 @@ class Renderer:
         }
         if part is not None:
             request["part"] = (part.left, part.top, part.right, part.bottom)
-        request |= {"file": str(document.file), "format": document.format.value}
-        answer, data = await self._ask(request, document.tenant, document.effort)
-        return DrawnPage(data, answer["media_type"], answer["width"], answer["height"])
+        answer, data = await self._ask(document, request)
+        parts = tuple(Box(*edges) for edges in answer.get("parts", ()))
+        return DrawnPage(
+            data,
+            answer["media_type"],
+            answer["width"],
+            answer["height"],
+            answer["dpi"],
+            tuple(PageWarning(code=code, message=message) for code, message in answer["warnings"]),
+            parts if len(parts) > 1 else (),
+        )
+
+    async def read_layer(self, document: OpenedDocument, page: int) -> PageLayer:
+        """Read the text layer of a page, once it is the tenant's turn. Documents other than PDFs have none.
+
+        Raises:
+            RenderError: as `draw` does.
+        """
+        if document.format is not DocumentFormat.PDF:
+            return PageLayer()
+        answer, data = await self._ask(document, {"page": page, "text": True})
+        lines = tuple(
+            LayerLine(text, (left, top, right, bottom)) for text, left, top, right, bottom in json.loads(data)
+        )
+        return PageLayer(lines, answer["flaw"])
 
     async def close(self) -> None:
         """Stop idle workers; busy ones stop after their page."""
@@ -143,7 +197,16 @@ class Renderer:
         while self._idle:
             await self._idle.pop().kill()
 
-    async def _ask(self, request: dict[str, Any], tenant: str, effort: Effort) -> tuple[dict[str, Any], bytes]:
+    async def _ask(self, document: OpenedDocument, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+        """Have a worker carry out a request for a document.
+
+        Raises:
+            RenderError: it cannot be carried out.
+        """
+        tenant, effort = document.tenant, document.effort
+        request = {"file": str(document.file), "format": document.format.value, **request}
+        if document.password is not None:
+            request["password"] = document.password
         self._check_effort(effort)
         async with self.queue.place(tenant):
             self._check_effort(effort)  # other pages of it were rendered meanwhile
@@ -159,7 +222,8 @@ class Renderer:
                     self.cpu_s += cpu_s
                     self.queue.charge(tenant, cpu_s)
         if "code" in answer:
-            raise RenderError(answer["message"], param="document", code=answer["code"])
+            param = "password" if answer["code"] == "wrong_password" else "document"
+            raise RenderError(answer["message"], param=param, code=answer["code"])
         return answer, data
 
     async def _ask_worker(self, worker: RenderWorker, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:

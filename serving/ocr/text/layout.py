@@ -43,6 +43,10 @@ class Box:
     right: int
     bottom: int
 
+    def moved(self, right: int, down: int) -> Box:
+        """The box at another place."""
+        return Box(self.left + right, self.top + down, self.right + right, self.bottom + down)
+
 
 @dataclass(frozen=True, slots=True)
 class LayoutBlock:

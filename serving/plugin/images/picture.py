@@ -13,6 +13,8 @@ Colour = tuple[int, int, int]
 
 _DEEP_MODES = frozenset({"I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
 _WITH_ALPHA = frozenset({"RGBA", "LA", "PA"})
+_REDUCED = frozenset({"1", "L", "RGB", "CMYK", "YCbCr"})
+"""Modes whose values can be averaged as they are."""
 _PREMULTIPLIED = {"RGBa": "RGBA", "La": "LA"}
 _TURNED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -25,17 +27,22 @@ _TURNED = {
 }
 
 
-def show(image: Image.Image, background: Colour) -> Image.Image:
+def show(image: Image.Image, background: Colour, reduction: int = 1) -> Image.Image:
     """Return the image as displayed.
 
     Args:
         image: as opened, neither decoded nor copied.
         background: colour behind transparent pixels.
+        reduction: by which whole number both sides are divided, before anything that would need more memory.
     """
     aspect = pixel_aspect(image)
     image.load()
     orientation = orientation_of(image)
+    if reduction > 1 and image.mode in _REDUCED:
+        image, reduction = (image.convert("L") if image.mode == "1" else image).reduce(reduction), 1
     image = to_rgb(image, background)
+    if reduction > 1:
+        image = image.reduce(reduction)
     if orientation in _TURNED:
         image = image.transpose(_TURNED[orientation])
     return make_square(image, aspect, orientation)

@@ -132,10 +132,10 @@ async def test_office_files_are_refused_with_advice(tmp_path: Path) -> None:
                 answer = await service.client.post(path, data={"model": "nano"}, files={"file": (name, data)})
                 error = answer.json()["error"]
                 assert (answer.status_code, error["code"]) == (400, "unsupported_document"), name
-                assert "save the document as PDF" in error["message"]
+                assert "soffice --convert-to pdf" in error["message"]
         plain = await service.upload(zipped("notes.txt"))
         assert (plain.status_code, plain.json()["error"]["code"]) == (400, "unsupported_document")
-        assert "PDF, JPEG, PNG, WebP, TIFF, GIF and BMP" in plain.json()["error"]["message"]
+        assert "PDF, JPEG, PNG, WebP, TIFF, GIF, BMP" in plain.json()["error"]["message"]
         assert service.engine.asked == []
 
 

@@ -54,7 +54,7 @@ async def run_counting(
 def write_uneven_pdf(file: Path) -> Path:
     """Three pages, the second one too large to be drawn."""
     document = pypdfium2.PdfDocument.new()
-    for size in (A4, (14_400, 14_400), A4):
+    for size in (A4, (200_000, 200_000), A4):
         document.new_page(*size).close()
     document.save(file)
     document.close()

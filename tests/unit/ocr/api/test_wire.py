@@ -34,7 +34,7 @@ _VARIES = (
 def write_uneven_pdf(file: Path) -> bytes:
     """Two pages, the second one too large to be drawn."""
     document = pypdfium2.PdfDocument.new()
-    for size in (A4, (14_400, 14_400)):
+    for size in (A4, (200_000, 200_000)):
         document.new_page(*size).close()
     document.save(file)
     document.close()

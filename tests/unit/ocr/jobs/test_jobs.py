@@ -101,7 +101,7 @@ async def test_a_key_is_sealed_while_its_job_is_open(tmp_path: Path) -> None:
         (row,) = await rows_of(service.settings.billing, JOBS)
         text = key["authorization"].removeprefix("Bearer ")
         assert text not in str(row)
-        assert KeySealer(None, tmp_path / "ocr").open(row.sealed_key) == text
+        assert KeySealer(None, tmp_path / "ocr").open(row.sealed_key).api_key == text
         assert (tmp_path / "ocr" / "secret").stat().st_mode & 0o777 == 0o600
         await service.wait_for(job["id"], "running", headers=key)
         assert await eventually(lambda: len(service.engine.asked) == 1, 20), "there is something to abort"

@@ -24,6 +24,14 @@ from serving.ocr_api.page_ranges import select_pages
         (b"MM\0*", DocumentFormat.TIFF),
         (b"GIF89a", DocumentFormat.GIF),
         (b"BM\x10\0\0\0\0\0\0\0", DocumentFormat.BMP),
+        (b"x" * 5000 + b"%PDF-1.4", DocumentFormat.PDF),
+        (b"%\xe2\xe3\n1 0 obj\n<<", DocumentFormat.PDF),
+        (b"\0\0\0\x0cjP  \r\n\x87\n", DocumentFormat.JP2),
+        (b"\xff\x4f\xff\x51", DocumentFormat.JP2),
+        (b"\0\0\0\x1cftypavif\0\0\0\0", DocumentFormat.AVIF),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1avif", DocumentFormat.AVIF),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1heic", DocumentFormat.HEIC),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", DocumentFormat.HEIC),
     ],
 )
 def test_the_first_bytes_say_what_it_is(head: bytes, found: DocumentFormat) -> None:
@@ -32,18 +40,31 @@ def test_the_first_bytes_say_what_it_is(head: bytes, found: DocumentFormat) -> N
 
 @pytest.mark.parametrize("head", [office_file(), b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", b"{\\rtf1"])
 def test_office_files_are_refused_with_advice(head: bytes) -> None:
-    with pytest.raises(InvalidRequestError, match="save the document as PDF") as refused:
+    with pytest.raises(InvalidRequestError, match="soffice --convert-to pdf") as refused:
         find_format(head)
     assert refused.value.code == "unsupported_document"
 
 
 @pytest.mark.parametrize(
-    "head",
-    [b"", b"hello", b"<html>", b"BMW is a car", b"PK\x03\x04 %PDF-1.4", b"x" * 1100 + b"%PDF-1.4", b"RIFF\0\0\0\0WAVE"],
+    ("head", "name"),
+    [
+        (b"", "unknown format"),
+        (b"hello, this is a letter", "plain text"),
+        (b" <html>", "a web page, which is not supported; print it to PDF"),
+        (b"<svg xmlns=", "an SVG drawing"),
+        (b"BMW is a car", "plain text"),
+        (b"PK\x03\x04 %PDF-1.4", "a ZIP archive"),
+        (b"%!PS-Adobe-3.0", "ps2pdf"),
+        (b"AT&TFORM", "DjVu"),
+        (b"\0\0\0\x1cftypisom\0\0\0\0", "a video"),
+        (b"\x00\x01\x02\x03" * 9, "unknown format"),
+        (b"RIFF\0\0\0\0WAVE", "unknown format"),
+    ],
 )
-def test_other_files_are_refused(head: bytes) -> None:
-    with pytest.raises(InvalidRequestError, match="format is not supported"):
+def test_a_refusal_names_what_it_found(head: bytes, name: str) -> None:
+    with pytest.raises(InvalidRequestError, match=r"which is not supported; .*PDF, JPEG") as refused:
         find_format(head)
+    assert name in refused.value.message
 
 
 @given(st.binary(max_size=200))
@@ -60,6 +81,10 @@ def test_any_bytes_are_a_format_or_refused(head: bytes) -> None:
         (" 2 , 1 ", [0, 1]),
         ("3-5,4-6,5", [2, 3, 4, 5]),
         ("8", [7]),
+        ("6-", [5, 6, 7]),
+        ("-2", [0, 1]),
+        ("7-999999999", [6, 7]),
+        ("-2, 8-", [0, 1, 7]),
     ],
 )
 def test_pages_are_selected(selection: str | None, pages: list[int]) -> None:
@@ -68,7 +93,23 @@ def test_pages_are_selected(selection: str | None, pages: list[int]) -> None:
 
 @pytest.mark.parametrize(
     "selection",
-    ["", "0", "9", "3-2", "1-", "-1", "a", "1,,2", "1-999999999", "9" * 50, "1," * 3000, "1.5", "\u0661-\u0662,x"],
+    [
+        "",
+        "0",
+        "9",
+        "3-2",
+        "-",
+        "9-",
+        "-0",
+        "0-3",
+        "a",
+        "1,,2",
+        "1-2-3",
+        "9" * 50,
+        "1," * 3000,
+        "1.5",
+        "\u0661-\u0662,x",
+    ],
 )
 def test_what_is_no_selection_is_refused(selection: str) -> None:
     with pytest.raises(InvalidRequestError) as refused:

@@ -101,13 +101,16 @@ async def test_ten_thousand_pages_are_refused_and_some_of_them_read(tmp_path: Pa
         assert await refused(service, pdf, pages="10001") == (400, "invalid_pages")
 
 
-async def test_pages_that_are_too_large_fail_alone(tmp_path: Path) -> None:
+async def test_pages_that_are_too_large_are_read_at_the_resolution_that_fits(tmp_path: Path) -> None:
     hall = write_pdf(tmp_path / "hall.pdf", 1, (20 * METRE, 20 * METRE)).read_bytes()
-    async with run_service(tmp_path) as service:
-        assert await failed_page(service, hall) == "page_too_large"
-        assert await failed_page(service, huge_png(10_000)) == "page_too_large"
-        a_hundred_megapixels = write_pdf(tmp_path / "big.pdf", 2, (5000, 5000)).read_bytes()
-        assert await failed_page(service, a_hundred_megapixels) == "page_too_large"
+    async with run_service(tmp_path, render={"max_page_pixels": 10**7}) as service:
+        answer = await service.upload(hall)
+        (page,) = answer.json()["pages"]
+        assert page["status"] == "completed"
+        assert page["dimensions"]["dpi"] == 4
+        assert [warning["code"] for warning in page["warnings"]] == ["resolution_reduced"]
+        service.engine.asked.clear()
+        assert await failed_page(service, huge_png(30_000)) == "page_too_large"
         assert service.engine.asked == []
 
 

@@ -107,24 +107,29 @@ async def test_documents_that_cannot_be_opened_are_refused(data: bytes, code: st
         assert refused.value.code == code
 
 
-async def test_pages_that_are_too_large_fail_before_they_are_drawn(tmp_path: Path) -> None:
+async def test_a_page_that_is_too_large_is_drawn_smaller_and_one_beyond_the_memory_fails(tmp_path: Path) -> None:
     (tmp_path / "png").write_bytes(huge_png(30_000))
-    async with rendering() as renderer:
-        for file in (write_pdf(tmp_path / "pdf", 1, (14_400, 14_400)), tmp_path / "png"):
-            document = await renderer.open(file, "acme")
-            with pytest.raises(RenderError) as refused:
-                await renderer.draw(document, 0, 600)
-            assert refused.value.code == "page_too_large"
-
-
-async def test_a_cut_image_fails_here_and_not_in_the_engine(tmp_path: Path) -> None:
-    file = write_image(tmp_path / "x", "PNG", (500, 500))
-    file.write_bytes(file.read_bytes()[:-30])
-    async with rendering() as renderer:
-        document = await renderer.open(file, "acme")
+    async with rendering(max_page_pixels=10**6) as renderer:
+        document = await renderer.open(write_pdf(tmp_path / "pdf", 1, (14_400, 14_400)), "acme")
+        page = await renderer.draw(document, 0, 600)
+        assert (page.width, page.dpi, [warning.code for warning in page.warnings]) == (
+            1000,
+            4,
+            ["resolution_reduced"],
+        )
+        document = await renderer.open(tmp_path / "png", "acme")
         with pytest.raises(RenderError) as refused:
-            await renderer.draw(document, 0)
-        assert refused.value.code == "damaged_document"
+            await renderer.draw(document, 0, 600)
+        assert refused.value.code == "page_too_large"
+
+
+async def test_a_cut_image_is_mended_here_and_does_not_fail_in_the_engine(tmp_path: Path) -> None:
+    Image.effect_noise((500, 500), 60).save(tmp_path / "x", "PNG")
+    (tmp_path / "x").write_bytes((tmp_path / "x").read_bytes()[:-3000])
+    async with rendering() as renderer:
+        page = await renderer.draw(await renderer.open(tmp_path / "x", "acme"), 0)
+        pixels(page).load()
+        assert [warning.code for warning in page.warnings] == ["damaged"]
 
 
 async def test_a_killed_worker_fails_its_page_only(tmp_path: Path) -> None:

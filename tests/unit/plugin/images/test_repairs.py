@@ -96,6 +96,7 @@ JPEGS = {
 
 
 def draw_jpeg(folder: Path, data: bytes) -> Image.Image:
+    """As a document's page, which may say that it is damaged."""
     file = folder / "document"
     file.write_bytes(data)
     assert count_pages(file, "jpeg") == 1
@@ -103,6 +104,7 @@ def draw_jpeg(folder: Path, data: bytes) -> Image.Image:
     page = Image.open(io.BytesIO(drawn))
     page.load()
     assert page.size == (told["width"], told["height"])
+    assert [kind for kind, _ in told["warnings"]] == ["damaged"]
     return page.convert("RGB")
 
 
@@ -127,10 +129,10 @@ def test_a_jpeg_that_has_lost_much_is_refused(name: str, part: float, tmp_path: 
     if "progressive" in name and part > 0.6:
         part = 0.5  # the last scans are long, and refine what is there
     cut = JPEGS[name][: int(len(JPEGS[name]) * part)]
-    with pytest.raises(DecodeError):
+    with pytest.raises(DecodeError):  # a chat request's answer has no place for a warning
         decode(cut, FORMATS, WHITE)
-    with pytest.raises(Exception, match=r"truncated|identify|broken"):
-        draw_jpeg(tmp_path, cut)
+    if part > 0.02:
+        assert draw_jpeg(tmp_path, cut).size == LETTER.size
 
 
 @given(
