@@ -11,6 +11,7 @@ import hashlib
 import json
 import sqlite3
 import uuid
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -49,6 +50,8 @@ class RunningError(Exception):
 class FileState:
     """The progress of one file."""
 
+    digest: str
+    """SHA-256 of the file."""
     submission: str
     """The Idempotency-Key that the file is submitted with."""
     chosen: str | None
@@ -73,6 +76,7 @@ class BulkState:
             OSError: the folder cannot be written.
         """
         folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
         self._lock: IO[str] = (folder / _LOCK_NAME).open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -104,10 +108,21 @@ class BulkState:
 
     def find(self, path: str) -> FileState:
         """The progress of a file that was opened."""
-        columns = "submission, chosen, job, after, num_pages, is_over"
+        columns = "digest, submission, chosen, job, after, num_pages, is_over"
         row = self._database.execute(f"SELECT {columns} FROM files WHERE path = ?", (path,)).fetchone()
-        submission, chosen, job, after, num_pages, is_over = row
-        return FileState(submission, chosen, job, after, num_pages, bool(is_over))
+        digest, submission, chosen, job, after, num_pages, is_over = row
+        return FileState(digest, submission, chosen, job, after, num_pages, bool(is_over))
+
+    def find_left_jobs(self, kept: Collection[str]) -> list[tuple[str, str, str]]:
+        """Paths, options and jobs of files that an earlier run left unfinished, other than those of `kept`."""
+        rows = self._database.execute("SELECT path, options, job FROM files WHERE job IS NOT NULL AND is_over = 0")
+        return [(path, options, job) for path, options, job in rows.fetchall() if path not in kept]
+
+    def find_stale_job(self, path: str, digest: str, options: str) -> str | None:
+        """The unfinished job of a file that has changed since, or that was read with other options."""
+        query = "SELECT job FROM files WHERE path = ? AND is_over = 0 AND (digest != ? OR options != ?)"
+        row = self._database.execute(query, (path, digest, options)).fetchone()
+        return row[0] if row is not None else None
 
     def begin_job(self, path: str, job: str) -> None:
         """Record the job that the service created."""

@@ -26,7 +26,7 @@ import httpx
 import tenacity
 
 from serving.ocr_api.options import Mode, PageFormat, ReadOptions
-from serving.ocr_api.shapes import JobList, JobPages, OcrJob, OcrPage, OcrResult, StreamEvent
+from serving.ocr_api.shapes import JobList, JobPages, ModelList, OcrJob, OcrPage, OcrResult, StreamEvent
 from serving.ocr_client import requests
 from serving.ocr_client.requests import Follower, OcrRequest
 from serving.ocr_client.wire import (
@@ -61,7 +61,7 @@ class OcrClient:
         """Nothing is connected yet.
 
         Args:
-            base_url: address of the router or the OCR service, without `/v1`.
+            base_url: address of the router or the OCR service, with or without `/v1`.
             api_key: needed if the router requires keys.
             timeout_s: longest time in seconds without data; the answer to `read` arrives when all pages are done.
             retry: when requests are retried.
@@ -81,7 +81,11 @@ class OcrClient:
 
     def models(self) -> list[str]:
         """Valid values of `ReadOptions.model`."""
-        return self._ask(requests.models()).names
+        return self.model_cards().names
+
+    def model_cards(self) -> ModelList:
+        """The models with what the service tells of them."""
+        return self._ask(requests.models())
 
     def read(self, source: Source, options: ReadOptions) -> OcrResult:
         """Read a document and wait for all of its pages. Failed pages have an `error`.
@@ -197,7 +201,10 @@ class AsyncOcrClient:
         await self._http.aclose()
 
     async def models(self) -> list[str]:
-        return (await self._ask(requests.models())).names
+        return (await self.model_cards()).names
+
+    async def model_cards(self) -> ModelList:
+        return await self._ask(requests.models())
 
     async def read(self, source: Source, options: ReadOptions) -> OcrResult:
         return await self._ask(requests.read(source, options))

@@ -26,15 +26,16 @@ def name_key(path: Path) -> str:
     return name if _is_utf8(name) else f"bytes:{os.fsencode(name).hex()}"
 
 
-def safe_place(place: Path) -> Path:
-    """A path for a file that we create: parts with invalid bytes have them as `%e9`.
+def wire_name(name: str) -> str:
+    """A name for HTTP headers: in ASCII, with other characters as `\\xe9` or `\\u20ac`."""
+    return show_name(name).encode("ascii", "backslashreplace").decode()
+
+
+def safe_part(part: str) -> str:
+    """A part of a path for a file that we create: invalid bytes are written as `%e9`.
 
     A digest of the original bytes keeps different names different.
     """
-    return Path(*map(_safe_part, place.parts))
-
-
-def _safe_part(part: str) -> str:
     if _is_utf8(part):
         return part
     digest = hashlib.sha256(os.fsencode(part)).hexdigest()[:_DIGEST_CHARS]

@@ -125,10 +125,18 @@ def own_errors() -> Iterator[None]:
 
 
 def client_arguments(base_url: str, api_key: str | None, timeout_s: float) -> dict[str, Any]:
-    """Arguments of httpx's clients."""
+    """Arguments of httpx's clients.
+
+    Raises:
+        ValueError: the address or the key cannot be used.
+    """
+    if not base_url.startswith(("http://", "https://")):
+        raise ValueError(f"the address {base_url!r} must begin with http:// or https://")
+    if api_key and not (api_key.isascii() and api_key.isprintable()):
+        raise ValueError("the API key must consist of printable ASCII characters, without line breaks")
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
     return {
-        "base_url": base_url.rstrip("/"),
+        "base_url": base_url.rstrip("/").removesuffix("/v1"),
         "headers": headers,
         "timeout": httpx.Timeout(timeout_s, connect=_CONNECT_S),
         "trust_env": False,  # neither the key nor the document goes to a proxy from the environment

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ import tenacity
 from serving.http.retry_after import read_retry_after
 from serving.ocr_api.shapes import StreamEvent, read_event
 from serving.ocr_client.errors import BadAnswerError, ConnectionLostError, OcrError, RequestRefusedError, from_answer
-from serving.ocr_client.file_names import show_name
+from serving.ocr_client.file_names import wire_name
 
 Answer = TypeVar("Answer", bound=pydantic.BaseModel)
 
@@ -42,6 +43,8 @@ class RetryPolicy:
     first_pause_s: float = 0.25
     max_pause_s: float = 8.0
     """Limit on the client's own pauses; a wait that the service asks for (`Retry-After`) is always respected."""
+    on_wait: Callable[[OcrError, float], None] | None = None
+    """Called before each pause, with the error and the seconds that have passed since the first attempt."""
 
 
 def build_document(source: Source, fields: dict[str, Any]) -> dict[str, Any]:
@@ -54,7 +57,7 @@ def build_document(source: Source, fields: dict[str, Any]) -> dict[str, Any]:
         return {"json": {**fields, "document": {"type": "document_url", "document_url": source}}}
     texts = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in fields.items()}
     content: Any = source.open("rb") if isinstance(source, Path) else source.data
-    return {"data": texts, "files": {"file": (show_name(source.name), content)}}
+    return {"data": texts, "files": {"file": (wire_name(source.name), content)}}
 
 
 def close_document(arguments: dict[str, Any]) -> None:
@@ -82,7 +85,13 @@ def build_retrying(policy: RetryPolicy, *, is_repeatable: bool) -> dict[str, Any
         # Random, so that clients that were refused together do not all retry together.
         return own(state) if asked_s is None else asked_s + min(own(state), 1.0)
 
+    def tell(state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome is not None else None
+        if policy.on_wait is not None and isinstance(error, OcrError):
+            policy.on_wait(error, state.seconds_since_start or 0.0)
+
     return {
+        "before_sleep": tell,
         "retry": tenacity.retry_if_exception(lambda error: _can_repeat(error, is_repeatable=is_repeatable)),
         "wait": pause_s,
         "stop": tenacity.stop_before_delay(policy.max_wait_s),

@@ -96,7 +96,12 @@ def test_fifty_pages_survive_a_kill_of_the_service(stack: Stack, service: Servic
         pages_then = client.job_pages(job.id).data
     _, told = run.communicate(timeout=600)
     assert run.returncode == 0, told
-    check_texts([text.removesuffix("\n") for text in (out / "book.txt").read_text().split("\f")])
+    check_texts(
+        [
+            text.removesuffix("\n")
+            for text in out.joinpath(*book.parts[1:-1], f"{book.name}.txt").read_text().split("\f")
+        ]
+    )
     # Whatever was finished is still there, and only what was under way was asked for twice.
     assert 15 <= len(pages_then) < NUM_PAGES
     num_read = stack.metric("vllm:request_success_total") - read_before

@@ -65,7 +65,7 @@ def test_a_book_is_read_by_the_command_and_by_curl(stack: Stack, tmp_path: Path)
 
     run_here("serving ocr book.pdf")
     truth = json.loads((tmp_path / "book.json").read_text())
-    read = (tmp_path / "texts/book.md").read_text()
+    read = (tmp_path / "texts/book.pdf.md").read_text()
     assert sum(text.splitlines()[0] in read for text in truth) >= 5
     answer = json.loads(run_here("file=@book.pdf -F pages=1-3,7"))
     assert [page["number"] for page in answer["pages"]] == [1, 2, 3, 7]

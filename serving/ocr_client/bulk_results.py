@@ -1,0 +1,130 @@
+"""What a bulk run writes: a result for each file, and a report of all of them."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TextIO
+
+from serving.ocr_api.options import PageFormat
+from serving.ocr_api.shapes import OcrPage
+
+REPORT_NAME = "report.csv"
+REPORT_COLUMNS = ("path", "result", "status", "pages", "failed_pages", "model", "mode", "tokens", "cost_dollars",
+                  "seconds", "sha256", "error")  # fmt: skip
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""What spreadsheets take for the beginning of a formula."""
+
+
+class OutputFormat(StrEnum):
+    MARKDOWN = "markdown"
+    TEXT = "text"
+    JSON = "json"
+
+    @property
+    def suffix(self) -> str:
+        return {"markdown": ".md", "text": ".txt", "json": ".json"}[self.value]
+
+    @property
+    def page_format(self) -> PageFormat:
+        """The format of pages that the file is made from."""
+        formats: dict[str, PageFormat] = {"markdown": "markdown", "text": "text", "json": "layout"}
+        return formats[self.value]
+
+
+@dataclass(frozen=True, slots=True)
+class ResultFacts:
+    """What a result says about its document."""
+
+    path: str
+    """As it was given, for display."""
+    num_pages: int | None
+    """Pages of the document, read or not."""
+    model: str
+    revision: str | None
+    """Of the model's checkpoint; None if the service does not tell it."""
+    digest: str
+    """SHA-256 of the document."""
+
+
+def render(kind: OutputFormat, facts: ResultFacts, pages: Sequence[OcrPage]) -> str:
+    """The content of a result file. Text pages are separated by form feeds, as in pdftotext; markdown by comments."""
+    if kind is OutputFormat.JSON:
+        return _render_json(facts, pages)
+    if kind is OutputFormat.TEXT:
+        return "\f".join(f"{page.content}\n" for page in pages)
+    parts = []
+    for page in pages:
+        if not page.is_completed:
+            reason = (page.error.message if page.error is not None else "").replace("--", "- -")
+            parts.append(f"<!-- page {page.number} could not be read: {reason} -->\n")
+        else:
+            head = f"<!-- page {page.number} -->\n\n" if len(pages) > 1 else ""
+            parts.append(f"{head}{page.content}\n")
+    return "\n".join(parts)
+
+
+def _render_json(facts: ResultFacts, pages: Sequence[OcrPage]) -> str:
+    modes = list(dict.fromkeys(page.mode for page in pages if page.mode is not None))
+    result = {
+        "path": facts.path,
+        "num_pages": facts.num_pages,
+        "model": facts.model,
+        "mode": modes[0] if len(modes) == 1 else modes or None,
+        "checkpoint_revision": facts.revision,
+        "sha256": facts.digest,
+        "versions": {"serving": importlib.metadata.version("serving")},
+        "estimated_cost": round(sum(page.usage.estimated_cost for page in pages), 9),
+        "pages": [page.model_dump(mode="json", exclude={"seq"}, exclude_none=True) for page in pages],
+    }
+    return json.dumps(result, indent=1) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class ReportRow:
+    """A file in the report."""
+
+    path: str
+    result: str
+    status: str
+    """`read`, `failed`, or `unreadable` for what could not even be opened."""
+    num_pages: int = 0
+    """Pages that were read."""
+    num_failed: int = 0
+    model: str = ""
+    mode: str = ""
+    num_tokens: int = 0
+    dollars: float = 0.0
+    seconds: float = 0.0
+    digest: str = ""
+    error: str = ""
+
+
+def write_report(file: Path, rows: Iterable[ReportRow]) -> None:
+    """Write the report as CSV, with one line per file; raises OSError when it cannot be written."""
+    half = file.with_name(f".{file.name}.half")
+    with half.open("w", encoding="utf-8", newline="") as out:
+        _write_rows(out, rows)
+    half.replace(file)
+
+
+def _write_rows(out: TextIO, rows: Iterable[ReportRow]) -> None:
+    writer = csv.writer(out)
+    writer.writerow(REPORT_COLUMNS)
+    for row in rows:
+        numbers = (row.num_tokens, f"{row.dollars:.9f}", f"{row.seconds:.2f}")
+        texts = map(_disarm, (row.path, row.result))
+        writer.writerow(
+            (*texts, row.status, row.num_pages, row.num_failed, row.model, row.mode, *numbers, row.digest,
+             _disarm(row.error))
+        )  # fmt: skip
+
+
+def _disarm(text: str) -> str:
+    """A cell that no spreadsheet takes for a formula."""
+    return f"'{text}" if text.startswith(_FORMULA) else text
