@@ -56,6 +56,10 @@ class OcrApp:
         self._service = service
         self._hosts = build_rules(service.settings.ocr.host, service.settings.router.allowed_hosts)
 
+    @property
+    def routes(self) -> Sequence[BaseRoute]:
+        return self._app.routes
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
