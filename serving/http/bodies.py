@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 import orjson
-from starlette.types import Receive, Scope
+from starlette.types import Message, Receive, Scope
 
 from serving.errors import BodyTooLargeError, InvalidRequestError, OverloadedError, RequestTimeoutError, ServingError
 from serving.http.body_pace import BodyPace, receive_in_time
@@ -190,6 +190,16 @@ async def discard_body(receive: Receive, limits: LimitSettings) -> None:
                 size += len(message.get("body", b""))
                 if not message.get("more_body", False):
                     return
+
+
+def replay_body(body: bytes, receive: Receive) -> Receive:
+    """Deliver a body that has been read, then what follows it."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive_again() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return receive_again
 
 
 def decode_json(body: bytes, limits: LimitSettings) -> dict[str, Any]:

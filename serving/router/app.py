@@ -122,7 +122,14 @@ class RouterApp:
         self._traces = _build_traces(settings, self.router_id)
         self._document = orjson.dumps(build_document(settings))
         self._generation = Generation(
-            settings, self.access, self.dispatcher, self._relay, self._remote, self.accounts, self._traces
+            settings,
+            self.access,
+            self.dispatcher,
+            self._relay,
+            self._remote,
+            self.accounts,
+            self._documents,
+            self._traces,
         )
 
     async def start(self) -> None:

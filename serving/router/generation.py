@@ -36,15 +36,17 @@ from serving.errors import (
     ReplicaTimeoutError,
     ServingError,
 )
-from serving.http.bodies import ClientGoneError, HeldBody, decode_json, discard_body, read_body
+from serving.http.bodies import ClientGoneError, HeldBody, decode_json, discard_body, read_body, replay_body
 from serving.http.disconnects import ClientPresence
 from serving.http.reply import Reply
 from serving.router.access.auth import check_model_allowed
 from serving.router.access.control import AccessControl, Incoming
-from serving.router.access.limits import GENERATION
+from serving.router.access.limits import COUNTED_DOCUMENT, GENERATION
 from serving.router.accounting.accounts import Accounts
 from serving.router.accounting.request_account import CLIENT_CLOSED, Ending, RequestAccount, RequestContext
 from serving.router.accounting.token_bounds import bound_tokens
+from serving.router.relay.document_chat import DocumentReply, DocumentsFoundError, build_reading
+from serving.router.relay.ocr_relay import OCR, DocumentRelay
 from serving.router.relay.replica_relay import Relay
 from serving.router.request.foreign_fields import build_header
 from serving.router.request.parsing import RoutedRequest, parse_request
@@ -61,6 +63,7 @@ logger = logging.getLogger(__name__)
 
 _CHAT = "/v1/chat/completions"
 _TIMEOUT_HEADER = b"x-request-timeout-ms"
+_BODY_HEADERS = frozenset({b"content-type", b"content-length", b"content-encoding", b"accept-encoding"})
 _GRACE_S = 0.05
 """A request ends so much later than its deadline in the queue, whose refusal says more."""
 
@@ -92,6 +95,7 @@ class Generation:
     relay: Relay
     remote: RemoteImages
     accounts: Accounts
+    documents: DocumentRelay
     traces: Traces | None = None
     """None if nothing is traced."""
 
@@ -103,11 +107,32 @@ class Generation:
             ClientGoneError: the client has left.
         """
         account = RequestAccount(self.accounts, await self._identify(incoming))
-        async with self._hold(account, incoming) as allowance:
-            request = await self._parse(account, incoming, allowance.body)
-            request, work = self._reserve(account, request, incoming.reply)
-            async with self._place(account, request, work, incoming, allowance) as slot:
-                await self._send(account, request, slot, incoming.reply)
+        try:
+            async with self._hold(account, incoming) as allowance:
+                request = await self._parse(account, incoming, allowance.body)
+                request, work = self._reserve(account, request, incoming.reply)
+                async with self._place(account, request, work, incoming, allowance) as slot:
+                    await self._send(account, request, slot, incoming.reply)
+        except DocumentsFoundError as found:
+            await self._read_document(found.request, account.context, incoming)
+
+    async def _read_document(self, request: RoutedRequest, context: RequestContext, incoming: Incoming) -> None:
+        """Serve a chat about a document. It counts as a document: its pages come back as requests of their own, which
+        would wait for it if it counted as one."""
+        self.documents.check_enabled()
+        reading, ignored = build_reading(request)
+        if request.ignored or ignored:
+            incoming.reply.headers.append(build_header([*request.ignored, *ignored]))
+        body = orjson.dumps(reading)
+        async with self.access.admitted(incoming, context.identity, COUNTED_DOCUMENT):
+            with self.access.bodies.open() as memory:
+                memory.take(len(body))
+                headers = [(name, value) for name, value in incoming.scope["headers"] if name not in _BODY_HEADERS]
+                headers += [(b"content-type", b"application/json"), (b"accept-encoding", b"identity")]
+                scope = {**incoming.scope, "path": OCR, "query_string": b"", "headers": headers}
+                reply = DocumentReply(incoming.reply, request, incoming.request_id)
+                receive = replay_body(body, incoming.receive)
+                await self.documents.relay(incoming.request_id, scope, receive, reply, context.identity)
 
     async def _identify(self, incoming: Incoming) -> RequestContext:
         identity = await self.access.identify(incoming)
@@ -148,6 +173,9 @@ class Generation:
             if not reply.has_begun:
                 raise late from None
             await reply.end_with_error(late)
+        except DocumentsFoundError:
+            account.hand_over()
+            raise
         except (ClientGoneError, asyncio.CancelledError):
             ending = Ending(Outcome.ABORTED, reply.status or CLIENT_CLOSED, "", reply.first_byte_ns)
             raise
@@ -163,13 +191,11 @@ class Generation:
         is_told = incoming.is_deepinfra or incoming.dialect is not None
         stream_usage = "finish_chunk" if is_told else settings.router.stream_usage
         request = parse_request(path, body, settings, self.dispatcher.trained_modes, stream_usage)
+        check_model_allowed(context.identity, request.model, *settings.models[request.model].aliases)
+        if request.documents:
+            raise DocumentsFoundError(request)
         if request.ignored:
             incoming.reply.headers.append(build_header(request.ignored))
-        if request.documents:
-            raise InvalidRequestError(
-                "Send documents to POST /v1/ocr; chats hold images.", param=request.documents[0].param
-            )
-        check_model_allowed(context.identity, request.model, *settings.models[request.model].aliases)
         account.set_price(request)
         if None in request.image_sizes:
             request = await self.remote.inline(request, settings.router)

@@ -48,6 +48,8 @@ class Charge:
 
 GENERATION = Charge(RequestKind.GENERATION)
 DOCUMENT = Charge(RequestKind.DOCUMENT)
+COUNTED_DOCUMENT = Charge(RequestKind.DOCUMENT, weight=0.0)
+"""One whose request was counted before its body was read, as something else."""
 LOOKUP = Charge(RequestKind.LOOKUP)
 POLL = Charge(RequestKind.LOOKUP, _POLL_WEIGHT)
 

@@ -160,6 +160,10 @@ class RequestAccount:
         """The last replica has not run the request: it refused it, or was never connected to."""
         self._uncounted.pop()
 
+    def hand_over(self) -> None:
+        """The request is served as something else, which is accounted for elsewhere: it has no row of its own."""
+        self._is_finished = True
+
     def complete(self, status: int, first_byte_ns: int) -> None:
         """The whole answer has arrived: its row is in the journal when this returns.
 

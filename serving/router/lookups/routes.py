@@ -5,18 +5,16 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import orjson
-from starlette.types import Message, Receive
 
 from serving.cluster.directory import Snapshot
-from serving.errors import ModelNotFoundError, PermissionDeniedError
-from serving.http.bodies import decode_json, read_body
+from serving.errors import InvalidRequestError, ModelNotFoundError, PermissionDeniedError
+from serving.http.bodies import decode_json, read_body, replay_body
 from serving.router.access.auth import check_model_allowed
 from serving.router.access.control import AccessControl, Incoming
-from serving.router.access.limits import DOCUMENT, LOOKUP, Charge
+from serving.router.access.limits import COUNTED_DOCUMENT, LOOKUP, Charge
 from serving.router.accounting.accounts import Accounts
 from serving.router.lookups.model_cards import build_cards
 from serving.router.lookups.state import RouterState
@@ -50,8 +48,6 @@ GET_ROUTES: Mapping[str, Charge | None] = {
 """What each counts as. What this router has in memory is free: OCR services ask whose key it is, and user interfaces
 list the models, on behalf of tenants who want something else."""
 QUOTE = "/v1/quote"
-_COUNTED_DOCUMENT = replace(DOCUMENT, weight=0.0)
-"""Its request per minute was counted as a lookup, before its body was read."""
 
 
 class Lookups:
@@ -137,8 +133,8 @@ class Lookups:
                 if path is not None:
                     await incoming.reply.send_body(200, orjson.dumps(self._quote(identity, path, body)))
                     return
-            async with self._access.admitted(incoming, identity, _COUNTED_DOCUMENT):
-                receive = _replay(body, incoming.receive)
+            async with self._access.admitted(incoming, identity, COUNTED_DOCUMENT):
+                receive = replay_body(body, incoming.receive)
                 await self._documents.relay_quote(
                     incoming.request_id, incoming.scope, receive, incoming.reply, identity
                 )
@@ -153,6 +149,10 @@ class Lookups:
     def _quote(self, identity: Identity, path: str, body: bytes) -> dict[str, Any]:
         request = parse_request(path, body, self._settings)
         check_model_allowed(identity, request.model, *self._settings.models[request.model].aliases)
+        if request.documents:
+            raise InvalidRequestError(
+                'To quote a document, send it as "document", as to POST /v1/ocr.', param=request.documents[0].param
+            )
         replica = self._dispatcher.sample(request.model)
         reading = read_images(request, replica)
         return answer_quote(self._accounts, identity, request, reading, replica.max_model_len if replica else 0)
@@ -175,16 +175,6 @@ class Lookups:
         if card is None:
             raise ModelNotFoundError(f"The model '{name[:100]}' does not exist; GET /v1/models lists those that do.")
         return card
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """Deliver a body that was read once more, then what follows it."""
-    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def receive_again() -> Message:
-        return messages.pop() if messages else await receive()
-
-    return receive_again
 
 
 def _check_admin(identity: Identity) -> None:
