@@ -25,7 +25,7 @@ from serving.cluster.directory import ServiceRecord
 from serving.errors import RateLimitError
 from serving.router.access.keys_file import KeysFile, make_key, write_keys
 from serving.router.access.limits import DOCUMENT, GENERATION, LOOKUP, Charge, RequestKind
-from serving.router.app import GENERATE, METHODS
+from serving.router.app import METHODS
 from serving.router.lookups.openapi import build_document
 from serving.router.lookups.routes import MODEL, QUOTE
 from serving.settings.ocr import OcrSettings
@@ -141,11 +141,21 @@ async def test_of_a_crowd_one_document_passes(tmp_path: Path) -> None:
         assert sorted(statuses) == [200] + [429] * 19
 
 
+BODIES = {
+    "/v1/completions": b'{"model":"nano","prompt":"a"}',
+    "/v1/messages": b'{"model":"nano","max_tokens":4,"messages":[{"role":"user","content":"a"}]}',
+    "/v1/responses": b'{"model":"nano","input":"a"}',
+    "/detokenize": b'{"model":"nano","tokens":[1]}',
+    "/v1/detokenize": b'{"model":"nano","tokens":[1]}',
+}
+"""By route; the others take a chat's."""
+
+
 @pytest.mark.parametrize("path", [path for path, method in METHODS.items() if method == "POST"])
 async def test_no_route_reads_a_body_that_there_is_no_room_for(tmp_path: Path, path: str) -> None:
     async with run_office(tmp_path, Tenant()) as office:
         bodies = office.router.app.access.bodies
-        body = chat_body() if path != GENERATE[1] else b'{"model":"nano","prompt":"a"}'
+        body = BODIES.get(path, chat_body())
         assert (await office.ask("POST", path, body)).status_code == 200
         assert bodies.num_held_bytes == 0
         with bodies.open() as held:

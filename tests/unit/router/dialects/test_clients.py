@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import anthropic
-import httpx
 import httpx2
 import openai
 import orjson
@@ -51,7 +50,7 @@ async def client(router: RunningRouter) -> AsyncIterator[openai.AsyncOpenAI]:
         base_url=f"http://127.0.0.1:{router.port}/v1",
         api_key="unused",
         max_retries=0,
-        http_client=httpx.AsyncClient(trust_env=False),
+        http_client=openai.DefaultAsyncHttpxClient(trust_env=False),
     ) as client:
         yield client
 
