@@ -131,10 +131,12 @@ def adapt_engine_config(architecture: str, adapt: Callable[[Any], None]) -> None
     MODELS_CONFIG_MAP[architecture] = type("AdaptedConfig", (VerifyAndUpdateConfig,), members)
 
 
-def build_watched_scheduler(must_end: Callable[[Any, int], bool], stop_reason: str, **arguments: Any) -> Any:
+def build_watched_scheduler(must_end: Callable[[Any], bool], stride: int, stop_reason: str, **arguments: Any) -> Any:
     """Build vLLM's scheduler, which ends a request as too long, with this stop reason, when `must_end` returns true.
 
-    `must_end` is called with the request and the number of its new tokens, unless those end the request anyway.
+    `must_end` is called with the request whenever its number of output tokens is a multiple of `stride`, unless those
+    end the request anyway. Tokens that came in the same step after the last one are dropped, so that an answer ends at
+    the same token whether its tokens come one by one or, with speculative decoding, several in a step.
     """
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -147,10 +149,16 @@ def build_watched_scheduler(must_end: Callable[[Any, int], bool], stop_reason: s
         def _update_request_with_output(
             self, request: Any, new_token_ids: list[int], is_stale: bool = False
         ) -> tuple[list[int], bool]:
-            new_token_ids, is_stopped = super()._update_request_with_output(request, new_token_ids, is_stale)
-            if not is_stopped and must_end(request, len(new_token_ids)):
-                request.status, request.stop_reason = RequestStatus.FINISHED_LENGTH_CAPPED, stop_reason
-                is_stopped = True
+            num_taken, is_stopped = 0, False
+            while num_taken < len(new_token_ids) and not is_stopped:
+                until_check = stride - request.num_output_tokens % stride
+                part = new_token_ids[num_taken : num_taken + until_check]
+                part, is_stopped = super()._update_request_with_output(request, part, is_stale)
+                num_taken += len(part)
+                if len(part) == until_check and not is_stopped and must_end(request):
+                    request.status, request.stop_reason = RequestStatus.FINISHED_LENGTH_CAPPED, stop_reason
+                    is_stopped = True
+            del new_token_ids[num_taken:]  # as the original does
             return new_token_ids, is_stopped
 
     return WatchedScheduler(**arguments)

@@ -80,10 +80,8 @@ class LoopStop:
         self._default = default
         self._watches: WeakKeyDictionary[Any, LoopWatch | None] = WeakKeyDictionary()
 
-    def must_end(self, request: Any, num_new: int) -> bool:
-        """Return whether vLLM's request, which has just received `num_new` output tokens, must end now."""
-        if request.num_output_tokens % _STRIDE >= num_new:
-            return False
+    def must_end(self, request: Any) -> bool:
+        """Return whether vLLM's request must end now. Call it whenever its output has grown by a stride."""
         watch = self._watch(request)
         if watch is None or request.num_output_tokens < request.sampling_params.min_tokens:
             return False
@@ -174,4 +172,4 @@ def repeated_at_end(output: Sequence[int]) -> int:
 def build_scheduler(vllm_config: Any, **rest: Any) -> Any:
     """Build vLLM's scheduler with the loop stop; vLLM calls this instead of the class in `scheduler_cls`."""
     loop_stop = LoopStop(configured_tokens(vllm_config))
-    return build_watched_scheduler(loop_stop.must_end, STOP_REASON, vllm_config=vllm_config, **rest)
+    return build_watched_scheduler(loop_stop.must_end, _STRIDE, STOP_REASON, vllm_config=vllm_config, **rest)

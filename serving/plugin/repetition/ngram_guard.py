@@ -140,13 +140,20 @@ def configure(vllm_config: Any) -> None:
     The guard is named in the configuration instead of an entry point: Model Runner V1 with asynchronous scheduling
     gives processors the sampled tokens only if the configuration names one, and an entry point would apply to every
     model.
+
+    Raises:
+        ValueError: the engine could not run the guard, and the configuration does not say that it is not wanted.
     """
     model_config = vllm_config.model_config
     names = list(model_config.logits_processors or ())
     if model_config.runner_type == "pooling" or QUALIFIED_NAME in names or NGramGuard in names:
         return
     if vllm_config.speculative_config is not None and not vllm_config.use_v2_model_runner:
-        _logger.warning("The n-gram guard is off: Model Runner V1 has no logits processors with speculative decoding")
+        if config_of(vllm_config, CONFIG_KEY) is not False:
+            raise ValueError(
+                "Model Runner V1 runs no logits processors with speculative decoding, so pages would be read without "
+                f"the n-gram guard: remove speculative_config, or set additional_config.{CONFIG_KEY} to false."
+            )
         return
     model_config.logits_processors = [*names, QUALIFIED_NAME]
 

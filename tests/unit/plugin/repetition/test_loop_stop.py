@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -106,7 +107,7 @@ class Hashable(types.SimpleNamespace):
 
 def is_cut(default: int, **given: Any) -> bool:
     stop, wanted = LoopStop(default), Hashable(**vars(request([1, 2] * 512, **given)))
-    return stop.must_end(wanted, 1)
+    return stop.must_end(wanted)
 
 
 def test_requests_with_an_image_are_watched_and_others_only_when_they_ask() -> None:
@@ -126,19 +127,6 @@ def test_requests_that_may_not_end_by_themselves_are_left_alone() -> None:
     assert not is_cut(512, ignore_eos=True)
     assert not is_cut(512, min_tokens=1025)
     assert is_cut(512, min_tokens=1024)
-
-
-def test_looks_once_a_stride_however_many_tokens_come_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    looked: list[int] = []
-    monkeypatch.setattr(LoopWatch, "is_looping", lambda self, output: looked.append(len(output)))
-    stop = LoopStop(512)
-    for length in range(1, 65):
-        stop.must_end(Hashable(**vars(request([0] * length))), 1)
-    assert looked == [16, 32, 48, 64]
-    looked.clear()
-    for length in range(3, 65, 3):
-        stop.must_end(Hashable(**vars(request([0] * length))), 3)
-    assert looked == [18, 33, 48]
 
 
 @pytest.mark.parametrize("value", [-1, 1, 63, True, "512", 512.0, None])
@@ -174,31 +162,79 @@ def test_takes_the_schedulers_place_unless_it_is_taken() -> None:
     assert taken.scheduler_config.scheduler_cls == "mine"
 
 
-@pytest.mark.parametrize("is_async", [False, True])
-def test_vllms_scheduler_ends_a_looping_request_as_too_long(monkeypatch: pytest.MonkeyPatch, is_async: bool) -> None:
-    from vllm import SamplingParams
+@pytest.fixture
+def build_bare_scheduler(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], Any]:
+    """Builds the scheduler with the loop stop around vLLM's, which owns no cache."""
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.request import Request, RequestStatus
 
     monkeypatch.setattr(Scheduler, "__init__", lambda self, **arguments: None)
     monkeypatch.setattr(AsyncScheduler, "__init__", lambda self, **arguments: None)
-    scheduler = build_scheduler(engine_config({}, async_scheduling=is_async))
-    assert isinstance(scheduler, AsyncScheduler) == is_async
-    scheduler.max_model_len = 8192
-    scheduler.kv_cache_manager = types.SimpleNamespace(cache_blocks=lambda *_: None)
-    params = SamplingParams(max_tokens=4000, extra_args={"repeated_tokens": 64})
-    wanted = Request("r", [1, 2, 3], params, None)
+
+    def build(is_async: bool) -> Any:
+        scheduler = build_scheduler(engine_config({}, async_scheduling=is_async))
+        assert isinstance(scheduler, AsyncScheduler) == is_async
+        scheduler.max_model_len = 8192
+        scheduler.kv_cache_manager = types.SimpleNamespace(cache_blocks=lambda *_: None)
+        return scheduler
+
+    return build
+
+
+def decode(scheduler: Any, output: list[int], block: int, **params: Any) -> Any:
+    """Give a new request this output, so many tokens in a step, until it ends; return it."""
+    from vllm import SamplingParams
+    from vllm.v1.request import Request, RequestStatus
+
+    given = {"max_tokens": 4000, "extra_args": {"repeated_tokens": 64}, **params}
+    wanted = Request("r", [1, 2, 3], SamplingParams(**given), None)
     wanted.status = RequestStatus.RUNNING
-    wanted.num_output_placeholders = 4000
-    for num_tokens in range(1, 4000):
-        new, is_stopped = scheduler._update_request_with_output(wanted, [num_tokens % 3])
-        assert new == [num_tokens % 3]
+    wanted.num_output_placeholders = len(output)
+    for begin in range(0, len(output), block):
+        before, step = wanted.num_output_tokens, output[begin : begin + block]
+        new, is_stopped = scheduler._update_request_with_output(wanted, step)
+        assert new == list(wanted.output_token_ids)[before:] == output[begin : begin + len(new)]
+        assert new is step, "vLLM reads the list that it gave"
         if is_stopped:
             break
-    assert num_tokens <= 3 + 64
-    assert str(wanted.get_finished_reason()) == "length"
-    assert wanted.stop_reason == "repetition"
+        assert len(new) == len(output[begin : begin + block])
+    return wanted
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_vllms_scheduler_ends_a_looping_request_as_too_long(
+    build_bare_scheduler: Callable[[bool], Any], is_async: bool
+) -> None:
+    found = decode(build_bare_scheduler(is_async), [n % 3 for n in range(1, 4000)], 1)
+    assert found.num_output_tokens <= 3 + 64
+    assert str(found.get_finished_reason()) == "length"
+    assert found.stop_reason == "repetition"
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_an_answer_is_cut_at_the_same_token_however_many_come_in_a_step(
+    build_bare_scheduler: Callable[[bool], Any], is_async: bool
+) -> None:
+    """As many as speculative decoding may accept."""
+    scheduler = build_bare_scheduler(is_async)
+    for prefix, cycle in ((0, 1), (5, 3), (70, 7), (200, 30)):
+        output = [*range(100, 100 + prefix), *(n % cycle for n in range(600))]
+        alone = decode(scheduler, output, 1)
+        assert alone.stop_reason == "repetition"
+        for block in range(2, 34):
+            found = decode(scheduler, output, block)
+            assert list(found.output_token_ids) == list(alone.output_token_ids), (prefix, cycle, block)
+            assert (found.status, found.stop_reason) == (alone.status, alone.stop_reason)
+
+
+def test_what_ends_an_answer_earlier_in_a_step_goes_before_the_loop_stop(
+    build_bare_scheduler: Callable[[bool], Any],
+) -> None:
+    """The limit of 60 tokens comes before the loop is seen at 64, often in the same step."""
+    output = [*range(100, 110), *([7] * 300)]
+    for block in range(1, 34):
+        found = decode(build_bare_scheduler(False), output, block, max_tokens=60)
+        assert (found.num_output_tokens, found.stop_reason) == (60, None)
 
 
 def test_a_request_that_ended_anyway_keeps_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,14 +242,15 @@ def test_a_request_that_ended_anyway_keeps_its_reason(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(Scheduler, "__init__", lambda self, **arguments: None)
     monkeypatch.setattr(Scheduler, "_update_request_with_output", lambda self, request, new, stale: (new, True))
-    asked: list[int] = []
+    asked: list[Any] = []
 
-    def must_end(request: Any, count: int) -> bool:
-        asked.append(count)
+    def must_end(request: Any) -> bool:
+        asked.append(request)
         return False
 
-    scheduler = vllm_internals.build_watched_scheduler(must_end, "why", vllm_config=engine_config({}))
-    assert scheduler._update_request_with_output(types.SimpleNamespace(), [1]) == ([1], True)
+    scheduler = vllm_internals.build_watched_scheduler(must_end, 1, "why", vllm_config=engine_config({}))
+    request = types.SimpleNamespace(num_output_tokens=0)
+    assert scheduler._update_request_with_output(request, [1]) == ([1], True)
     assert not asked
 
 

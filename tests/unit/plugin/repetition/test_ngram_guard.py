@@ -348,10 +348,17 @@ def test_leaves_engines_alone_that_have_no_logits_processors() -> None:
     pooling = engine_config(runner_type="pooling")
     configure(pooling)
     assert pooling.model_config.logits_processors is None
+
+
+def test_speculation_without_logits_processors_is_refused_unless_the_guard_is_off() -> None:
     speculative = engine_config()
     speculative.speculative_config = object()
-    configure(speculative)
-    assert speculative.model_config.logits_processors is None
+    with pytest.raises(ValueError, match=r"remove speculative_config, or set additional_config\.ngram_guard to false"):
+        configure(speculative)
+    unguarded = engine_config({"ngram_guard": False})
+    unguarded.speculative_config = object()
+    configure(unguarded)
+    assert unguarded.model_config.logits_processors is None
     speculative.use_v2_model_runner = True
     configure(speculative)
     assert speculative.model_config.logits_processors == [ngram_guard.QUALIFIED_NAME]
