@@ -72,3 +72,18 @@ def load_model(checkpoint: Path, dtype: str) -> LoadedModel:
         num_values = sum(parameter.numel() for parameter in model.parameters())
         process_weights_after_loading(model, config.model_config, torch.device("cpu"))
     return LoadedModel(model.eval(), blank, num_values)
+
+
+def build_blank_model(checkpoint: Path, device: torch.device) -> Any:
+    """Return the model on a device without weights: on `meta` it computes shapes only."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    config = engine_config(checkpoint, "float32")
+    with set_current_vllm_config(config), device:
+        model = initialize_model(config)
+    for module in model.modules():
+        if isinstance(module, LinearBase):  # as vLLM sets it for a CPU when weights are loaded
+            module.cpu_linear = torch.nn.functional.linear
+    return model.eval()

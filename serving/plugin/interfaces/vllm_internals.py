@@ -52,6 +52,14 @@ def replace_renderer(module: str, name: str) -> None:
     RENDERER_REGISTRY.renderers["hf"] = (module, name)  # `register` would warn about the replacement
 
 
+def copy_to_device(values: Any, device: Any) -> Any:
+    """Return a NumPy array's values as a tensor on a device without waiting for it: they are copied to pinned memory
+    first, and the array may change at once."""
+    from vllm.utils.torch_utils import async_tensor_h2d
+
+    return async_tensor_h2d(values.copy(), device)
+
+
 def is_built_for_cpus() -> bool:
     """Return whether the installed vLLM computes on the processor instead of a device."""
     from vllm.platforms import current_platform

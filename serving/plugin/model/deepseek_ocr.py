@@ -126,16 +126,19 @@ class DeepseekOCRForCausalLM(nn.Module, SupportsMultiModal, SupportsPP, Supports
         in_order = [*itertools.chain.from_iterable(batches.values())]
         # Only on a CPU: a device has its streams per thread, so there the calling thread encodes everything.
         each = self._threads.map if self.sam_model.is_ours(self.image_newline.device) else map
-        compressed = each(self.sam_model, in_order)
-        encoded = (
-            project_views(self.vision_model, self.projector, *pair) for pair in zip(in_order, compressed, strict=True)
-        )
+        compressed = iter(each(self.sam_model, in_order))
         features: list[torch.Tensor] = [self.image_newline.new_empty((0, 0, 0))] * len(stacks)
         for size, having in places.items():
-            parts = torch.cat([*itertools.islice(encoded, len(batches[size]))])
+            parts = self._project([*itertools.islice(compressed, len(batches[size]))])
             for place, part in zip(having, parts.split([len(stacks[place]) for place in having]), strict=True):
                 features[place] = part
         return features
+
+    def _project(self, compressed: list[torch.Tensor]) -> torch.Tensor:
+        """Return the features of all views of a size: one batch on a device, which a few views do not fill; SAM's
+        batches on a CPU, whose caches hold no more."""
+        batches = compressed if compressed[0].device.type == "cpu" else [torch.cat(compressed)]
+        return torch.cat([project_views(self.vision_model, self.projector, batch) for batch in batches])
 
     @staticmethod
     def _split(stacks: list[torch.Tensor], size: int) -> tuple[torch.Tensor, ...]:

@@ -7,8 +7,9 @@ vLLM's.
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ from serving.plugin.model.sam_cpu import EncoderTables, build_tables, run_encode
 ImageEncoderViT, DeepCLIPVisionTransformer, MlpProjector = encoder_layers()
 
 _CPU_PATCHES = 4096
-_DEVICE_BIAS_BYTES = 512 * 2**20
-"""Bounds on the views that are encoded together: larger batches do not fit into a CPU's caches; on a device SAM's
-relative position bias, the largest intermediate, needs the memory."""
+_DEVICE_BYTES = 2**30
+_MAX_VIEWS = 16
+"""Bounds on the views that SAM encodes together: larger batches do not fit into a CPU's caches; on a device their
+intermediates need the memory, and beyond 16 views it computes no faster."""
 
 _HALF = (0.5, 0.5, 0.5)
 Channels = tuple[float, ...]
@@ -173,33 +175,54 @@ def build_clip(sizes: VisionSizes, quant_config: Any, prefix: str) -> nn.Module:
     return DeepCLIPVisionTransformer(config=config, quant_config=quant_config, prefix=prefix)
 
 
-def project_views(clip: nn.Module, projector: nn.Module, views: torch.Tensor, compressed: torch.Tensor) -> torch.Tensor:
+def project_views(clip: nn.Module, projector: nn.Module, compressed: torch.Tensor) -> torch.Tensor:
     """Return the features of square views of one size.
 
     Args:
-        views: the views, uint8 (n, 3, s, s).
         compressed: SAM's output for them, (n, c, s/64, s/64).
 
     Returns:
         (n, (s/64)^2, hidden).
     """
-    semantic = clip(views, compressed)
+    semantic = clip(compressed, compressed)  # of the pixels, for which the first stands, it reads only the number
     features = torch.cat((semantic[:, 1:], compressed.flatten(2).permute(0, 2, 1)), dim=-1)
     return projector(features)
 
 
 def views_per_batch(sizes: VisionSizes, view_size: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Return how many views with this many pixels per side may be encoded together within the bounds."""
+    """Return how many views with this many pixels per side SAM may encode together within the bounds."""
     num_patches = (view_size // sizes.sam_patch_size) ** 2
     if device.type == "cpu":
         return max(1, _CPU_PATCHES // num_patches)
-    return max(1, _DEVICE_BIAS_BYTES // (sizes.sam_heads * num_patches**2 * dtype.itemsize))
+    view_bytes = num_patches * _patch_values(sizes, num_patches, device) * dtype.itemsize
+    return max(1, min(_MAX_VIEWS, _DEVICE_BYTES // view_bytes))
+
+
+def _patch_values(sizes: VisionSizes, num_patches: int, device: torch.device) -> int:
+    """Return the values for each patch of a view that vLLM's layers hold at once.
+
+    These are the features and their norm, queries, keys and values or both sides of the MLP's activation, and for each
+    head a bias for every other patch that attention sees, before and after it is summed. In global attention vLLM's
+    kernel for CUDA and ROCm adds that bias itself, from one value per row and column of the view.
+    """
+    layer = (2 + 2 * 4 + 3) * sizes.sam_width
+    side = math.isqrt(num_patches)
+    seen = 2 * side if device.type == "cuda" else num_patches
+    return layer + 2 * sizes.sam_heads * max(seen, sizes.sam_window**2)
 
 
 def normalise(pixels: torch.Tensor, mean: Channels, std: Channels, dtype: torch.dtype) -> torch.Tensor:
     """Convert uint8 (n, 3, h, w) to the encoder's floats, via float32, so that a narrow dtype rounds only once."""
-    shape = (1, 3, 1, 1)
+    scale, offset = _scale_and_offset(mean, std, pixels.device)
     # (x / 255 - mean) / std in two passes over the pixels instead of three.
-    scale = torch.tensor([1 / (255 * value) for value in std], device=pixels.device).view(shape)
-    offset = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=pixels.device).view(shape)
     return pixels.to(torch.float32).mul_(scale).add_(offset).to(dtype)
+
+
+@lru_cache(maxsize=8)
+def _scale_and_offset(mean: Channels, std: Channels, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the factors and summands of `normalise`, which are sent to the device once: for each batch the host would
+    wait until the device has them."""
+    shape = (1, 3, 1, 1)
+    scale = torch.tensor([1 / (255 * value) for value in std], dtype=torch.float32, device=device)
+    offset = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32, device=device)
+    return scale.view(shape), offset.view(shape)

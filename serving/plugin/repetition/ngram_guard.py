@@ -28,6 +28,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor as HostProcessor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as DeviceProcessor
 
+from serving.plugin.interfaces.vllm_internals import copy_to_device
 from serving.plugin.repetition.loop_stop import config_of, repeated_tokens_of
 
 if TYPE_CHECKING:
@@ -237,7 +238,7 @@ class HostGuard(HostProcessor):
             return logits
         which, tokens = self._bans.advance(self._seats, self._outputs)
         if len(which):
-            index = torch.from_numpy(np.stack((self._rows[which], tokens))).to(logits.device)
+            index = copy_to_device(np.stack((self._rows[which], tokens)), logits.device)
             logits[index[0], index[1]] = -torch.inf
         return logits
 
@@ -251,9 +252,9 @@ class DeviceGuard(DeviceProcessor):
     def __init__(self, vllm_config: Any, req_states: LogitsProcRequestState) -> None:
         self._defaults = GuardDefaults.from_config(vllm_config)
         self._states = req_states
-        # By slot: size (0 is off) and window. Whitelists have as many columns as the longest; -1 is empty.
+        # By slot: size (0 is off) and window. Whitelists have as many columns as the longest so far; -1 is empty.
         self._rules = np.zeros((req_states.max_num_reqs, 2), np.int64)
-        self._whitelists: dict[int, frozenset[int]] = {}
+        self._white = np.empty((req_states.max_num_reqs, 0), np.int64)
         self._is_asked_for = np.zeros(req_states.max_num_reqs, np.bool_)
         self._has_image = torch.zeros(req_states.max_num_reqs, dtype=torch.bool, device=req_states.device)
         self._unseen: set[int] = set()
@@ -265,7 +266,7 @@ class DeviceGuard(DeviceProcessor):
         rule, is_asked_for = self._defaults.rule_of(sampling_params)
         is_off = rule.bans_nothing or not (is_asked_for or self._defaults.image_token_id is not None)
         self._rules[req_idx] = (0, 0) if is_off else (rule.size, rule.window)
-        self._whitelists[req_idx] = frozenset() if is_off else rule.whitelist
+        self._write_whitelist(req_idx, frozenset() if is_off else rule.whitelist)
         self._is_asked_for[req_idx] = is_asked_for
         if is_off or is_asked_for:
             self._unseen.discard(req_idx)
@@ -274,21 +275,24 @@ class DeviceGuard(DeviceProcessor):
         self._is_stale = True
         return not is_off
 
+    def _write_whitelist(self, slot: int, tokens: frozenset[int]) -> None:
+        missing = len(tokens) - self._white.shape[1]
+        if missing > 0:
+            self._white = np.pad(self._white, ((0, 0), (0, missing)), constant_values=-1)
+        self._white[slot] = -1
+        self._white[slot, : len(tokens)] = list(tokens)
+
     def apply_staged_writes(self) -> None:
         if not self._is_stale:
             return
         device = self._states.device
-        longest = max((len(tokens) for tokens in self._whitelists.values()), default=0)
-        white = np.full((len(self._rules), longest), -1, np.int64)
-        for slot, tokens in self._whitelists.items():
-            white[slot, : len(tokens)] = list(tokens)
         for slot in self._unseen:
             prompt = self._states.all_token_ids.gpu[slot, : int(self._states.prompt_len.np[slot])]
             self._has_image[slot] = (prompt == self._defaults.image_token_id).any()
         self._unseen.clear()
-        is_on = torch.from_numpy(self._is_asked_for.copy()).to(device) | self._has_image
-        self._device_rules = torch.from_numpy(self._rules.copy()).to(device) * is_on[:, None]
-        self._device_white = torch.from_numpy(white).to(device)
+        is_on = copy_to_device(self._is_asked_for, device) | self._has_image
+        self._device_rules = copy_to_device(self._rules, device) * is_on[:, None]
+        self._device_white = copy_to_device(self._white, device)
         self._is_stale = False
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:

@@ -83,8 +83,10 @@ def test_towers_that_do_not_fit_each_other_are_refused() -> None:
 def test_views_are_batched_within_the_bounds() -> None:
     published, nano = read(PUBLISHED), read(build_model_config()["vision_config"])
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert views_per_batch(published, 640, torch.bfloat16, gpu) == 8
-    assert views_per_batch(published, 1024, torch.float32, gpu) == 1
+    sides = (512, 640, 1024, 1280)
+    assert [views_per_batch(published, side, torch.bfloat16, gpu) for side in sides] == [16, 16, 8, 5]
+    assert views_per_batch(published, 1024, torch.float32, gpu) == 4
+    assert views_per_batch(published, 1024, torch.bfloat16, torch.device("xpu")) == 1  # the bias is not fused
     assert [views_per_batch(nano, size, torch.float32, cpu) for size in (512, 640, 1024)] == [4, 2, 1]
     assert views_per_batch(nano, 512, torch.float32, gpu) > 8
     assert views_per_batch(published, 4096, torch.float32, cpu) == 1  # one view goes through whatever its size
