@@ -147,7 +147,43 @@ ENGINES = (
     Panel("Scraped", "short", (("up", "{{job}} {{instance}}"),)),
 )
 
-DASHBOARDS = {"serving": SERVING, "cost": COST, "engines": ENGINES}
+DOCUMENTS = (
+    Panel("Pages", "short", ((_or_zero(_rate("serving_ocr_pages_total", "status, mode")), "{{status}} {{mode}}"),)),
+    Panel(
+        "Failed pages",
+        "percentunit",
+        (
+            (
+                _or_zero(
+                    f'sum(rate(serving_ocr_pages_total{{status="failed"}}[{RATE}]))'
+                    f" / sum(rate(serving_ocr_pages_total[{RATE}]))"
+                ),
+                "failed",
+            ),
+        ),
+    ),
+    Panel("Pages with a warning", "short", ((_or_zero(_rate("serving_ocr_page_warnings_total", "kind")), "{{kind}}"),)),
+    Panel("Retries of pages", "short", ((_or_zero(_rate("serving_ocr_page_retries_total", "job")), "retries"),)),
+    Panel(
+        "Documents", "short", ((_or_zero(_rate("serving_ocr_documents_total", "format, way")), "{{format}} {{way}}"),)
+    ),
+    Panel("Refusals", "reqps", ((_or_zero(_rate("serving_ocr_refusals_total", "reason")), "{{reason}}"),)),
+    Panel("Page, from its turn to its end", "s", _quantiles("serving_ocr_page_seconds", "job")),
+    Panel("Drawing a page, the wait included", "s", _quantiles("serving_ocr_render_seconds", "job")),
+    Panel("Waiting to be drawn", "short", (("sum by (instance) (serving_ocr_render_queue_requests)", "{{instance}}"),)),
+    Panel(
+        "CPUs that drawing uses",
+        "short",
+        ((_rate("serving_ocr_render_cpu_seconds_total", "instance"), "{{instance}}"),),
+    ),
+    Panel("Open documents", "short", (("sum by (instance) (serving_ocr_open_documents)", "{{instance}}"),)),
+    Panel("Jobs", "short", (("max by (status) (serving_ocr_jobs)", "{{status}}"),)),
+    Panel("Oldest queued job", "s", (("max(serving_ocr_job_lag_seconds)", "waits"),)),
+    Panel("Storage", "bytes", (("max by (kind) (serving_ocr_storage_bytes)", "{{kind}}"),)),
+    Panel("Storage, used part", "percentunit", (("max by (kind) (serving_ocr_storage_used_ratio)", "{{kind}}"),)),
+)
+
+DASHBOARDS = {"serving": SERVING, "cost": COST, "engines": ENGINES, "documents": DOCUMENTS}
 
 
 def build_dashboard(name: str, panels: tuple[Panel, ...]) -> dict[str, Any]:

@@ -20,9 +20,8 @@ def show_name(path: Path | str) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def name_key(path: Path) -> str:
+def name_key(name: str) -> str:
     """A name for databases: the path, or its bytes in a form that no absolute path has."""
-    name = str(path)
     return name if _is_utf8(name) else f"bytes:{os.fsencode(name).hex()}"
 
 

@@ -195,7 +195,7 @@ def plan_tasks(found: Found, out: Path, suffix: str, *, ignores_case: bool = Fal
         if target is None:
             target = folders[folder] = Path(out, *_place_folder(folder, ignores_case=ignores_case))
         part = _shorten(name, ignores_case=ignores_case)
-        tasks.append(Task(Path(given), target / f"{part}{suffix}", name_key(Path(real))))
+        tasks.append(Task(Path(given), target / f"{part}{suffix}", name_key(real)))
     return tasks
 
 

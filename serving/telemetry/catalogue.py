@@ -168,8 +168,8 @@ _RENDER_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 30.0)
 OCR_PAGES = Metric(
     "serving_ocr_pages_total",
     MetricKind.COUNTER,
-    "Pages of documents that are done with: completed, failed",
-    ("status",),
+    "Pages of documents that are done with: completed, failed; by the resolution mode of their last try",
+    ("status", "mode"),
 )
 OCR_PAGE_RETRIES = Metric("serving_ocr_page_retries_total", MetricKind.COUNTER, "Tries to read a page after its first")
 OCR_WARNINGS = Metric(

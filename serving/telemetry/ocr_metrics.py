@@ -35,9 +35,9 @@ class OcrMetrics:
     def see_render(self, seconds: float) -> None:
         self._render.observe(seconds)
 
-    def see_page(self, *, is_failed: bool, num_retries: int, seconds: float) -> None:
-        """Count a finished page."""
-        self._pages.labels("failed" if is_failed else "completed").inc()
+    def see_page(self, *, is_failed: bool, num_retries: int, seconds: float, mode: str) -> None:
+        """Count a finished page; `mode` is one of a few."""
+        self._pages.labels("failed" if is_failed else "completed", mode).inc()
         if num_retries:
             self._retries.inc(num_retries)
         self._page.observe(seconds)

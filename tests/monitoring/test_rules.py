@@ -33,6 +33,10 @@ SPOOL = 'serving_ledger_spool_records{router="a"}'
 SPOOL_USED = 'serving_ledger_spool_used_ratio{router="a"}'
 LOST = 'serving_ledger_records_total{router="a",result="lost"}'
 STORED = 'serving_ocr_storage_used_ratio{kind="documents"}'
+JOB_LAG = "serving_ocr_job_lag_seconds"
+PAGES_READ = 'serving_ocr_pages_total{status="completed",mode="base"}'
+PAGES_FAILED = 'serving_ocr_pages_total{status="failed",mode="base"}'
+DRAWING = 'serving_ocr_render_queue_requests{instance="a:1"}'
 BUDGET = 'serving_budget_used_ratio{tenant="acme"}'
 COST = 'serving_cost_dollars_total{tenant="acme",model="m"}'
 UP = 'up{job="router",instance="a:1"}'
@@ -53,6 +57,13 @@ CASES: dict[str, tuple[int, dict[str, str], dict[str, str]]] = {
     "ServingSpoolNearlyFull": (10, {SPOOL_USED: "0.9x20"}, {SPOOL_USED: "0.1x20"}),
     "ServingLedgerLost": (30, {LOST: "0x10 1x40"}, {LOST: "1x50"}),
     "ServingOcrStorageNearlyFull": (20, {STORED: "0.95x30"}, {STORED: "0.5x30"}),
+    "ServingOcrJobLag": (20, {JOB_LAG: "1000x30"}, {JOB_LAG: "60x30"}),
+    "ServingOcrPagesFail": (
+        50,
+        {PAGES_READ: "0+8x60", PAGES_FAILED: "0+2x60"},
+        {PAGES_READ: "0+80x60", PAGES_FAILED: "0+2x60"},
+    ),
+    "ServingOcrDrawingSaturated": (40, {DRAWING: "5x50"}, {DRAWING: "5x9 0x9 5x9 0x9 5x9"}),
     "ServingBudgetUsed": (2, {BUDGET: "0.8x5"}, {BUDGET: "0.79x5"}),
     "ServingCostAnomaly": (1500, {COST: "0+0.01x1440 15+1x100"}, {COST: "0+1x1600"}),
     "ServingTargetDown": (5, {UP: "0x10"}, {UP: "1x10"}),

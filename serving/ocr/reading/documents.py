@@ -33,6 +33,7 @@ from serving.ocr.rendering.pool import DrawnPage, PageLayer, Renderer
 from serving.ocr.text.comparison import compare_texts
 from serving.ocr.text.layout import Box, LayoutBlock
 from serving.ocr.text.markdown import render_text
+from serving.ocr_api.options import RESOLUTION_MODES
 from serving.ocr_api.shapes import PageDelta, PageImage, PageStarted, PageWarning, TextLayerCheck
 from serving.settings.ocr import OcrSettings
 
@@ -63,7 +64,7 @@ class Observer(Protocol):
 
     def see_render(self, seconds: float) -> None: ...
 
-    def see_page(self, *, is_failed: bool, num_retries: int, seconds: float) -> None: ...
+    def see_page(self, *, is_failed: bool, num_retries: int, seconds: float, mode: str) -> None: ...
 
     def see_warning(self, kind: str) -> None: ...
 
@@ -137,9 +138,12 @@ class Pipeline:
 
     def count(self, ended: PageEnded) -> None:
         """Record metrics for a finished page. Pages that could not be delivered or stored are not counted."""
-        result = ended.result
-        self._observer.see_page(is_failed=result.is_failed, num_retries=result.page.retries, seconds=ended.seconds)
-        for warning in result.page.warnings or ():
+        result, page = ended.result, ended.result.page
+        mode = page.source or (page.mode if page.mode in RESOLUTION_MODES else "none")
+        self._observer.see_page(
+            is_failed=result.is_failed, num_retries=page.retries, seconds=ended.seconds, mode=mode or "none"
+        )
+        for warning in page.warnings or ():
             self._observer.see_warning(warning.code)
 
     async def _read_page(self, run: _Run, index: int) -> PageResult:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from support.ocr_service import RunningService, frame, reads, run_host, run_serv
 from support.papers import office_file, write_pdf
 from support.router_stack import Exchange, answers, eventually, streams
 
+from serving.ocr_api.options import RESOLUTION_MODES
 from unit.ocr.jobs.test_jobs import change_jobs, make_keys
 
 PRICE = (80 * 30 + 10 * 100) / 10**9
@@ -76,7 +78,11 @@ async def test_every_page_retry_and_refusal_is_counted_once(tmp_path: Path) -> N
         assert await eventually(lambda: runner.counts.get("completed") == 1, 5)
         found = await scrape(service)
         routers = read_metrics(service.router.app.render_metrics().decode())
-    assert found["serving_ocr_pages_total"] == {("completed",): 4, ("failed",): 3}
+    pages = Counter(dict.fromkeys(("completed", "failed"), 0))
+    for (mode, status), number in found["serving_ocr_pages_total"].items():
+        assert mode in (*RESOLUTION_MODES, "none")
+        pages[status] += int(number)
+    assert pages == {"completed": 4, "failed": 3}
     assert found["serving_ocr_page_retries_total"] == {(): 4}
     assert found["serving_ocr_documents_total"] == {("pdf", "request"): 1, ("pdf", "stream"): 1, ("pdf", "job"): 1}
     assert found["serving_ocr_refusals_total"] == {
@@ -127,5 +133,5 @@ async def test_two_services_that_read_one_job_count_each_page_once(tmp_path: Pat
             done = await service.wait_for(job["id"], "completed")
             counts = await asyncio.gather(scrape(service), scrape(other))
     assert (done["pages_done"], done["pages_failed"]) == (6, 0)
-    pages = [found.get("serving_ocr_pages_total", {}).get(("completed",), 0) for found in counts]
-    assert sum(pages) == 6
+    pages = [found.get("serving_ocr_pages_total", {}) for found in counts]
+    assert sum(number for found in pages for (_, status), number in found.items() if status == "completed") == 6
