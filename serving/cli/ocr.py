@@ -48,7 +48,11 @@ def read_files(
     mode: Annotated[str | None, typer.Option(help=f"Resolution mode: {', '.join(MODES)}.")] = None,
     output: Annotated[
         OutputFormat,
-        typer.Option("--format", "-f", help="Format of the result files; json includes blocks with their boxes."),
+        typer.Option(
+            "--format",
+            "-f",
+            help="Format of the results: json has blocks with boxes, pdf the pages with the text under them.",
+        ),
     ] = OutputFormat.MARKDOWN,
     pages: Annotated[
         str | None, typer.Option(help="Pages of each document, such as 1-3,7 or 5- or -5; all by default.")

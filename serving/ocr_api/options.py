@@ -11,7 +11,9 @@ from pydantic.dataclasses import dataclass
 ResolutionMode = Literal["tiny", "small", "base", "large", "gundam"]
 Mode = Literal[ResolutionMode, "auto"]
 TextLayer = Literal["off", "prefer", "verify"]
-PageFormat = Literal["markdown", "text", "layout"]
+PageFormat = Literal["markdown", "text", "layout", "html", "hocr", "alto", "pdf"]
+PLACED_FORMATS: frozenset[PageFormat] = frozenset({"hocr", "alto", "pdf"})
+"""Formats that say where each word stands."""
 
 RESOLUTION_MODES: tuple[ResolutionMode, ...] = get_args(ResolutionMode)
 """Fewest tokens per page first."""
@@ -35,7 +37,8 @@ class ReadOptions:
     mode: Mode | None = None
     """Resolution of the images that the model sees; `auto` chooses by page."""
     format: PageFormat = "markdown"
-    """`layout` adds blocks with boxes to the markdown."""
+    """`layout` adds blocks with boxes to the markdown. `hocr`, `alto` and `pdf` (the page's picture with the text under
+    it) place every word; where the model gives no boxes, words are placed by the page's ink."""
     prompt: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
     """Replaces the format's own prompt."""
     dpi: Annotated[int, Field(ge=18, le=600)] | None = None
@@ -47,6 +50,10 @@ class ReadOptions:
     shows; `verify` reads the page as well and reports where the two differ."""
     password: Annotated[_Line, Field(max_length=255)] | None = dataclasses.field(default=None, repr=False)
     """Opens an encrypted PDF. It is not logged, and kept in encrypted form until the document has been read."""
+    join: bool = False
+    """Return the document as one text as well: with paragraphs and tables whole that a page break cuts, and without
+    running heads and page numbers. Only with the formats `markdown`, `layout` and `text`, and not for jobs: clients can
+    join their pages with `serving.ocr_api.joining`."""
     include_images: bool = False
     """Return figures, cut out of the pages."""
     stream: bool = False

@@ -110,6 +110,11 @@ class OcrPage(Shape):
     """Only with the formats `markdown` and `layout`."""
     blocks: Absent[tuple[Block, ...]] = None
     """Only with the format `layout`."""
+    html: Absent[str] = None
+    hocr: Absent[str] = None
+    alto: Absent[str] = None
+    pdf_base64: Absent[str] = None
+    """These four only with the format of the name: a whole document of one page."""
     images: Absent[tuple[PageFigure, ...]] = None
     """Only with `include_images`."""
     mode: str | None = None
@@ -134,7 +139,7 @@ class OcrPage(Shape):
     @property
     def content(self) -> str:
         """The page in the format that was asked for."""
-        return (self.text if self.markdown is None else self.markdown) or ""
+        return self.markdown or self.text or self.html or self.hocr or self.alto or ""
 
 
 class ImageTokens(Shape):
@@ -164,6 +169,14 @@ class DocumentFacts(Shape):
     size_bytes: int | None = None
 
 
+class JoinedPart(Shape):
+    """A paragraph, heading or table of the whole document."""
+
+    text: str
+    pages: tuple[int, ...]
+    """Numbers of the pages that it came from: several where page breaks cut it."""
+
+
 class OcrResult(Shape):
     """The answer to a document that was read in one request."""
 
@@ -174,6 +187,8 @@ class OcrResult(Shape):
     model: str
     document: DocumentFacts
     pages: tuple[OcrPage, ...]
+    joined: Absent[tuple[JoinedPart, ...]] = None
+    """Only with `join`: the document as one text, without what repeats on its pages."""
     usage: OcrUsage
 
     @property
@@ -351,6 +366,8 @@ class ResultFinished(Shape):
 
     type: Literal["result"] = "result"
     usage: OcrUsage
+    joined: Absent[tuple[JoinedPart, ...]] = None
+    """As in `OcrResult`."""
 
 
 StreamEvent = DocumentStarted | PageStarted | PageImage | PageDelta | PageFinished | ResultFinished

@@ -284,11 +284,11 @@ class BulkRun:
         """
         file = self._state.find(task.key)
         facts = ResultFacts(show_name(task.file), file.num_pages, self._options.model, self._revision, file.digest)
-        text = render(self._kind, facts, self._state.pages(task.key))
+        content = render(self._kind, facts, self._state.pages(task.key))
         half = task.target.with_name(f".{task.target.name}.half")
         try:
             task.target.parent.mkdir(parents=True, exist_ok=True)
-            half.write_text(text, encoding="utf-8")
+            half.write_bytes(content)
             os.replace(half, task.target)
         except OSError as error:
             if error.errno in _NO_SPACE:

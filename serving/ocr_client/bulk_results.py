@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import importlib.metadata
+import io
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -25,15 +27,21 @@ class OutputFormat(StrEnum):
     MARKDOWN = "markdown"
     TEXT = "text"
     JSON = "json"
+    HTML = "html"
+    HOCR = "hocr"
+    ALTO = "alto"
+    PDF = "pdf"
 
     @property
     def suffix(self) -> str:
-        return {"markdown": ".md", "text": ".txt", "json": ".json"}[self.value]
+        suffixes = {"markdown": ".md", "text": ".txt", "alto": ".alto.xml", "hocr": ".hocr"}
+        return suffixes.get(self.value, f".{self.value}")
 
     @property
     def page_format(self) -> PageFormat:
         """The format of pages that the file is made from."""
-        formats: dict[str, PageFormat] = {"markdown": "markdown", "text": "text", "json": "layout"}
+        formats: dict[str, PageFormat] = {"json": "layout", "markdown": "markdown", "text": "text"}
+        formats |= {"html": "html", "hocr": "hocr", "alto": "alto", "pdf": "pdf"}
         return formats[self.value]
 
 
@@ -52,8 +60,57 @@ class ResultFacts:
     """SHA-256 of the document."""
 
 
-def render(kind: OutputFormat, facts: ResultFacts, pages: Sequence[OcrPage]) -> str:
+def render(kind: OutputFormat, facts: ResultFacts, pages: Sequence[OcrPage]) -> bytes:
     """The content of a result file. Text pages are separated by form feeds, as in pdftotext; markdown by comments."""
+    if kind is OutputFormat.PDF:
+        return _join_pdfs(pages)
+    if kind in _BODIES:
+        return _join_documents(kind, pages).encode()
+    return _render_text(kind, facts, pages).encode()
+
+
+_BODIES = {
+    OutputFormat.HTML: ("<body>\n", "</body>"),
+    OutputFormat.HOCR: ("<body>\n", "</body>"),
+    OutputFormat.ALTO: ("<Layout>\n", "</Layout>"),
+}
+"""Between what the pages of a document stand, in the documents that the service makes of single pages."""
+
+
+def _join_documents(kind: OutputFormat, pages: Sequence[OcrPage]) -> str:
+    """One document of those of the pages. Pages that failed are named in a comment."""
+    start, end = _BODIES[kind]
+    bodies: list[str] = []
+    head, tail = "", ""
+    for page in pages:
+        before, found, rest = page.content.partition(start)
+        body, _, after = rest.rpartition(end)
+        if page.is_completed and found:
+            head, tail = head or before + found, tail or end + after
+            bodies.append(body)
+        else:
+            bodies.append(f"<!-- page {page.number} could not be read: {_explain(page)} -->\n")
+    return head + "".join(bodies) + tail
+
+
+def _join_pdfs(pages: Sequence[OcrPage]) -> bytes:
+    """One PDF of those of the pages that were read."""
+    import pikepdf
+
+    joined, out = pikepdf.new(), io.BytesIO()
+    for page in pages:
+        if page.pdf_base64 is not None:
+            with pikepdf.open(io.BytesIO(base64.b64decode(page.pdf_base64))) as single:
+                joined.pages.extend(single.pages)
+    joined.save(out, deterministic_id=True)
+    return out.getvalue()
+
+
+def _explain(page: OcrPage) -> str:
+    return (page.error.message if page.error is not None else "").replace("--", "- -")
+
+
+def _render_text(kind: OutputFormat, facts: ResultFacts, pages: Sequence[OcrPage]) -> str:
     if kind is OutputFormat.JSON:
         return _render_json(facts, pages)
     if kind is OutputFormat.TEXT:
@@ -61,8 +118,7 @@ def render(kind: OutputFormat, facts: ResultFacts, pages: Sequence[OcrPage]) -> 
     parts = []
     for page in pages:
         if not page.is_completed:
-            reason = (page.error.message if page.error is not None else "").replace("--", "- -")
-            parts.append(f"<!-- page {page.number} could not be read: {reason} -->\n")
+            parts.append(f"<!-- page {page.number} could not be read: {_explain(page)} -->\n")
         else:
             head = f"<!-- page {page.number} -->\n\n" if len(pages) > 1 else ""
             parts.append(f"{head}{page.content}\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from starlette.requests import Request
@@ -25,10 +25,12 @@ from serving.ocr.reading.pages import PageFailure, PageUsage
 from serving.ocr.reading.quotes import build_quote
 from serving.ocr.reading.request import ReadRequest, choose_prompt
 from serving.ocr.reading.results import PageResult, build_document, build_error, build_usage
+from serving.ocr_api.joining import join_pages
 from serving.ocr_api.page_ranges import select_pages
 from serving.ocr_api.shapes import (
     DocumentFacts,
     DocumentStarted,
+    JoinedPart,
     OcrPage,
     OcrResult,
     OcrUsage,
@@ -131,6 +133,7 @@ class DocumentsRoute:
             model=request.options.model,
             document=facts,
             pages=tuple(pages),
+            joined=_join(pages) if request.options.join else None,
             usage=totals.build_usage(),
         )
 
@@ -138,6 +141,7 @@ class DocumentsRoute:
         """Delay the response until the first page has started, so that a refusal of the whole gets its own status."""
         totals = _Totals()
         has_text = False
+        kept: list[OcrPage] = []
         head = DocumentStarted(
             id=request.request_id, model=request.options.model, document=facts, pages=tuple(request.pages)
         )
@@ -147,12 +151,18 @@ class DocumentsRoute:
                     refuse_whole(event.result.failure, has_text)
                     totals.add(event.result)
                     self._service.pipeline.count(event)
+                    kept.extend([event.result.page] if request.options.join else [])
                 has_text = has_text or isinstance(event, PageDelta)
                 if not reply.has_begun:
                     await reply.start_stream()
                     await reply.write(_frame(head))
                 await reply.write(_frame(_finish(event) if isinstance(event, PageEnded) else event))
-        await reply.end(_frame(ResultFinished(usage=totals.build_usage())) + b"data: [DONE]\n\n")
+        joined = _join(sorted(kept, key=lambda page: page.index)) if request.options.join else None
+        await reply.end(_frame(ResultFinished(usage=totals.build_usage(), joined=joined)) + b"data: [DONE]\n\n")
+
+
+def _join(pages: Sequence[OcrPage]) -> tuple[JoinedPart, ...]:
+    return tuple(join_pages([(page.number, page.content) for page in pages if page.is_completed]))
 
 
 def refuse_whole(failure: PageFailure | None, has_begun: bool) -> None:

@@ -20,10 +20,12 @@ from serving.ocr.reading.pages import Delta, PageFailure, PageReader, PageReadin
 from serving.ocr.reading.request import ReadRequest
 from serving.ocr.reading.results import (
     PageResult,
+    PlacedPage,
     as_failure,
     build_page,
     build_unread_page,
     find_figures,
+    find_texts,
     measure,
     parse_layer,
     parse_reading,
@@ -31,9 +33,10 @@ from serving.ocr.reading.results import (
 from serving.ocr.rendering.drawing import WarningKind
 from serving.ocr.rendering.pool import DrawnPage, PageLayer, Renderer
 from serving.ocr.text.comparison import compare_texts
+from serving.ocr.text.documents import PlacedText
 from serving.ocr.text.layout import Box, LayoutBlock
 from serving.ocr.text.markdown import render_text
-from serving.ocr_api.options import RESOLUTION_MODES
+from serving.ocr_api.options import PLACED_FORMATS, RESOLUTION_MODES
 from serving.ocr_api.shapes import PageDelta, PageImage, PageStarted, PageWarning, TextLayerCheck
 from serving.settings.ocr import OcrSettings
 
@@ -139,10 +142,9 @@ class Pipeline:
     def count(self, ended: PageEnded) -> None:
         """Record metrics for a finished page. Pages that could not be delivered or stored are not counted."""
         result, page = ended.result, ended.result.page
-        mode = page.source or (page.mode if page.mode in RESOLUTION_MODES else "none")
-        self._observer.see_page(
-            is_failed=result.is_failed, num_retries=page.retries, seconds=ended.seconds, mode=mode or "none"
-        )
+        mode = page.source or page.mode or ""
+        mode = mode if page.source or mode in RESOLUTION_MODES else "none"
+        self._observer.see_page(is_failed=result.is_failed, num_retries=page.retries, seconds=ended.seconds, mode=mode)
         for warning in page.warnings or ():
             self._observer.see_warning(warning.code)
 
@@ -175,7 +177,8 @@ class Pipeline:
         reading = PageReading((layer.text,), usage, num_tries=1, mode=None)
         figures: list[tuple[Box, str]] | None = [] if run.request.options.include_images else None
         blocks = parse_layer(layer, image.width, image.height)
-        result = build_page(index, reading, blocks, image, run.request.options.format, figures)
+        placed = await self._place(run, index, blocks)
+        result = build_page(index, reading, blocks, image, run.request.options.format, figures, placed)
         return replace(result, page=result.page.model_copy(update={"source": "text_layer"}))
 
     async def _read_image(self, run: _Run, index: int, image: DrawnPage, layer: PageLayer | None = None) -> PageResult:
@@ -202,10 +205,24 @@ class Pipeline:
                 message = f"The text layer and the reading agree in {check.agreement:.0%} of the words."
                 image = warn_of_layer(image, WarningKind.TEXT_LAYER_DIFFERS, message)
         figures = await self._cut_figures(run, index, blocks) if run.request.options.include_images else None
-        result = build_page(index, reading, blocks, image, run.request.options.format, figures)
+        placed = await self._place(run, index, blocks) if reading.failure is None else None
+        result = build_page(index, reading, blocks, image, run.request.options.format, figures, placed)
         if check is None:
             return result
         return replace(result, page=result.page.model_copy(update={"text_layer": check}))
+
+    async def _place(self, run: _Run, index: int, blocks: Sequence[LayoutBlock]) -> PlacedPage | None:
+        """Place the words of a page, for the formats that need it. A page that cannot be drawn again has no places."""
+        options, document = run.request.options, run.request.document
+        if options.format not in PLACED_FORMATS:
+            return None
+        texts = find_texts(blocks)
+        try:
+            if options.format == "pdf":
+                return PlacedPage(pdf=await self._renderer.build_pdf(document, index, options.dpi, texts))
+            return PlacedPage(await self._renderer.place(document, index, options.dpi, texts))
+        except ServingError:
+            return PlacedPage([PlacedText(text, None) for text, _ in texts])
 
     async def _draw_part(self, run: _Run, index: int, part: Box) -> DrawnPage:
         return await self._renderer.draw(run.request.document, index, run.request.options.dpi, part)

@@ -26,7 +26,7 @@ def read_options(given: Mapping[str, Any]) -> ReadOptions:
     if unknown:
         raise InvalidRequestError(f"Unknown option {unknown[0][:100]!r}; remove it.", param=unknown[0][:100])
     try:
-        return ReadOptions(**{name: given[name] for name in _FIELDS if given.get(name) is not None})
+        options = ReadOptions(**{name: given[name] for name in _FIELDS if given.get(name) is not None})
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
@@ -36,6 +36,9 @@ def read_options(given: Mapping[str, Any]) -> ReadOptions:
             if first["type"] == "missing"
             else _describe(_FIELDS[name]),
         )
+    if options.join and options.format not in ("markdown", "layout", "text"):
+        _refuse("join", f"false for the format {options.format}")
+    return options
 
 
 def read_form_options(fields: Mapping[str, str]) -> ReadOptions:
@@ -64,13 +67,15 @@ def without_stream(options: ReadOptions) -> ReadOptions:
     """
     if options.stream:
         _refuse("stream", "false for a job; fetch its pages as they finish")
+    if options.join:
+        _refuse("join", "false for a job; join its pages when all are there")
     return replace(options, include_page_images=False)
 
 
 def options_to_json(options: ReadOptions) -> dict[str, Any]:
     """Options as they are stored, and returned with a job: without the password."""
     found = asdict(options)
-    del found["stream"], found["include_page_images"], found["password"]
+    del found["stream"], found["include_page_images"], found["password"], found["join"]
     if options.text_layer == "off":
         del found["text_layer"]
     return found

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import pybase64
+
 from serving.errors import ServingError
 from serving.ocr.reading.pages import NANO_PER_DOLLAR, PageFailure, PageReading, PageUsage
 from serving.ocr.rendering.pool import DrawnPage, OpenedDocument, PageLayer
+from serving.ocr.text.documents import PlacedText, join_boxes, render_alto, render_hocr, render_html
 from serving.ocr.text.layout import Box, LayoutBlock, parse_layout
 from serving.ocr.text.markdown import render_markdown, render_text
 from serving.ocr_api.options import PageFormat
@@ -25,6 +28,17 @@ from serving.ocr_api.shapes import (
 
 FIGURES = frozenset({"image", "figure"})
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+
+_MARKDOWN = frozenset({"markdown", "layout"})
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedPage:
+    """A page's words in their places, or the PDF that has them."""
+
+    blocks: Sequence[PlacedText] = ()
+    pdf: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +112,7 @@ def build_page(
     image: DrawnPage,
     form: PageFormat,
     figures: Sequence[tuple[Box, str]] | None = None,
+    placed: PlacedPage | None = None,
 ) -> PageResult:
     """The result for a page that was read, or that failed while it was read.
 
@@ -108,6 +123,7 @@ def build_page(
         image: the page that was sent.
         form: the format that was asked for.
         figures: boxes and images (base64) of figures that were cut out; None when they were not requested.
+        placed: the page with its words in their places, for the formats that need it.
     """
     boxes = [box for box, _ in figures or ()]
 
@@ -120,7 +136,11 @@ def build_page(
         status="completed" if reading.failure is None else "failed",
         dimensions=measure(image),
         text=render_text(blocks) if form == "text" else None,
-        markdown=render_markdown(blocks, name if figures is not None else None) if form != "text" else None,
+        markdown=render_markdown(blocks, name if figures is not None else None) if form in _MARKDOWN else None,
+        html=render_html(blocks, index + 1, dict(figures or ())) if form == "html" else None,
+        hocr=_render_hocr(index, image, placed) if form == "hocr" and placed is not None else None,
+        alto=_render_alto(index, image, placed) if form == "alto" and placed is not None else None,
+        pdf_base64=pybase64.b64encode(placed.pdf).decode() if form == "pdf" and placed is not None else None,
         blocks=tuple(map(_build_block, blocks)) if form == "layout" else None,
         images=_build_figures(index, figures) if figures is not None else None,
         mode=reading.mode,
@@ -131,6 +151,20 @@ def build_page(
         warnings=image.warnings or None,
     )
     return PageResult(page, reading.usage, reading.failure)
+
+
+def find_texts(blocks: Sequence[LayoutBlock]) -> list[tuple[str, Box | None]]:
+    """The plain text of each block, with the place where the model saw it."""
+    texts = ((render_text([block]), block.boxes) for block in blocks)
+    return [(text, join_boxes(boxes) if boxes else None) for text, boxes in texts if text]
+
+
+def _render_hocr(index: int, image: DrawnPage, placed: PlacedPage) -> str:
+    return render_hocr(placed.blocks, index + 1, (image.width, image.height), image.dpi)
+
+
+def _render_alto(index: int, image: DrawnPage, placed: PlacedPage) -> str:
+    return render_alto(placed.blocks, index + 1, (image.width, image.height))
 
 
 def build_unread_page(index: int, failure: PageFailure, charged_nanodollars: int = 0) -> PageResult:

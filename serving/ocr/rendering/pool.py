@@ -13,35 +13,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import math
-import os
-import resource
-import signal
-import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pybase64
 
 from serving.errors import RenderError
 from serving.ocr.limits.turns import TurnQueue
 from serving.ocr.rendering.formats import HEAD_BYTES, DocumentFormat, find_format
+from serving.ocr.rendering.worker_process import RenderWorker
+from serving.ocr.text.documents import PlacedText, Word
 from serving.ocr.text.layout import Box
 from serving.ocr_api.shapes import PageWarning
 from serving.settings.ocr import RenderSettings
-
-_LINE_BYTES = 2**20
-_START_CPU_S = 2
-"""CPU seconds for a worker's startup, in addition to those of its first request."""
-_DEATH_S = 5.0
-"""How long a worker process may take to end after its pipes have closed."""
-_KEPT_VARIABLES = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL")
-"""Environment variables that workers inherit; the service's others may be secrets."""
-_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1"}
-"""Keeps numpy from reserving part of a worker's limited memory for each core of the machine."""
 
 
 @dataclass(slots=True)
@@ -191,6 +177,43 @@ class Renderer:
         )
         return PageLayer(lines, answer["flaw"])
 
+    async def place(
+        self, document: OpenedDocument, page: int, dpi: int | None, blocks: Sequence[tuple[str, Box | None]]
+    ) -> list[PlacedText]:
+        """Find where the words of a page stand, given its blocks and the boxes that the model saw.
+
+        Raises:
+            RenderError: as `draw` does.
+        """
+        _, data = await self._ask(document, self._build_placing(page, dpi, blocks))
+        return [
+            PlacedText(
+                text,
+                Box(*box) if box is not None else None,
+                tuple(tuple(Word(word, Box(*edges)) for word, edges in line) for line in lines),
+            )
+            for text, box, lines in json.loads(data)
+        ]
+
+    async def build_pdf(
+        self, document: OpenedDocument, page: int, dpi: int | None, blocks: Sequence[tuple[str, Box | None]]
+    ) -> bytes:
+        """A PDF of one page with its words under its picture.
+
+        Raises:
+            RenderError: as `draw` does.
+        """
+        request = self._build_placing(page, dpi, blocks)
+        _, data = await self._ask(document, {**request, "searchable": True})
+        return data
+
+    def _build_placing(self, page: int, dpi: int | None, blocks: Sequence[tuple[str, Box | None]]) -> dict[str, Any]:
+        boxes = [
+            (text, (box.left, box.top, box.right, box.bottom) if box is not None else None) for text, box in blocks
+        ]
+        pixels = self.settings.max_page_pixels
+        return {"page": page, "dpi": dpi or self.settings.dpi, "max_pixels": pixels, "place": boxes}
+
     async def close(self) -> None:
         """Stop idle workers; busy ones stop after their page."""
         self._is_closed = True
@@ -290,94 +313,6 @@ class Renderer:
             if worker.process.returncode is None:
                 return worker
         return None
-
-
-class RenderWorker:
-    """A worker process and its pipes."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self.process = process
-        self.num_requests = 0
-        self.is_healthy = False
-        self._seen_cpu_s = 0.0
-        self._reported_cpu_s = 0.0
-        """CPU seconds that `measure_cpu_s` has reported."""
-        self._bound_cpu_s = 0
-        """CPU seconds after which the kernel kills the process."""
-
-    @classmethod
-    async def start(cls, memory_bytes: int) -> RenderWorker:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-I", "-m", "serving.ocr.rendering.worker", str(memory_bytes)),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-            limit=_LINE_BYTES,
-            env=_ONE_THREAD | {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ},
-            start_new_session=True,  # Ctrl-C is for the service, which stops its workers itself
-        )
-        return cls(process)
-
-    async def ask(self, request: dict[str, Any], max_cpu_s: int) -> tuple[dict[str, Any], bytes]:
-        """Send a request and return the answer with its image.
-
-        Args:
-            request: see `serving.ocr.rendering.worker`.
-            max_cpu_s: CPU seconds after which the kernel kills the worker, give or take one second.
-        """
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.num_requests += 1
-        self._limit_cpu(max_cpu_s)
-        self.process.stdin.write(json.dumps(request).encode() + b"\n")
-        await self.process.stdin.drain()
-        line = await self.process.stdout.readuntil(b"\n")
-        answer = json.loads(line)
-        return answer, await self.process.stdout.readexactly(answer.get("size_bytes", 0))
-
-    def measure_cpu_s(self) -> float:
-        """CPU seconds since the last call, or since the process started."""
-        used_cpu_s = self._read_cpu_s()
-        since_cpu_s = used_cpu_s - self._reported_cpu_s
-        self._reported_cpu_s = used_cpu_s
-        return since_cpu_s
-
-    async def has_used_up_its_time(self) -> bool:
-        """Whether the kernel has killed the worker because its request exceeded the CPU time."""
-        self._read_cpu_s()
-        try:
-            async with asyncio.timeout(_DEATH_S):
-                return await self.process.wait() == -signal.SIGXCPU
-        except TimeoutError:  # it has closed its pipes but is alive
-            return False
-
-    def _limit_cpu(self, max_cpu_s: int) -> None:
-        """Set the kernel's limit, which counts whole seconds since the process started."""
-        if self.num_requests == 1:
-            max_cpu_s += _START_CPU_S
-        self._bound_cpu_s = math.ceil(self._read_cpu_s()) + max_cpu_s
-        if self.process.returncode is None:  # otherwise its pid may belong to another process
-            resource.prlimit(self.process.pid, resource.RLIMIT_CPU, (self._bound_cpu_s, resource.RLIM_INFINITY))
-
-    def _read_cpu_s(self) -> float:
-        """CPU seconds of the process so far.
-
-        For a process that has ended: its limit if that is why it was killed, or else the last measurement.
-        """
-        if self.process.returncode == -signal.SIGXCPU:
-            self._seen_cpu_s = float(self._bound_cpu_s)
-        elif self.process.returncode is None:
-            with contextlib.suppress(psutil.Error):
-                times = psutil.Process(self.process.pid).cpu_times()
-                self._seen_cpu_s = float(times.user + times.system)
-        return self._seen_cpu_s
-
-    async def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self.process.kill()
-        if self.process.stdin is not None:
-            self.process.stdin.close()
-        await self.process.wait()
 
 
 def _read_head(file: Path) -> bytes:

@@ -11,6 +11,9 @@ document's file is opened again for each page, so that nothing of it stays in me
     the same with "part": [left, top, right, bottom], in pixels of the page         -> only that part of it
     {"file": "/tmp/x", "format": "pdf", "page": 0, "text": true}
         -> {"flaw": null, "size_bytes": 812}, followed by JSON: [["a line", left, top, right, bottom], ...]
+    {"file": ..., "format": ..., "page": 0, "dpi": 144, "max_pixels": 50000000, "place": [["a block", [0, 0, 90, 20]]]}
+        -> {"size_bytes": 912}, followed by JSON: [["a block", box, [[["a", box], ["block", box]]]], ...]
+    the same with "searchable": true                                                -> a PDF of the page
     any request that fails                                                          -> {"code": ..., "message": ...}
 
 Requests for encrypted documents have a "password" too.
@@ -29,7 +32,7 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from serving.ocr.rendering import pdf, pictures
-from serving.ocr.rendering.drawing import PageError, WarningKind
+from serving.ocr.rendering.drawing import Drawing, PageError, WarningKind
 from serving.ocr.rendering.strips import find_parts
 
 _DEFAULT_MEMORY_BYTES = 2 * 2**30
@@ -58,6 +61,8 @@ def answer(request: dict[str, Any], answers: BinaryIO, memory_bytes: int = _DEFA
     try:
         if "text" in request:
             data, reply = read_text(request)
+        elif "place" in request:
+            data, reply = place(request, memory_bytes)
         elif "page" in request:
             data, reply = draw(request, memory_bytes)
         else:
@@ -92,12 +97,8 @@ def draw(request: dict[str, Any], memory_bytes: int = _DEFAULT_MEMORY_BYTES) -> 
     Raises:
         PageError: the page cannot be rendered.
     """
-    file, name, page, max_pixels = Path(request["file"]), request["format"], request["page"], request["max_pixels"]
     part = request.get("part")
-    if name == "pdf":
-        drawing = pdf.draw(file, page, request["dpi"], max_pixels, request.get("password"))
-    else:
-        drawing = pictures.draw(file, name, page, max_pixels, memory_bytes, is_part=part is not None)
+    drawing = _draw(request, memory_bytes)
     if part is not None:
         drawing.image = drawing.image.crop(part)
         return drawing.encode()
@@ -106,6 +107,35 @@ def draw(request: dict[str, Any], memory_bytes: int = _DEFAULT_MEMORY_BYTES) -> 
         drawing.warn(WarningKind.CUT_INTO_PARTS, _PART_TEXT.format(*drawing.image.size, len(parts)))
     data, reply = drawing.encode()
     return data, reply | {"parts": parts}
+
+
+def _draw(request: dict[str, Any], memory_bytes: int) -> Drawing:
+    file, name, page, max_pixels = Path(request["file"]), request["format"], request["page"], request["max_pixels"]
+    if name == "pdf":
+        return pdf.draw(file, page, request["dpi"], max_pixels, request.get("password"))
+    as_is = "part" not in request and "place" not in request
+    return pictures.draw(file, name, page, max_pixels, memory_bytes, is_part=not as_is)
+
+
+def place(request: dict[str, Any], memory_bytes: int) -> tuple[bytes, dict[str, Any]]:
+    """The places of a page's words as JSON, or the page as a searchable PDF.
+
+    Raises:
+        PageError: the page cannot be rendered.
+    """
+    from serving.ocr.rendering.words import TextBlock, place_words
+
+    drawing = _draw(request, memory_bytes)
+    texts = [TextBlock(text, tuple(box) if box is not None else None) for text, box in request["place"]]
+    placed = place_words(drawing.image, texts)
+    if request.get("searchable"):
+        from serving.ocr.rendering.searchable_pdf import build_pdf
+
+        return build_pdf(drawing.image, placed, drawing.dpi or request["dpi"]), {}
+    lines = [
+        [block.text, block.box, [[[word.text, word.box] for word in line] for line in block.lines]] for block in placed
+    ]
+    return json.dumps(lines).encode(), {}
 
 
 def read_text(request: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:

@@ -83,6 +83,14 @@ def _format_table(table: Table) -> str:
     return "\n\n".join(filter(None, [*captions, rows, *after]))
 
 
+def table_to_html(table: Table) -> str:
+    """A table as plain HTML, with its caption before it and stray texts after it."""
+    captions, after = (
+        [f"<p>{Cell(markup).format(_escape_html)}</p>" for markup in texts] for texts in (table.caption, table.after)
+    )
+    return "\n".join([*captions, *([_to_html(table.rows)] if table.rows else []), *after])
+
+
 def _to_pipes(rows: list[list[Cell]]) -> str:
     if not rows:
         return ""
@@ -109,4 +117,8 @@ def _cell_to_html(cell: Cell) -> str:
     name = "th" if cell.is_head else "td"
     columns = f' colspan="{cell.columns}"' if cell.columns > 1 else ""
     rows = f' rowspan="{cell.rows}"' if cell.rows > 1 else ""
-    return f"<{name}{columns}{rows}>{cell.format(lambda text: html.escape(text, quote=False))}</{name}>"
+    return f"<{name}{columns}{rows}>{cell.format(_escape_html)}</{name}>"
+
+
+def _escape_html(text: str) -> str:
+    return html.escape(text, quote=False)

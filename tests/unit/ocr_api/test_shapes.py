@@ -71,7 +71,7 @@ OPTIONS = [
     {"mode": mode} for mode in (*MODES, "huge", "", 3)
 ] + [
     {"format": "layout"},
-    {"format": "pdf"},
+    {"format": "docx"},
     {"pages": "1-3,7"},
     {"pages": ""},
     {"pages": "1\n2"},

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import orjson
 import pikepdf
@@ -16,6 +18,8 @@ from support.router_stack import Exchange
 
 from serving.billing.schema import JOBS
 from serving.ocr.text.comparison import compare_texts
+from serving.ocr_api.shapes import ErrorDetail, OcrPage
+from serving.ocr_client.bulk_results import OutputFormat, ResultFacts, render
 from unit.ocr.jobs.test_jobs import rows_of
 from unit.ocr.rendering.test_real_files import DAMAGED, PDF, TEXT, build_pdf
 
@@ -125,3 +129,51 @@ async def test_a_strip_is_read_part_by_part_and_its_boxes_are_those_of_the_page(
         quote = (await service.upload(strip, "/v1/ocr/quote")).json()
         one = (await service.upload(PDF, "/v1/ocr/quote")).json()
         assert quote["completion_tokens"]["most"] == 5 * one["completion_tokens"]["most"] > 0
+
+
+async def test_a_page_comes_as_a_document_of_its_own_with_its_words_in_place(tmp_path: Path) -> None:
+    async with run_service(tmp_path, reads("Total 12.50")) as service:
+        page = await read_page(service, PDF, format="hocr")
+        assert "markdown" not in page
+        boxes = re.findall(r'ocrx_word" title="bbox (\d+) (\d+) (\d+) (\d+)">([^<]*)<', page["hocr"])
+        assert [word for *_, word in boxes] == ["Total", "12.50"]
+        assert 38 < int(boxes[0][0]) < 50 < int(boxes[1][0]) < int(boxes[1][2]) < 300
+        assert 'CONTENT="12.50" HPOS=' in (await read_page(service, PDF, format="alto"))["alto"]
+        assert "<p>Total 12.50</p>" in (await read_page(service, PDF, format="html"))["html"]
+        found = await read_page(service, PDF, format="pdf")
+        with pikepdf.open(io.BytesIO(pybase64.b64decode(found["pdf_base64"]))) as document:
+            assert [float(edge) for edge in document.pages[0].MediaBox] == [0, 0, 200, 100]
+        blank = write_pdf(tmp_path / "x.pdf", 1).read_bytes()
+        assert 'class="ocr_par unplaced"' in (await read_page(service, blank, format="hocr"))["hocr"]
+
+
+async def test_pages_of_all_formats_are_joined_by_the_client(tmp_path: Path) -> None:
+    facts = ResultFacts("x.pdf", 3, "nano", None, "")
+    failed = OcrPage(index=2, number=3, status="failed", error=ErrorDetail(message="no -- no"))
+    async with run_service(tmp_path, reads("Total 12.50")) as service:
+        for kind, mark in (
+            (OutputFormat.HTML, "<section"),
+            (OutputFormat.HOCR, '"ocr_page"'),
+            (OutputFormat.ALTO, "<Page "),
+        ):
+            (page,) = (OcrPage.model_validate(await read_page(service, PDF, format=kind.page_format)),)
+            joined = render(kind, facts, [page, page, failed]).decode()
+            assert joined.count(mark) == 2
+            assert "<!-- page 3 could not be read: no - - no -->" in joined
+            assert joined.startswith(page.content[:60])
+            if kind is not OutputFormat.HTML:
+                ElementTree.fromstring(joined.split("\n", 1)[1])
+        page = OcrPage.model_validate(await read_page(service, PDF, format="pdf"))
+    with pikepdf.open(io.BytesIO(render(OutputFormat.PDF, facts, [page, page, failed]))) as document:
+        assert len(document.pages) == 2
+
+
+async def test_a_document_is_joined_across_its_pages(tmp_path: Path) -> None:
+    two = write_pdf(tmp_path / "x.pdf", 2).read_bytes()
+    async with run_service(tmp_path, reads("and so on")) as service:
+        answer = (await service.upload(two, join="true")).json()
+        assert answer["joined"] == [{"text": "and so on and so on", "pages": [1, 2]}]
+        stream = (await service.upload(two, join="true", stream="true")).text
+        assert '"joined":[{"text":"and so on and so on","pages":[1,2]}]' in stream
+        assert (await service.upload(two, "/v1/ocr/jobs", join="true")).json()["error"]["param"] == "join"
+        assert (await service.upload(two, join="true", format="pdf")).json()["error"]["param"] == "join"

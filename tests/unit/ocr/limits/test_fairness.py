@@ -18,7 +18,8 @@ from support.papers import slow_pdf, write_pdf
 from support.router_stack import Script, eventually
 
 from serving.ocr.host import OcrHost
-from serving.ocr.rendering.pool import Renderer, RenderWorker
+from serving.ocr.rendering.pool import Renderer
+from serving.ocr.rendering.worker_process import RenderWorker
 from serving.settings.billing import BillingSettings
 from unit.ocr.jobs.test_jobs import make_keys
 
