@@ -32,8 +32,9 @@ class ReadOptions:
 
     model: Annotated[_Line, Field(max_length=255)]
     """One of the names that `GET /v1/models` lists."""
-    pages: Annotated[_Line, Field(max_length=4096)] | None = None
-    """Pages to read, counted from 1: `1-3,7`, `5-` or `-5`. All of them by default."""
+    pages: Annotated[_Line, Field(max_length=65_536)] | None = None
+    """Pages to read: `1-3,7`, `5-` or `-5`. All of them by default. A list of numbers, as Mistral has it, counts from
+    0."""
     mode: Mode | None = None
     """Resolution of the images that the model sees; `auto` chooses by page."""
     format: PageFormat = "markdown"
@@ -60,9 +61,19 @@ class ReadOptions:
     """Answer with server-sent events instead of one JSON object."""
     include_page_images: bool = False
     """Streams only: send the rendered images of the first twenty pages."""
+    page_base: Literal[0, 1] | None = None
+    """Number of the first page in `pages`; 1 by default."""
+    image_limit: Annotated[int, Field(ge=0, le=1000)] | None = None
+    """Most figures of the document."""
+    image_min_size: Annotated[int, Field(ge=0, le=100_000)] | None = None
+    """Shortest side of a figure, in pixels of the page."""
+    table_format: Literal["markdown", "html"] | None = None
+    """`html` keeps tables as HTML; by default only those whose cells span several rows or columns."""
 
     def fields(self) -> dict[str, Any]:
         """The options that differ from the service's defaults, by their names in the API."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         # The default of `text_layer` is left out for services that do not know it yet.
-        return {name: value for name, value in values.items() if value not in (None, False, "off")}
+        return {
+            name: value for name, value in values.items() if not (value is None or value is False or value == "off")
+        }

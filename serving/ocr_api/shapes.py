@@ -10,7 +10,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, computed_field
 
 Value = TypeVar("Value")
 Absent = Annotated[Value | None, Field(exclude_if=lambda value: value is None)]
@@ -52,6 +52,27 @@ class PageFigure(Shape):
     id: str
     box: tuple[int, int, int, int]
     image_base64: str
+
+    # Mistral's names for the box
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def top_left_x(self) -> int:
+        return self.box[0]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def top_left_y(self) -> int:
+        return self.box[1]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def bottom_right_x(self) -> int:
+        return self.box[2]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def bottom_right_y(self) -> int:
+        return self.box[3]
 
 
 class OcrPageUsage(Shape):
@@ -177,6 +198,13 @@ class JoinedPart(Shape):
     """Numbers of the pages that it came from: several where page breaks cut it."""
 
 
+class UsageInfo(Shape):
+    """Usage under Mistral's names."""
+
+    pages_processed: int
+    doc_size_bytes: int | None
+
+
 class OcrResult(Shape):
     """The answer to a document that was read in one request."""
 
@@ -189,7 +217,15 @@ class OcrResult(Shape):
     pages: tuple[OcrPage, ...]
     joined: Absent[tuple[JoinedPart, ...]] = None
     """Only with `join`: the document as one text, without what repeats on its pages."""
+    page_base: Absent[int] = None
+    """Number of the first page as the request's `pages` counted."""
     usage: OcrUsage
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def usage_info(self) -> UsageInfo:
+        """For clients of Mistral's API."""
+        return UsageInfo(pages_processed=self.usage.pages_processed, doc_size_bytes=self.document.size_bytes)
 
     @property
     def content(self) -> str:

@@ -218,7 +218,7 @@ class BulkRun:
             return file.job
         if shutil.disk_usage(self._state.folder).free < _LEAST_FREE_BYTES:
             raise DiskFullError
-        options = self._options if file.chosen is None else replace(self._options, pages=file.chosen)
+        options = self._options if file.chosen is None else replace(self._options, pages=file.chosen, page_base=1)
         # The key is stored before it is sent: a run that is killed here submits again and gets the same job.
         job = await self._client.submit(task.file, options, idempotency_key=file.submission)
         self._state.begin_job(path, job.id)
@@ -257,7 +257,8 @@ class BulkRun:
         """Pages that have not been read yet, as a selection; None for all that were asked for."""
         if file.num_pages is None:
             return None
-        wanted = [index + 1 for index in select_pages(pages, file.num_pages, file.num_pages)]
+        options = self._options
+        wanted = [index + 1 for index in select_pages(pages, file.num_pages, file.num_pages, options.page_base)]
         done = set(self._state.numbers(path, is_completed=True))
         return join_ranges([number for number in wanted if number not in done]) or None
 

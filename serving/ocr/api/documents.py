@@ -23,7 +23,7 @@ from serving.ocr.api.service import OcrService
 from serving.ocr.reading.documents import PageEnded, PipelineEvent, is_for_all
 from serving.ocr.reading.pages import PageFailure, PageUsage
 from serving.ocr.reading.quotes import build_quote
-from serving.ocr.reading.request import ReadRequest, choose_prompt
+from serving.ocr.reading.request import ReadRequest, choose_page_base, choose_prompt
 from serving.ocr.reading.results import PageResult, build_document, build_error, build_usage
 from serving.ocr_api.joining import join_pages
 from serving.ocr_api.page_ranges import select_pages
@@ -96,7 +96,7 @@ class DocumentsRoute:
             document = await service.renderer.open(submission.file, caller.owner, options.password)
             read_request = ReadRequest(
                 document=document,
-                pages=select_pages(options.pages, document.num_pages, ocr.render.max_pages),
+                pages=select_pages(options.pages, document.num_pages, ocr.render.max_pages, options.page_base),
                 options=options,
                 prompt=choose_prompt(options, ocr),
                 api_key=caller.api_key,
@@ -134,6 +134,7 @@ class DocumentsRoute:
             document=facts,
             pages=tuple(pages),
             joined=_join(pages) if request.options.join else None,
+            page_base=choose_page_base(request.options),
             usage=totals.build_usage(),
         )
 

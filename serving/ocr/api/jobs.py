@@ -62,7 +62,9 @@ class JobsRoute:
             except JobNotFoundError:
                 pass
         document = await service.renderer.open(submission.file, caller.owner, options.password)
-        pages = select_pages(options.pages, document.num_pages, service.settings.ocr.render.max_pages)
+        pages = select_pages(
+            options.pages, document.num_pages, service.settings.ocr.render.max_pages, options.page_base
+        )
         new = NewJob(
             owner=caller.owner,
             model=options.model,

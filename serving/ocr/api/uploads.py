@@ -15,18 +15,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pybase64
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
 from serving.errors import BodyTooLargeError, InvalidRequestError, ServingError, UnsupportedCodingError
 from serving.http.addresses import is_public_address
+from serving.http.base64_text import decode_base64
 from serving.http.bodies import ClientGoneError, decode_json, discard_body, read_body, too_slow
 from serving.http.body_pace import BodyPace, receive_in_time
 from serving.http.fetching import FETCH_ERRORS, Fetcher
 from serving.ocr.limits.shares import Refusals, Shares
 from serving.ocr.limits.storage import Storage, StoredFile
+from serving.ocr.reading.mistral import infer_type
 from serving.ocr.reading.options import read_form_options, read_options
 from serving.ocr.reading.router_client import Caller
 from serving.ocr_api.options import ReadOptions
@@ -152,7 +153,9 @@ class UploadReceiver:
         return options
 
     async def _take_document(self, document: Any, sink: _Sink) -> None:
-        if not isinstance(document, dict) or document.get("type") not in _TYPES:
+        if isinstance(document, dict):
+            document = {**document, "type": infer_type(document)}
+        if not isinstance(document, dict) or document["type"] not in _TYPES:
             raise InvalidRequestError(f"document must be an object with a type: {', '.join(_TYPES)}.", param="document")
         kind = document["type"]
         param = f"document.{kind}"
@@ -170,7 +173,7 @@ class UploadReceiver:
         if not _DATA_URL.fullmatch(head):
             raise InvalidRequestError("A data URL must be base64: data:application/pdf;base64,...", param=param)
         try:
-            data = await asyncio.to_thread(pybase64.b64decode, encoded, validate=True)
+            data = await asyncio.to_thread(decode_base64, encoded)
         except ValueError as error:
             raise InvalidRequestError("The document is not valid base64.", param=param) from error
         await sink.write(data)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
@@ -78,6 +79,7 @@ class _Run:
 
     request: ReadRequest
     figure_bytes_left: int
+    figures_left: int
     events: asyncio.Queue[PipelineEvent] = field(default_factory=lambda: asyncio.Queue(_QUEUED_EVENTS))
 
 
@@ -112,7 +114,8 @@ class Pipeline:
         When a page fails for a reason that applies to the whole document, pages that have not started fail with the
         same reason. Closing the generator cancels what is in flight.
         """
-        run = _Run(request, self._settings.max_figure_bytes)
+        limit = request.options.image_limit
+        run = _Run(request, self._settings.max_figure_bytes, sys.maxsize if limit is None else limit)
         waiting = iter(request.pages)
         shared: list[PageFailure] = []
 
@@ -178,7 +181,7 @@ class Pipeline:
         figures: list[tuple[Box, str]] | None = [] if run.request.options.include_images else None
         blocks = parse_layer(layer, image.width, image.height)
         placed = await self._place(run, index, blocks)
-        result = build_page(index, reading, blocks, image, run.request.options.format, figures, placed)
+        result = build_page(index, reading, blocks, image, run.request.options, figures, placed)
         return replace(result, page=result.page.model_copy(update={"source": "text_layer"}))
 
     async def _read_image(self, run: _Run, index: int, image: DrawnPage, layer: PageLayer | None = None) -> PageResult:
@@ -206,7 +209,7 @@ class Pipeline:
                 image = warn_of_layer(image, WarningKind.TEXT_LAYER_DIFFERS, message)
         figures = await self._cut_figures(run, index, blocks) if run.request.options.include_images else None
         placed = await self._place(run, index, blocks) if reading.failure is None else None
-        result = build_page(index, reading, blocks, image, run.request.options.format, figures, placed)
+        result = build_page(index, reading, blocks, image, run.request.options, figures, placed)
         if check is None:
             return result
         return replace(result, page=result.page.model_copy(update={"text_layer": check}))
@@ -268,7 +271,11 @@ class Pipeline:
         model and may be anywhere.
         """
         figures = []
-        for box in find_figures(blocks, self._settings.max_figures):
+        least = run.request.options.image_min_size or 0
+        for box in find_figures(blocks, self._settings.max_figures, least):
+            if not run.figures_left:
+                break
+            run.figures_left -= 1  # before drawing: pages are read side by side
             with contextlib.suppress(ServingError):
                 cut = await self._renderer.draw(run.request.document, index, run.request.options.dpi, box)
                 if len(cut.data) <= run.figure_bytes_left:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from pydantic import TypeAdapter, ValidationError
 
 from serving.errors import InvalidRequestError
+from serving.ocr.reading.mistral import translate
 from serving.ocr_api.options import ReadOptions
 
 _FIELDS: Mapping[str, dict[str, Any]] = TypeAdapter(ReadOptions).json_schema()["properties"]
@@ -22,6 +23,7 @@ def read_options(given: Mapping[str, Any]) -> ReadOptions:
     Raises:
         InvalidRequestError: `param` names the option that is wrong.
     """
+    given = translate(given)
     unknown = sorted(set(given) - _FIELDS.keys() - {"document"})
     if unknown:
         raise InvalidRequestError(f"Unknown option {unknown[0][:100]!r}; remove it.", param=unknown[0][:100])
@@ -91,7 +93,7 @@ def _describe(schema: Mapping[str, Any]) -> str:
     """Describe the values of a field, from its JSON schema."""
     choice = _find_choice(schema)
     if "enum" in choice:
-        return f"one of {', '.join(choice['enum'])}"
+        return f"one of {', '.join(map(str, choice['enum']))}"
     if choice["type"] == "integer":
         return f"a whole number from {choice['minimum']} to {choice['maximum']}"
     if choice["type"] == "boolean":

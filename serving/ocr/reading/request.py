@@ -30,6 +30,13 @@ class ReadRequest:
     """When set, no further page is started; those in flight are finished."""
 
 
+def choose_page_base(options: ReadOptions) -> int | None:
+    """How `pages` was counted; None if it was not given."""
+    if options.pages is None:
+        return None
+    return 1 if options.page_base is None else options.page_base
+
+
 def choose_prompt(options: ReadOptions, settings: OcrSettings) -> str:
     """The prompt in the options, or else the default of their format."""
     return options.prompt or (settings.text_prompt if options.format == "text" else settings.markdown_prompt)

@@ -13,7 +13,7 @@ from serving.ocr.rendering.pool import DrawnPage, OpenedDocument, PageLayer
 from serving.ocr.text.documents import PlacedText, join_boxes, render_alto, render_hocr, render_html
 from serving.ocr.text.layout import Box, LayoutBlock, parse_layout
 from serving.ocr.text.markdown import render_markdown, render_text
-from serving.ocr_api.options import PageFormat
+from serving.ocr_api.options import ReadOptions
 from serving.ocr_api.shapes import (
     Block,
     Dimensions,
@@ -94,10 +94,13 @@ def _continues(paragraph: Box, line: Box) -> bool:
     return overlaps and -height / 2 < line.top - paragraph.bottom < height * 0.8
 
 
-def find_figures(blocks: Sequence[LayoutBlock], max_figures: int) -> list[Box]:
-    """Boxes of a page's figures, in order and without duplicates. Figures without box or area are left out."""
+def find_figures(blocks: Sequence[LayoutBlock], max_figures: int, least_side: int = 0) -> list[Box]:
+    """Boxes of a page's figures, in order and without duplicates. Figures without box or area, or with a side shorter
+    than `least_side` pixels, are left out."""
+    least_side = max(1, least_side)
     boxes = dict.fromkeys(box for block in blocks if block.label.lower() in FIGURES for box in block.boxes)
-    return [box for box in boxes if box.right > box.left and box.bottom > box.top][:max_figures]
+    sized = [box for box in boxes if min(box.right - box.left, box.bottom - box.top) >= least_side]
+    return sized[:max_figures]
 
 
 def name_figure(index: int, box: Box, figures: Sequence[Box]) -> str | None:
@@ -110,7 +113,7 @@ def build_page(
     reading: PageReading,
     blocks: Sequence[LayoutBlock],
     image: DrawnPage,
-    form: PageFormat,
+    options: ReadOptions,
     figures: Sequence[tuple[Box, str]] | None = None,
     placed: PlacedPage | None = None,
 ) -> PageResult:
@@ -121,11 +124,12 @@ def build_page(
         reading: what was read.
         blocks: what `parse_reading` found in it, or `parse_layer` in the text layer.
         image: the page that was sent.
-        form: the format that was asked for.
+        options: the format that was asked for.
         figures: boxes and images (base64) of figures that were cut out; None when they were not requested.
         placed: the page with its words in their places, for the formats that need it.
     """
     boxes = [box for box, _ in figures or ()]
+    form, is_html = options.format, options.table_format == "html"
 
     def name(_: int, box: Box | None) -> str | None:
         return name_figure(index, box, boxes) if box is not None else None
@@ -136,7 +140,9 @@ def build_page(
         status="completed" if reading.failure is None else "failed",
         dimensions=measure(image),
         text=render_text(blocks) if form == "text" else None,
-        markdown=render_markdown(blocks, name if figures is not None else None) if form in _MARKDOWN else None,
+        markdown=render_markdown(blocks, name if figures is not None else None, is_html=is_html)
+        if form in _MARKDOWN
+        else None,
         html=render_html(blocks, index + 1, dict(figures or ())) if form == "html" else None,
         hocr=_render_hocr(index, image, placed) if form == "hocr" and placed is not None else None,
         alto=_render_alto(index, image, placed) if form == "alto" and placed is not None else None,

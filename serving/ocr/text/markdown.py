@@ -18,7 +18,10 @@ _ENTITY_LIKE = re.compile(r"&(?=#?\w+;)")
 
 
 def render_markdown(
-    blocks: Sequence[LayoutBlock], name_figure: Callable[[int, Box | None], str | None] | None = None
+    blocks: Sequence[LayoutBlock],
+    name_figure: Callable[[int, Box | None], str | None] | None = None,
+    *,
+    is_html: bool = False,
 ) -> str:
     """The markdown of one page.
 
@@ -26,6 +29,7 @@ def render_markdown(
         blocks: in reading order.
         name_figure: returns the address of a figure, given its number on the page, counted from 0, and its box.
             Figures for which it returns None are left out.
+        is_html: keep all tables as HTML.
     """
     parts: list[str] = []
     num_figures = 0
@@ -38,7 +42,7 @@ def render_markdown(
                 num_figures += 1
         if block.text:
             needs_sign = label in _HEADINGS and not block.text.startswith("#")
-            parts.append((_HEADINGS[label] if needs_sign else "") + format_tables(block.text))
+            parts.append((_HEADINGS[label] if needs_sign else "") + format_tables(block.text, is_html=is_html))
     return _BLANK_LINES.sub("\n\n", "\n\n".join(parts)).strip()
 
 
@@ -48,12 +52,14 @@ def render_text(blocks: Sequence[LayoutBlock]) -> str:
     return _BLANK_LINES.sub("\n\n", "\n\n".join(text for text in texts if text)).strip()
 
 
-def format_tables(text: str) -> str:
-    """Convert each `<table>` to a markdown table, or to plain HTML when cells span rows or columns.
+def format_tables(text: str, *, is_html: bool = False) -> str:
+    """Convert each `<table>` to a markdown table, or to plain HTML when `is_html` or cells span rows or columns.
 
     Truncated tables are closed. A caption, and text between rows, become paragraphs.
     """
-    parts = (part if isinstance(part, str) else f"\n\n{_format_table(part)}\n\n" for part in split_tables(text))
+    parts = (
+        part if isinstance(part, str) else f"\n\n{_format_table(part, is_html)}\n\n" for part in split_tables(text)
+    )
     return "".join(parts).strip()
 
 
@@ -76,9 +82,9 @@ def _to_line(markup: str) -> str:
     return Cell(markup).text
 
 
-def _format_table(table: Table) -> str:
+def _format_table(table: Table, is_html: bool) -> str:
     captions, after = ([Cell(markup).format(_escape) for markup in texts] for texts in (table.caption, table.after))
-    is_html = any(cell.columns > 1 or cell.rows > 1 for row in table.rows for cell in row)
+    is_html = is_html or any(cell.columns > 1 or cell.rows > 1 for row in table.rows for cell in row)
     rows = _to_html(table.rows) if is_html else _to_pipes(table.rows)
     return "\n\n".join(filter(None, [*captions, rows, *after]))
 

@@ -11,6 +11,7 @@ import pybase64
 from PIL import Image, UnidentifiedImageError
 
 from serving.errors import BadBase64Error, ImageTooLargeError, InvalidImageError, InvalidRequestError
+from serving.http.base64_text import repair_base64
 from serving.plugin.images.geometry import shown_size
 from serving.plugin.images.repairs import read_tolerantly
 from serving.settings.router import RouterSettings
@@ -21,16 +22,13 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF")
 _HEAD = re.compile(r"""data:[A-Za-z0-9!#$&^_.+*/;="-]{0,255};base64""")
 """The part before the comma."""
 _MAX_URL_CHARS = 8192
-_TO_BASE64 = str.maketrans("-_", "+/", " \t\r\n=")
-"""From the URL-safe alphabet, and without what is written between lines and at the end."""
 _HEAD_CHARS = 64 * 1024  # a multiple of four, so that the part is valid base64
 
 
 def repair_data_url(url: str) -> str:
     """The URL with its data in strict base64: without line breaks, in the standard alphabet, and padded."""
     head, _, encoded = url.partition(",")
-    plain = encoded.translate(_TO_BASE64)
-    return f"{head},{plain}{'=' * (-len(plain) % 4)}"
+    return f"{head},{repair_base64(encoded)}"
 
 
 def check_image_url(url: Any, param: str, router: RouterSettings) -> tuple[int, int] | None:

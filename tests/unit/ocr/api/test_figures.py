@@ -151,3 +151,28 @@ async def test_a_document_has_so_many_bytes_of_figures_for_all_its_pages(tmp_pat
     assert [len(page["images"]) for page in pages] == [1, 1, 0, 0]
     assert [page["markdown"] for page in pages[1:3]] == ["# Two\n\n![](page-2-figure-1)", "# Two"]
     assert all(page["status"] == "completed" for page in pages)
+
+
+async def test_a_client_of_mistral_finds_its_names(tmp_path: Path) -> None:
+    document = fpdf.FPDF(unit="pt", format=(WIDTH, HEIGHT))
+    for _ in range(2):
+        document.add_page()
+    data = base64.b64encode(bytes(document.output())).decode()
+    async with run_service(tmp_path, reads(grounded(RED, BLUE, (0, 0, 5, 5)))) as service:
+        body = {
+            "model": "nano",
+            "document": {"type": "document_url", "document_url": f"data:application/pdf;base64,{data}"},
+            "pages": [1],
+            "include_image_base64": True,
+            "image_limit": 1,
+            "image_min_size": 10,
+        }
+        answer = (await service.client.post("/v1/ocr", json=body)).json()
+    (page,) = answer["pages"]
+    assert (page["index"], answer["page_base"]) == (1, 0)
+    assert page["markdown"].startswith("# Two")
+    (figure,) = page["images"]
+    assert figure["bottom_right_x"] > figure["top_left_x"]
+    assert f"]({figure['id']})" in page["markdown"]
+    assert {"width", "height", "dpi"} <= page["dimensions"].keys()
+    assert answer["usage_info"] == {"pages_processed": 1, "doc_size_bytes": answer["document"]["size_bytes"]}

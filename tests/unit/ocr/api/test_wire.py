@@ -14,7 +14,7 @@ from support.papers import A4
 from support.router_stack import Engine, build_settings, run_router
 
 ANSWERS = Path(__file__).with_name("wire_answers.json")
-"""What `collect` found in the version that built its answers from dictionaries."""
+"""What `collect` found in the version that built its answers from dictionaries, and fields that were added since."""
 TEXT = (
     "<|ref|>title<|/ref|><|det|>[[0,0,999,90]]<|/det|>\n# Two\n\n"
     "<|ref|>image<|/ref|><|det|>[[100,100,110,105]]<|/det|>\n\nfree “text”"
@@ -25,7 +25,7 @@ _VARIES = (
     (re.compile(r'"id":"job-[0-9a-f]+"'), '"id":"job-1"'),
     (re.compile(r'"(created|created_at|started_at|finished_at|expires_at)":[0-9]{9,}'), r'"\1":1'),
     (re.compile(r'"(message|price_version)":"[^"]*"'), r'"\1":"x"'),
-    (re.compile(r'"size_bytes":[0-9]+'), '"size_bytes":1'),
+    (re.compile(r'"(doc_)?size_bytes":[0-9]+'), r'"\1size_bytes":1'),
     (re.compile(r'"image_base64":"[A-Za-z0-9+/=]+"'), '"image_base64":"iVBO"'),
     (re.compile(r'"image_url":"data:image/png;base64,[A-Za-z0-9+/=]+"'), '"image_url":"data:image/png;base64,iVBO"'),
 )
