@@ -20,6 +20,7 @@ from serving.settings.router import LimitSettings
 
 _DISCARD_S = 10.0
 _FEW = 512
+_BODY_HEADERS = frozenset({b"content-length", b"expect", b"content-encoding"})
 _BOM = b"\xef\xbb\xbf"
 """Of UTF-8; some clients begin a body with it."""
 _SINGLE_HEADERS = frozenset(
@@ -118,12 +119,13 @@ async def read_body(scope: Scope, receive: Receive, limits: LimitSettings, held:
     coding = b""
     awaits_leave = False
     for name, value in scope["headers"]:
-        if name == b"content-length":
-            announced = value
-        elif name == b"expect":
-            awaits_leave = True
-        elif name == b"content-encoding":
-            coding = value
+        if name in _BODY_HEADERS:
+            if name == b"content-length":
+                announced = value
+            elif name == b"expect":
+                awaits_leave = True
+            else:
+                coding = value
     if announced.isdigit() and (len(announced) > 18 or int(announced) > limits.max_body_bytes):
         if not awaits_leave:  # a client that waits for `100 Continue` has sent nothing yet
             await discard_body(receive, limits)

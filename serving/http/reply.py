@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import time
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import orjson
 from starlette.types import Message, Send
@@ -29,13 +30,17 @@ _GZIPPED = ((b"content-encoding", b"gzip"), (b"vary", b"accept-encoding"))
 class Reply:
     """Sends the answer and remembers how far it has come. `headers` go with it, whatever it is."""
 
-    __slots__ = ("_send", "_takes_gzip", "first_byte_ns", "headers", "is_complete", "is_stream", "status")
+    __slots__ = ("_asked", "_send", "first_byte_ns", "headers", "is_complete", "is_stream", "status")
 
     def __init__(
-        self, send: Send, headers: list[tuple[bytes, bytes]] | None = None, *, takes_gzip: bool = False
+        self,
+        send: Send,
+        headers: list[tuple[bytes, bytes]] | None = None,
+        asked: Mapping[bytes, bytes] = MappingProxyType({}),
     ) -> None:
+        """`asked` are the request's headers, by lower-case name."""
         self._send = send
-        self._takes_gzip = takes_gzip
+        self._asked = asked
         self.headers = headers if headers is not None else []
         self.status = 0
         """0 until the answer has begun: only then may something else be tried."""
@@ -72,7 +77,7 @@ class Reply:
         """A whole answer."""
         more = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in (extra or {}).items()]
         head = [(_JSON[0], content_type), *self.headers, *more]
-        if self._takes_gzip and len(body) >= _LARGE_BYTES:
+        if len(body) >= _LARGE_BYTES and b"gzip" in self._asked.get(b"accept-encoding", b""):
             body = await asyncio.to_thread(gzip.compress, body, _GZIP_LEVEL)
             head += _GZIPPED
         self._begin(status)

@@ -16,7 +16,7 @@ from serving.router.dialects.dialect import DialectReply
 
 _PREFIX = "/v1/openai/"  # DeepInfra's
 _SLASHES = re.compile("//+")
-_KEY_HEADERS = (b"x-api-key", b"api-key")
+_KEY_HEADERS = frozenset({b"x-api-key", b"api-key"})
 """Anthropic's and Azure's headers for the key; OpenAI's is `Authorization`."""
 
 
@@ -26,24 +26,20 @@ def read_arrival(scope: Scope, receive: Receive, send: Send) -> tuple[Incoming, 
     headers: Mapping[bytes, bytes] = {}
     try:
         headers = read_headers(scope)
-        if b"x-api-key" in headers or b"api-key" in headers:
+        if not _KEY_HEADERS.isdisjoint(headers):
             scope, headers = _move_key(scope, headers)
     except InvalidRequestError as error:
         refusal = error
     request_id = read_request_id(headers)
     given = [(b"x-request-id", request_id.encode())]
-    takes_gzip = b"gzip" in headers.get(_CODINGS, b"")
     path: str = scope["path"]
     is_deepinfra, path = path.startswith(_PREFIX), _canonical_path(path)
     if path in DIALECTS:
         dialect = DIALECTS[path](request_id)
-        reply: Reply = DialectReply(send, given, dialect, takes_gzip=takes_gzip)
+        reply: Reply = DialectReply(send, given, headers, dialect)
         return Incoming(request_id, path, is_deepinfra, headers, scope, receive, reply, dialect), refusal
-    reply = Reply(send, given, takes_gzip=takes_gzip)
+    reply = Reply(send, given, headers)
     return Incoming(request_id, path, is_deepinfra, headers, scope, receive, reply), refusal
-
-
-_CODINGS = b"accept-encoding"
 
 
 def _move_key(scope: Scope, headers: Mapping[bytes, bytes]) -> tuple[Scope, Mapping[bytes, bytes]]:
@@ -62,7 +58,7 @@ def _move_key(scope: Scope, headers: Mapping[bytes, bytes]) -> tuple[Scope, Mapp
         )
     moved = {name: value for name, value in headers.items() if name not in _KEY_HEADERS}
     moved[b"authorization"] = b"Bearer " + keys.pop() if given is None else given
-    kept = [(name, value) for name, value in scope["headers"] if name not in (*_KEY_HEADERS, b"authorization")]
+    kept = [(name, value) for name, value in scope["headers"] if name not in _KEY_HEADERS and name != b"authorization"]
     return {**scope, "headers": [*kept, (b"authorization", moved[b"authorization"])]}, moved
 
 

@@ -103,6 +103,8 @@ class StreamAnnotator:
         """
         self._notes = notes
         self._usage_in_last = usage_in_last
+        self._holds = False
+        """Whether a choice has ended, so that a frame may be the last one."""
         self._held = b""
         """Whole frames from one with a `finish_reason` on, which may be the last one."""
         self._shows_usage = shows_usage
@@ -137,18 +139,23 @@ class StreamAnnotator:
             chunk = self._take_error(chunk)
         self._last = chunk
         self._notes.num_frames += chunk.count(_FRAME_END)
-        ends_choice = _FINISH in chunk
-        if ends_choice and not self._notes.finish_reason:
-            start = chunk.index(_FINISH) + len(_FINISH)
-            self._notes.finish_reason = chunk[start : chunk.index(b'"', start)].decode()
+        if _FINISH in chunk:
+            self._note_finish(chunk)
         if _USAGE in chunk:
             return self._take_usage(chunk)
         if self._has_tail:
             self._tail += chunk
             return b""
-        if (ends_choice or self._held) and self._usage_in_last:
+        if self._holds:
             return self._hold_last(chunk)
         return chunk
+
+    def _note_finish(self, chunk: bytes) -> None:
+        """A choice ends in this chunk."""
+        if not self._notes.finish_reason:
+            start = chunk.index(_FINISH) + len(_FINISH)
+            self._notes.finish_reason = chunk[start : chunk.index(b'"', start)].decode()
+        self._holds = self._usage_in_last
 
     def flush(self) -> bytes:
         """What is left when the engine has closed the stream: the usage and what followed it, or an unfinished frame as

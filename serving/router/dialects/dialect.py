@@ -61,8 +61,10 @@ class DialectReply(Reply):
 
     __slots__ = ("_dialect",)
 
-    def __init__(self, send: Send, headers: list[tuple[bytes, bytes]], dialect: Dialect, *, takes_gzip: bool) -> None:
-        super().__init__(send, headers, takes_gzip=takes_gzip)
+    def __init__(
+        self, send: Send, headers: list[tuple[bytes, bytes]], asked: Mapping[bytes, bytes], dialect: Dialect
+    ) -> None:
+        super().__init__(send, headers, asked)
         self._dialect = dialect
 
     async def start_stream(self) -> None:

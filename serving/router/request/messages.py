@@ -94,7 +94,8 @@ def check_messages(messages: Any, router: RouterSettings) -> Content:
                 raise refuse(f"messages[{i}].role", f"one of {', '.join(sorted(_ROLES))}")
             message["role"] = "tool"  # OpenAI's name for it before there were tools
             found.is_changed = True
-        _check_calls(message, f"messages[{i}]")
+        if len(message) > 2:  # besides role and content
+            _check_calls(message, f"messages[{i}]")
     return found
 
 

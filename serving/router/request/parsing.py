@@ -25,6 +25,8 @@ from serving.settings.stack import Settings
 _CHOICE_COUNTS = ("n", "best_of")
 _DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's and vLLM's default for completions; a chat's default is the rest of the context."""
+_WRITTEN = frozenset({"tools", "response_format", "tool_choice"})
+"""Fields that a chat template may write into the prompt."""
 _CHARS_PER_TOKEN_ID = 3
 """How many characters a token id in a prompt counts for."""
 
@@ -67,9 +69,6 @@ class RoutedRequest:
     num_messages: int = 1
     is_constrained: bool = False
     """Whether the answer has to match a grammar given by the client."""
-
-    has_structured_outputs: bool = False
-    """Whether that grammar is in vLLM's field for it."""
 
     usage_in_last_chunk: bool = False
     """Whether a stream's usage belongs in the last chunk of its answer."""
@@ -136,6 +135,7 @@ def parse_request(
         body = orjson.dumps(payload)
     if content.sizes and _keeps_special_tokens(payload):
         body = add_field(body, "skip_special_tokens", False)
+    max_tokens_field = _find_max_tokens(payload, is_chat)
     return RoutedRequest(
         path=path,
         model=model,
@@ -147,13 +147,12 @@ def parse_request(
         usage_in_last_chunk=stream_usage == "finish_chunk" and not asks_usage,
         num_text_chars=content.num_chars,
         num_tool_bytes=_count_tool_bytes(payload),
-        max_tokens=_read_max_tokens(payload, is_chat),
-        max_tokens_field=_find_max_tokens(payload, is_chat),
+        max_tokens=_read_max_tokens(payload, max_tokens_field, is_chat),
+        max_tokens_field=max_tokens_field,
         num_choices=num_choices,
         num_prompts=content.num_prompts,
         num_messages=len(payload["messages"]) if is_chat else 1,
         is_constrained=_is_constrained(payload),
-        has_structured_outputs=payload.get("structured_outputs") is not None,
         ignored=tuple(report.ignored),
         documents=tuple(content.documents),
     )
@@ -195,7 +194,8 @@ def explain_refusal(request: RoutedRequest, error: ServingError) -> ServingError
         return InvalidRequestError(
             "No answer fits the response_format, structured_outputs or tools of this request.", code="constraint_failed"
         )
-    return rewrite_refusal(error, is_chat=request.is_chat, has_structured_outputs=request.has_structured_outputs)
+    has_structured_outputs = request.is_constrained and b'"structured_outputs"' in request.body
+    return rewrite_refusal(error, is_chat=request.is_chat, has_structured_outputs=has_structured_outputs)
 
 
 def find_model(name: Any, settings: Settings) -> str:
@@ -239,12 +239,12 @@ def add_field(body: bytes, name: str, value: Any) -> bytes:
 
 def _find_max_tokens(payload: dict[str, Any], is_chat: bool) -> str | None:
     """The field that bounds the answer, if the client has set one."""
-    names = ("max_completion_tokens", "max_tokens") if is_chat else ("max_tokens",)
-    return next((name for name in names if payload.get(name) is not None), None)
+    if is_chat and payload.get("max_completion_tokens") is not None:
+        return "max_completion_tokens"
+    return "max_tokens" if payload.get("max_tokens") is not None else None
 
 
-def _read_max_tokens(payload: dict[str, Any], is_chat: bool) -> int | None:
-    name = _find_max_tokens(payload, is_chat)
+def _read_max_tokens(payload: dict[str, Any], name: str | None, is_chat: bool) -> int | None:
     if name is None:
         return None if is_chat else _DEFAULT_COMPLETION_TOKENS
     return int(payload[name])
@@ -252,9 +252,12 @@ def _read_max_tokens(payload: dict[str, Any], is_chat: bool) -> int | None:
 
 def _count_tool_bytes(payload: dict[str, Any]) -> int:
     """The JSON size of what a template may write besides the texts."""
-    written = [payload[key] for key in ("tools", "response_format", "tool_choice") if payload.get(key) is not None]
+    written = (
+        [payload[key] for key in _WRITTEN if payload.get(key) is not None] if not _WRITTEN.isdisjoint(payload) else []
+    )
     for message in payload.get("messages") or ():
-        written += [message[key] for key in ("name", "tool_calls", "tool_call_id") if message.get(key) is not None]
+        if len(message) > 2:  # besides role and content
+            written += [message[key] for key in ("name", "tool_calls", "tool_call_id") if message.get(key) is not None]
     return len(orjson.dumps(written)) if written else 0
 
 
