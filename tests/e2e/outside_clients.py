@@ -44,19 +44,39 @@ def use_litellm(base_url: str, page: str) -> dict[str, Any]:
     }
 
 
+def use_litellm_ocr(base_url: str, document: str) -> dict[str, Any]:
+    os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+    import litellm
+
+    answer = litellm.ocr(
+        model=f"mistral/{MODEL}",
+        document={"type": "document_url", "document_url": document},
+        api_base=base_url,
+        api_key="unused",
+        pages=[1],
+        include_image_base64=True,
+    )
+    return {
+        "pages": [(page.index, page.markdown) for page in answer.pages],
+        "usage": answer.usage_info.pages_processed if answer.usage_info is not None else None,
+    }
+
+
 def use_langchain(base_url: str, page: str) -> dict[str, Any]:
     import openai
     from langchain_core.messages import HumanMessage
     from langchain_openai import ChatOpenAI
 
-    def build(model: str) -> ChatOpenAI:
-        return ChatOpenAI(model=model, base_url=base_url, api_key="unused", temperature=0, stream_usage=True)
+    def build(model: str, **options: Any) -> ChatOpenAI:
+        return ChatOpenAI(model=model, base_url=base_url, api_key="unused", temperature=0, **options)
 
-    chat = build(MODEL)
+    chat = build(MODEL, stream_usage=True)
     message = HumanMessage([{"type": "image_url", "image_url": {"url": page}}, {"type": "text", "text": PROMPT}])
     whole = chat.invoke([message])
     pieces = list(chat.stream([message]))
     batch = chat.batch([[message], [message]])
+    unasked = list(build(MODEL, stream_usage=False).stream([message]))
+    response = build(MODEL, use_responses_api=True).invoke([message])
     try:
         build("nothing").invoke([message])
         error = "none"
@@ -68,11 +88,16 @@ def use_langchain(base_url: str, page: str) -> dict[str, Any]:
         "stream": "".join(piece.content for piece in pieces),
         "num_pieces": len(pieces),
         "batch": [answer.content for answer in batch],
+        "tokens unasked": sum(piece.usage_metadata["output_tokens"] for piece in unasked if piece.usage_metadata),
+        "response": response.text,
+        "tokens of the response": response.usage_metadata["output_tokens"],
         "error": error,
     }
 
 
 if __name__ == "__main__":
     name, address, file = sys.argv[1:]
-    data = "data:image/png;base64," + base64.b64encode(Path(file).read_bytes()).decode()
-    print(json.dumps({"litellm": use_litellm, "langchain": use_langchain}[name](address, data)))
+    kind = "application/pdf" if file.endswith(".pdf") else "image/png"
+    data = f"data:{kind};base64," + base64.b64encode(Path(file).read_bytes()).decode()
+    uses = {"litellm": use_litellm, "langchain": use_langchain, "litellm ocr": use_litellm_ocr}
+    print(json.dumps(uses[name](address, data)))

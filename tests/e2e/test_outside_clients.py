@@ -5,6 +5,7 @@ LiteLLM and LangChain live in an environment of their own, with the versions of 
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import subprocess
@@ -14,6 +15,10 @@ from typing import Any
 
 import openai
 import pytest
+from support.ocr_service import build_service_settings, reads, run_host
+from support.papers import write_pdf
+from support.router_stack import Engine, run_router
+from unit.router.relay.test_ocr_relay import follow, with_ocr
 
 from benchmarks.load.arrivals import Shape, schedule
 from e2e.conftest import ROOT, Stack
@@ -69,6 +74,27 @@ def test_a_client_reads_a_page_whole_and_as_a_stream(name: str, their_python: Pa
     assert seen["tokens"] > 10
     assert seen["error"] == "not found"
     assert seen.get("batch", [truth]) == [truth] * len(seen.get("batch", [truth]))
+    assert seen.get("response", truth) == truth
+    for more in ("tokens unasked", "tokens of the response"):
+        assert seen.get(more, seen["tokens"]) == seen["tokens"], more
+
+
+def test_litellm_reads_a_document_by_its_adapter_for_mistral(their_python: Path, tmp_path: Path) -> None:
+    file = tmp_path / "x.pdf"
+    write_pdf(file, 2, (100, 100))
+
+    async def read() -> str:
+        async with (
+            Engine(reads(), max_num_seqs=16) as engine,
+            run_router(engine.record, settings=with_ocr()) as router,
+            run_host(build_service_settings(tmp_path), router.port) as (host, _),
+        ):
+            follow(router, host.record.url)
+            command = [str(their_python), str(SCRIPT), "litellm ocr", f"http://127.0.0.1:{router.port}/v1", str(file)]
+            return await asyncio.to_thread(run, command)
+
+    seen = json.loads(asyncio.run(read()).splitlines()[-1])
+    assert seen == {"pages": [[1, "Hello page"]], "usage": 1}
 
 
 @pytest.mark.parametrize(
