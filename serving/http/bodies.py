@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import re
 import uuid
 from collections.abc import Mapping
@@ -21,6 +22,10 @@ from serving.settings.router import LimitSettings
 _DISCARD_S = 10.0
 _FEW = 512
 _BODY_HEADERS = frozenset({b"content-length", b"expect", b"content-encoding"})
+_ABOUT_BODY = frozenset({b"content-length", b"content-encoding", b"transfer-encoding"})
+"""Headers that no longer fit a body which was decoded."""
+_QUICK_BYTES = 64 * 1024
+"""Bodies up to this size are decoded without a thread."""
 _BOM = b"\xef\xbb\xbf"
 """Of UTF-8; some clients begin a body with it."""
 _SINGLE_HEADERS = frozenset(
@@ -135,7 +140,8 @@ async def read_body(scope: Scope, receive: Receive, limits: LimitSettings, held:
     except TimeoutError as error:
         raise too_slow(limits) from error
     if coding:
-        body = decode_body(body, coding, limits.max_body_bytes)
+        decode = functools.partial(decode_body, body, coding, limits.max_body_bytes)
+        body = decode() if len(body) <= _QUICK_BYTES else await asyncio.to_thread(decode)
         if held is not None:
             held.take(len(body))
     return body[len(_BOM) :] if body.startswith(_BOM) else body
@@ -194,14 +200,16 @@ async def discard_body(receive: Receive, limits: LimitSettings) -> None:
                     return
 
 
-def replay_body(body: bytes, receive: Receive) -> Receive:
-    """Deliver a body that has been read, then what follows it."""
+def replay_body(scope: Scope, body: bytes, receive: Receive) -> tuple[Scope, Receive]:
+    """The request with a body that has been read, and perhaps changed, in the place of its own; then what follows."""
+    headers = [(name, value) for name, value in scope["headers"] if name not in _ABOUT_BODY]
+    headers.append((b"content-length", b"%d" % len(body)))
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive_again() -> Message:
         return messages.pop() if messages else await receive()
 
-    return receive_again
+    return {**scope, "headers": headers}, receive_again
 
 
 def decode_json(body: bytes, limits: LimitSettings) -> dict[str, Any]:

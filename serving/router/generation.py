@@ -63,7 +63,7 @@ logger = logging.getLogger(__name__)
 
 _CHAT = "/v1/chat/completions"
 _TIMEOUT_HEADER = b"x-request-timeout-ms"
-_BODY_HEADERS = frozenset({b"content-type", b"content-length", b"content-encoding", b"accept-encoding"})
+_NEGOTIATED = frozenset({b"content-type", b"accept-encoding"})
 _GRACE_S = 0.05
 """A request ends so much later than its deadline in the queue, whose refusal says more."""
 
@@ -127,11 +127,11 @@ class Generation:
         async with self.access.admitted(incoming, context.identity, COUNTED_DOCUMENT):
             with self.access.bodies.open() as memory:
                 memory.take(len(body))
-                headers = [(name, value) for name, value in incoming.scope["headers"] if name not in _BODY_HEADERS]
+                scope, receive = replay_body(incoming.scope, body, incoming.receive)
+                headers = [(name, value) for name, value in scope["headers"] if name not in _NEGOTIATED]
                 headers += [(b"content-type", b"application/json"), (b"accept-encoding", b"identity")]
-                scope = {**incoming.scope, "path": OCR, "query_string": b"", "headers": headers}
+                scope = {**scope, "path": OCR, "query_string": b"", "headers": headers}
                 reply = DocumentReply(incoming.reply, request, incoming.request_id)
-                receive = replay_body(body, incoming.receive)
                 await self.documents.relay(incoming.request_id, scope, receive, reply, context.identity)
 
     async def _identify(self, incoming: Incoming) -> RequestContext:

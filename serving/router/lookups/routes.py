@@ -134,10 +134,8 @@ class Lookups:
                     await incoming.reply.send_body(200, orjson.dumps(self._quote(identity, path, body)))
                     return
             async with self._access.admitted(incoming, identity, COUNTED_DOCUMENT):
-                receive = replay_body(body, incoming.receive)
-                await self._documents.relay_quote(
-                    incoming.request_id, incoming.scope, receive, incoming.reply, identity
-                )
+                scope, receive = replay_body(incoming.scope, body, incoming.receive)
+                await self._documents.relay_quote(incoming.request_id, scope, receive, incoming.reply, identity)
 
     def _find_quoted(self, body: bytes) -> str | None:
         """The path of the request to be quoted; None for a document."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -81,6 +82,9 @@ async def test_the_quote_of_a_document_is_the_services() -> None:
         (asked,) = service.asked
         assert (asked.method, asked.path, asked.body) == ("POST", "/v1/ocr/quote", body)
         assert asked.headers["authorization"] == "Bearer k"
+        packed = gzip.compress(b"\xef\xbb\xbf" + body)
+        answer = await router.client.post("/v1/quote", content=packed, headers={"content-encoding": "gzip"})
+        assert (answer.status_code, service.asked.pop().body) == (200, body)
         chats: list[dict[str, Any]] = [{"messages": []}, {"prompt": "a"}]
         for chat in chats:
             await router.client.post("/v1/quote", json={"model": "nano", "document": {}, **chat})
