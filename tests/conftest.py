@@ -11,9 +11,10 @@ from xdist.workermanage import Producer
 
 pytest_plugins = ("support.databases",)
 STACKS = "tests/e2e/"
-SCRIPTED_STACKS = tuple(
-    f"{STACKS}test_{name}.py"
-    for name in ("change", "faults", "keys_and_doors", "ledger", "ocr_death", "ocr_services", "scaling", "stopping")
+SCRIPTED_STACKS = (
+    *(f"{STACKS}test_{name}.py" for name in ("change", "faults", "keys_and_doors", "ledger", "ocr_death")),
+    *(f"{STACKS}test_{name}.py" for name in ("ocr_services", "scaling", "stopping")),
+    "tests/monitoring/test_discovery.py",
 )
 """Files whose tests start stacks of scripted engines; the others share the one that the shipped settings start."""
 _ENDS_THE_SHARED_STACK = "tests/e2e/test_lifecycle.py"

@@ -19,7 +19,7 @@ import pytest
 from support.collector import Collector, run_collector
 from support.paths import ROOT
 
-READY_WITHIN_S = 300
+READY_WITHIN_S = 420
 STOPPED_WITHIN_S = 60
 
 
