@@ -144,10 +144,10 @@ async def test_the_jobs_of_one_tenant_do_not_hold_all_places(
     num_services: int, tmp_path: Path, billing: BillingSettings
 ) -> None:
     """Jobs that take long, first, more of them than there are places; then a short one of another tenant's."""
-    long, short = (write_pdf(tmp_path / f"{n}.pdf", n, (50, 50)).read_bytes() for n in (400, 2))
+    long, short = (write_pdf(tmp_path / f"{n}.pdf", n, (50, 50)).read_bytes() for n in (100, 2))
     ocr = {"billing": billing, "jobs": {"running": 2, "lease_s": 60}, "pages_in_parallel": 2}
     async with (
-        served(tmp_path, reads(pause_s=0.05), **ocr) as (service, hostile, other),
+        served(tmp_path, reads(pause_s=0.2), **ocr) as (service, hostile, other),
         contextlib.AsyncExitStack() as more,
     ):
         hosts = [service.host]
