@@ -18,6 +18,7 @@ from serving.engine.scripted.app import ScriptedEngine, run_scripted
 from serving.engine.serve_log import keep_serve_log
 from serving.engine.token_counts import EngineUsage, SequenceCounts, UsageApp
 from serving.errors import SettingsError
+from serving.plugin.modes.families import UnknownFamilyError, find_family
 from serving.plugin.modes.image_config import read_image_config
 from serving.plugin.modes.selection import ModeRules
 from serving.settings.stack import NANO, ScriptSettings, Settings
@@ -104,6 +105,10 @@ async def _run_vllm(
     arguments = _parse(vllm_internals, flags)
     given = arguments.dtype
     arguments.dtype = choose_dtype(given, vllm_internals.is_built_for_cpus())
+    try:
+        find_family(await asyncio.to_thread(vllm_internals.read_architectures, checkpoint, arguments.revision))
+    except UnknownFamilyError as error:
+        raise SettingsError(f"models.{name}.checkpoint {checkpoint}: {error}") from error
     if arguments.dtype != given:
         say(f"dtype auto: {arguments.dtype}, since this processor does not compute in bfloat16")
     with keep_serve_log():
@@ -152,7 +157,8 @@ def _describe_images(model_config: Any) -> tuple[tuple[str, Any], ...] | None:
     try:
         config = read_image_config(model_config)
         modes = (("modes", tuple(config["modes"])),) if "modes" in config else ()
-        return ModeRules.from_config(config).as_config() + modes
+        family = find_family(model_config.architectures)
+        return ModeRules.from_config(family.rules_config(config)).as_config() + modes
     except (TypeError, ValueError):
         return None
 

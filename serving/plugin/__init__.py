@@ -1,4 +1,4 @@
-"""The vLLM plugin: everything that is specific to DeepSeek-OCR.
+"""The vLLM plugin: everything that is specific to DeepSeek-OCR and its family.
 
 vLLM calls `register` in each of its processes through the entry point group `vllm.general_plugins`, so a bare
 `vllm serve` uses it too once this distribution is installed. Importing this package imports neither torch nor vLLM;
@@ -19,15 +19,17 @@ def register() -> None:
     from vllm import ModelRegistry
 
     from serving.plugin.interfaces.vllm_internals import adapt_engine_config, replace_renderer, set_chat_template
+    from serving.plugin.modes.families import FAMILIES
 
     ModelRegistry.register_model(ARCHITECTURE, "serving.plugin.model.deepseek_ocr:DeepseekOCRForCausalLM")
-    adapt_engine_config(ARCHITECTURE, _configure)
+    for architecture in FAMILIES:
+        adapt_engine_config(architecture, _configure)
     replace_renderer("serving.plugin.model.renderer", "PageRenderer")
     set_chat_template("deepseek_ocr", CHAT_TEMPLATE)
 
 
 def _configure(vllm_config: Any) -> None:
-    """Enable the n-gram guard and the loop stop in an engine for this architecture."""
+    """Enable the n-gram guard and the loop stop in an engine for a model of the table of families."""
     from serving.plugin.repetition import loop_stop, ngram_guard
 
     ngram_guard.configure(vllm_config)

@@ -52,6 +52,14 @@ def replace_renderer(module: str, name: str) -> None:
     RENDERER_REGISTRY.renderers["hf"] = (module, name)  # `register` would warn about the replacement
 
 
+def read_architectures(checkpoint: str, revision: str | None) -> list[str]:
+    """Return the architectures that a checkpoint's `config.json` names, before anything of it is loaded."""
+    from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
+
+    found = get_hf_file_to_dict("config.json", checkpoint, revision)
+    return list(found.get("architectures") or ()) if isinstance(found, dict) else []
+
+
 def copy_to_device(values: Any, device: Any) -> Any:
     """Return a NumPy array's values as a tensor on a device without waiting for it: they are copied to pinned memory
     first, and the array may change at once."""
@@ -129,14 +137,19 @@ class _ServerStandIn:
 
 
 def adapt_engine_config(architecture: str, adapt: Callable[[Any], None]) -> None:
-    """Make vLLM call `adapt` with the `VllmConfig` of every engine for this architecture while it creates it."""
+    """Make vLLM call `adapt` with the `VllmConfig` of every engine for this architecture while it creates it, after
+    what vLLM itself does for the architecture. A later call replaces the callback."""
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
+    present = MODELS_CONFIG_MAP.get(architecture, VerifyAndUpdateConfig)
+    original: Any = getattr(present, "adapted", present)
+
     def verify_and_update_config(vllm_config: Any) -> None:
+        original.verify_and_update_config(vllm_config)
         adapt(vllm_config)
 
-    members = {"verify_and_update_config": staticmethod(verify_and_update_config)}
-    MODELS_CONFIG_MAP[architecture] = type("AdaptedConfig", (VerifyAndUpdateConfig,), members)
+    members = {"verify_and_update_config": staticmethod(verify_and_update_config), "adapted": original}
+    MODELS_CONFIG_MAP[architecture] = type("AdaptedConfig", (original,), members)
 
 
 def build_watched_scheduler(must_end: Callable[[Any], bool], stride: int, stop_reason: str, **arguments: Any) -> Any:

@@ -17,6 +17,7 @@ from serving.plugin.images.encoded_page import EncodedPage
 from serving.plugin.images.pipeline import image_pipeline
 from serving.plugin.interfaces.vllm_internals import read_bodies_with_orjson
 from serving.plugin.model.processor import DeepseekOCRMultiModalProcessor
+from serving.plugin.modes.families import FAMILIES
 from serving.plugin.repetition import loop_stop
 
 
@@ -30,6 +31,7 @@ class PageRenderer(HfRenderer):
             # This constructor runs in API processes only.
             read_bodies_with_orjson()
             image_pipeline().start()
+        if config.model_config.architecture in FAMILIES:
             loop_stop.count_stops(config.model_config.max_model_len)
 
     async def _process_tokens_async(self, prompt: Any, **options: Any) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
 
@@ -32,10 +32,15 @@ class ResolutionMode:
     crop_mode: bool = True
     min_tiles: int = MIN_TILES
     max_tiles: int = MAX_TILES
+    has_newlines: bool = True
+    """Whether each row of tokens ends with a newline token."""
+    tiles_limit: int = TILES_LIMIT
+    """Most tiles that the model can be asked for."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.min_tiles <= self.max_tiles <= TILES_LIMIT or self.max_tiles < 2:
-            raise ValueError(f"tiles must be 1 <= min_tiles <= max_tiles <= {TILES_LIMIT} with max_tiles of 2 or more")
+        limit = self.tiles_limit
+        if not 1 <= self.min_tiles <= self.max_tiles <= limit or self.max_tiles < 2:
+            raise ValueError(f"tiles must be 1 <= min_tiles <= max_tiles <= {limit} with max_tiles of 2 or more")
         for name in ("base_size", "image_size"):
             size = getattr(self, name)
             if size <= 0 or size % PIXELS_PER_TOKEN_SIDE:
@@ -45,13 +50,7 @@ class ResolutionMode:
     def from_config(cls, config: Mapping[str, Any]) -> ResolutionMode:
         """Read a checkpoint's `preprocessor_config.json`; missing values are the published ones (1024/640/true)."""
         default = cls()
-        return cls(
-            base_size=config.get("base_size", default.base_size),
-            image_size=config.get("image_size", default.image_size),
-            crop_mode=config.get("crop_mode", default.crop_mode),
-            min_tiles=config.get("min_tiles", default.min_tiles),
-            max_tiles=config.get("max_tiles", default.max_tiles),
-        )
+        return cls(**{field.name: config.get(field.name, getattr(default, field.name)) for field in fields(cls)})
 
     @property
     def squeezes(self) -> bool:
@@ -71,10 +70,11 @@ class ResolutionMode:
     def num_grid_tokens(self, grid: TileGrid) -> int:
         """Return the image tokens of a page that is cut into this grid."""
         side = self.base_size // PIXELS_PER_TOKEN_SIDE
-        num_tokens = side * (side + 1) + 1
+        newline = int(self.has_newlines)
+        num_tokens = side * (side + newline) + 1
         if grid.is_tiled:
             tile_side = self.image_size // PIXELS_PER_TOKEN_SIDE
-            num_tokens += grid.rows * tile_side * (grid.columns * tile_side + 1)
+            num_tokens += grid.rows * tile_side * (grid.columns * tile_side + newline)
         return num_tokens
 
     def largest_page(self) -> tuple[int, int]:

@@ -62,14 +62,21 @@ class ModeRules:
     model that reads smaller text or needs larger.
     """
 
+    is_fixed: bool = False
+    """Whether pages are read in the checkpoint's mode only (`serving.plugin.modes.families`)."""
+    tiles_single_pages: bool = False
+    """Whether the pages of a request with several are not tiled."""
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModeRules:
         """Read a checkpoint's image settings (`serving.plugin.modes.image_config`)."""
-        return cls(own=ResolutionMode.from_config(config), min_scale=config.get("auto_min_scale", 0.5))
+        own, min_scale = ResolutionMode.from_config(config), config.get("auto_min_scale", 0.5)
+        return cls(own, min_scale, config.get("is_fixed", False), config.get("tiles_single_pages", False))
 
     def as_config(self) -> tuple[tuple[str, Any], ...]:
         """Return all rules, including those that the checkpoint leaves out, as items for `from_config`."""
-        return (("auto_min_scale", self.min_scale), *asdict(self.own).items())
+        family = (("is_fixed", self.is_fixed), ("tiles_single_pages", self.tiles_single_pages))
+        return (("auto_min_scale", self.min_scale), *family, *asdict(self.own).items())
 
     def choose(self, request: Mapping[str, Any], server: Mapping[str, Any], sizes: Sequence[Size]) -> list[ChosenMode]:
         """Return the mode of every image of a request.
@@ -83,6 +90,8 @@ class ModeRules:
             ModeSelectionError: an option is unknown, of the wrong type or out of range.
         """
         options = {**server, **request}
+        if self.is_fixed:
+            return self._choose_fixed(options, len(sizes))
         unknown = set(options) - OPTIONS
         if unknown:
             raise ModeSelectionError(f"only {', '.join(sorted(OPTIONS))} can be set for this model", min(unknown))
@@ -92,6 +101,15 @@ class ModeRules:
         if any(choice.mode.max_tiles > most for choice in chosen if choice.mode.crop_mode):
             raise ModeSelectionError(f"max_tiles must be at most {most} on this server", "max_tiles")
         return chosen
+
+    def _choose_fixed(self, options: Mapping[str, Any], num_pages: int) -> list[ChosenMode]:
+        """Return the only mode for every page: without tiles where the family tiles single pages only."""
+        if options:
+            raise ModeSelectionError("this model reads pages in one mode, which cannot be chosen", min(options))
+        mode = self.own
+        if self.tiles_single_pages and num_pages > 1:
+            mode = replace(mode, crop_mode=False)
+        return [ChosenMode("gundam" if mode.crop_mode else "base", mode)] * num_pages
 
     def _named(self, name: str, size: Size, options: Mapping[str, Any]) -> ChosenMode:
         if name == AUTO:

@@ -28,7 +28,9 @@ from vllm.v1.sample.logits_processor import LogitsProcessor as HostProcessor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as DeviceProcessor
 
+from serving.plugin import ARCHITECTURE
 from serving.plugin.interfaces.vllm_internals import copy_to_device
+from serving.plugin.modes.families import FAMILIES
 from serving.plugin.repetition.loop_stop import config_of, repeated_tokens_of
 
 if TYPE_CHECKING:
@@ -37,8 +39,8 @@ if TYPE_CHECKING:
 CONFIG_KEY = "ngram_guard"
 QUALIFIED_NAME = "serving.plugin.repetition.ngram_guard:NGramGuard"
 IMAGE_TOKEN = "<image>"
-DEFAULT_SIZE, DEFAULT_WINDOW, DEFAULT_WHITELIST = 30, 90, ("<td>", "</td>")
-"""The published recipe's values."""
+DEFAULT_WHITELIST = ("<td>", "</td>")
+"""The published recipe's; size and window are the family's (`serving.plugin.modes.families`)."""
 MAX_WHITELIST = 1024
 """Largest whitelist of a request: on a device every banned token is compared with all of its entries."""
 _MAX_COMPARED = 2**26
@@ -93,8 +95,10 @@ class GuardDefaults:
         ids = (vocabulary.get(token, token) for token in given.get("whitelist", DEFAULT_WHITELIST))
         # Tokens that the checkpoint does not have are never generated.
         whitelist = frozenset(token for token in ids if isinstance(token, int))
-        size = _checked(given.get("size", DEFAULT_SIZE), f"{CONFIG_KEY}.size", 0)
-        window = _checked(given.get("window", DEFAULT_WINDOW), f"{CONFIG_KEY}.window", 1)
+        # Of no family is a model for which somebody has named the guard: it gets DeepSeek-OCR's rule.
+        family = FAMILIES.get(vllm_config.model_config.architecture, FAMILIES[ARCHITECTURE])
+        size = _checked(given.get("size", family.ngram_size), f"{CONFIG_KEY}.size", 0)
+        window = _checked(given.get("window", family.ngram_window), f"{CONFIG_KEY}.window", 1)
         max_length = vllm_config.model_config.max_model_len
         return cls(NGramRule(size, window, whitelist), vocabulary.get(IMAGE_TOKEN), max_length)
 

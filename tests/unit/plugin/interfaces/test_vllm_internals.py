@@ -283,3 +283,28 @@ def test_this_vllm_is_built_for_cpus_or_has_a_device() -> None:
     from vllm.platforms import current_platform
 
     assert vllm_internals.is_built_for_cpus() is not current_platform.is_cuda_alike()
+
+
+def test_what_vllm_does_for_an_architecture_is_done_before_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.models import config
+
+    done: list[str] = []
+
+    class Present(config.VerifyAndUpdateConfig):
+        @staticmethod
+        def verify_and_update_config(vllm_config: Any) -> None:
+            done.append("vLLM's")
+
+    monkeypatch.setitem(config.MODELS_CONFIG_MAP, "Some", Present)
+    for name in ("first", "second"):
+        vllm_internals.adapt_engine_config("Some", lambda _, name=name: done.append(name))
+    config.MODELS_CONFIG_MAP["Some"].verify_and_update_config(None)
+    assert done == ["vLLM's", "second"]
+    assert "UnlimitedOCRForCausalLM" in config.MODELS_CONFIG_MAP, "vLLM has settings for it that must stay"
+
+
+def test_a_checkpoints_architecture_is_read_without_loading_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["DeepseekOCRForCausalLM"]}')
+    assert vllm_internals.read_architectures(str(tmp_path), None) == ["DeepseekOCRForCausalLM"]
+    (tmp_path / "config.json").write_text("{}")
+    assert vllm_internals.read_architectures(str(tmp_path), None) == []

@@ -22,7 +22,7 @@ IMAGE, SLOTS, VOCABULARY, MAX_LENGTH = 7, 6, 64, 256
 def guard(monkeypatch: pytest.MonkeyPatch) -> DeviceGuard:
     tokenizer = types.SimpleNamespace(get_vocab=lambda: {"<image>": IMAGE, "<td>": 5, "</td>": 6})
     monkeypatch.setattr(ngram_guard, "cached_tokenizer_from_config", lambda _: tokenizer)
-    model_config = types.SimpleNamespace(max_model_len=MAX_LENGTH)
+    model_config = types.SimpleNamespace(max_model_len=MAX_LENGTH, architecture="DeepseekOCRForCausalLM")
     return DeviceGuard(types.SimpleNamespace(additional_config={}, model_config=model_config), device_state())
 
 

@@ -37,6 +37,7 @@ def _tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def engine_config(additional: Any = None, **model: Any) -> Any:
     default = {"max_model_len": MAX_LENGTH, "runner_type": "generate", "logits_processors": None}
+    default["architecture"] = "DeepseekOCRForCausalLM"
     return types.SimpleNamespace(
         additional_config={} if additional is None else additional,
         model_config=types.SimpleNamespace(**(default | model)),
@@ -370,3 +371,18 @@ def test_vllms_loaders_of_both_runners_take_the_name() -> None:
 
     for load in (_load_logitsprocs_by_fqcns, _load_v2_logitsprocs_by_fqcns):
         assert load([ngram_guard.QUALIFIED_NAME]) == [NGramGuard]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "size", "window"),
+    [
+        ("DeepseekOCRForCausalLM", 30, 90),
+        ("DeepseekOCR2ForCausalLM", 30, 90),
+        ("UnlimitedOCRForCausalLM", 35, 128),
+        ("SomeOtherForCausalLM", 30, 90),
+    ],
+)
+def test_the_rule_is_the_one_published_with_the_family(architecture: str, size: int, window: int) -> None:
+    config = engine_config(architecture=architecture, max_model_len=8192)
+    rule = ngram_guard.GuardDefaults.from_config(config).rule
+    assert (rule.size, rule.window) == (size, window)
