@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +18,13 @@ import openai
 import pytest
 from support.ocr_service import build_service_settings, reads, run_host
 from support.papers import write_pdf
-from support.router_stack import Engine, run_router
+from support.router_stack import USAGE, Engine, Exchange, answers, build_settings, run_router, streams
+from unit.router.dialects.test_clients import answer, whole_stream
 from unit.router.relay.test_ocr_relay import follow, with_ocr
 
 from benchmarks.load.arrivals import Shape, schedule
 from e2e.conftest import ROOT, Stack
+from serving.settings.router import RouterSettings
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -37,14 +40,33 @@ def run(command: list[str], timeout_s: float = 300) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def their_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An interpreter that has the clients and nothing of ours."""
-    folder = tmp_path_factory.mktemp("outside") / "venv"
+def build_python(folder: Path, requirements: Path) -> Path:
+    """An interpreter that has clients and nothing of ours."""
     run([*UV, "venv", "--quiet", "--python", sys.executable, str(folder)])
     python = folder / "bin" / "python"
-    run([*UV, "pip", "install", "--quiet", "--python", str(python), "-r", str(REQUIREMENTS)])
+    run([*UV, "pip", "install", "--quiet", "--python", str(python), "-r", str(requirements)])
     return python
+
+
+@pytest.fixture(scope="module")
+def their_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_python(tmp_path_factory.mktemp("outside") / "venv", REQUIREMENTS)
+
+
+async def ask_with(*command: str) -> dict[str, Any]:
+    """What a client prints that is given the address of a router with its default settings, whose engine always says
+    the same."""
+
+    async def script(exchange: Exchange) -> None:
+        is_stream = json.loads(exchange.asked.body).get("stream")
+        await (streams(*whole_stream()) if is_stream else answers(answer("Grüße")))(exchange)
+
+    settings = build_settings(stream_usage=RouterSettings().stream_usage)
+    async with Engine(script) as engine, run_router(engine.record, settings=settings) as router:
+        url = f"http://127.0.0.1:{router.port}/v1"
+        told = await asyncio.to_thread(run, [part.format(url=url) for part in command])
+    seen: dict[str, Any] = json.loads(told.splitlines()[-1])
+    return seen
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +99,22 @@ def test_a_client_reads_a_page_whole_and_as_a_stream(name: str, their_python: Pa
     assert seen.get("response", truth) == truth
     for more in ("tokens unasked", "tokens of the response"):
         assert seen.get(more, seen["tokens"]) == seen["tokens"], more
+
+
+def test_openai_agents_uses_both_apis_and_counts_tokens(tmp_path: Path) -> None:
+    python = build_python(tmp_path / "venv", Path(__file__).with_name("outside_agents_requirements.txt"))
+    seen = asyncio.run(ask_with(str(python), str(Path(__file__).with_name("outside_agents.py")), "{url}"))
+    assert seen == {"texts": ["Grüße"] * 4, "tokens": [USAGE["completion_tokens"]] * 4}
+
+
+@pytest.mark.skipif(shutil.which("npm") is None, reason="npm is not installed (apt install npm)")
+def test_vercels_ai_reads_a_page_by_the_responses_api(tmp_path: Path) -> None:
+    folder = tmp_path / "vercel"
+    shutil.copytree(Path(__file__).with_name("vercel"), folder)
+    run(["npm", "ci", "--silent", "--no-audit", "--no-fund", "--prefix", str(folder)])
+    page = "data:image/png;base64," + base64.b64encode(PAGE.read_bytes()).decode()
+    seen = asyncio.run(ask_with("node", str(folder / "read.mjs"), "{url}", page))
+    assert seen == {"texts": ["Grüße"] * 2, "tokens": [USAGE["completion_tokens"]] * 2}
 
 
 def test_litellm_reads_a_document_by_its_adapter_for_mistral(their_python: Path, tmp_path: Path) -> None:
