@@ -28,8 +28,8 @@ _LEAST_DPI = 4
 _MAX_UNIT = 75_000.0
 """The largest UserUnit of a valid PDF (ISO 32000-2, annex C)."""
 _TAIL_BYTES = 2048
-_MAX_TEXT_OBJECTS = 5000
-"""How many texts of a page are checked for their fonts."""
+_MAX_OBJECTS = 20_000
+"""How many objects of a page are looked at for their fonts: pages may have millions."""
 _MAX_NAMES = 3
 _BUILT_IN = re.compile(
     r"(courier|couriernew|helvetica|arial|times|timesnewroman|timesroman|symbol|zapfdingbats)"
@@ -163,6 +163,8 @@ def draw(file: Path, page: int, dpi: int, max_pixels: int, password: str | None)
     Raises:
         PageError: the page has no valid size, or is too large for any useful resolution.
     """
+    import pypdfium2
+
     with open_pdf(file, password) as (document, is_damaged):
         width, height = document.get_page_size(page)  # in points, or in the page's own unit
         if not (math.isfinite(width) and math.isfinite(height) and width > 0 and height > 0):
@@ -187,7 +189,8 @@ def draw(file: Path, page: int, dpi: int, max_pixels: int, password: str | None)
             )
         if is_damaged:
             drawing.warn(WarningKind.DAMAGED, "The PDF is damaged; it was read as far as it could be repaired.")
-        _check_fonts(opened, drawing)
+        with contextlib.suppress(pypdfium2.PdfiumError):  # a page that was drawn does not fail for its fonts' names
+            _check_fonts(opened, drawing)
         return drawing
 
 
@@ -217,13 +220,23 @@ def _read_units(file: Path, password: str | None, mtime_ns: int, size_bytes: int
     return units
 
 
+def find_texts(page: Any) -> Iterator[Any]:
+    """The text objects among the first objects of a page, those of forms in it included."""
+    from pypdfium2 import PdfiumError, raw
+
+    with contextlib.suppress(PdfiumError):
+        for each in islice(page.get_objects(max_depth=3), _MAX_OBJECTS):
+            if each.type == raw.FPDF_PAGEOBJ_TEXT:
+                yield each
+
+
 def _check_fonts(page: Any, drawing: Drawing) -> None:
     """Warn of text that was drawn in another font than the document's, or not at all."""
     from pypdfium2 import raw
 
     substituted, blank = dict[str, None](), dict[str, None]()
     textpage = None
-    for text in islice(page.get_objects(filter=(raw.FPDF_PAGEOBJ_TEXT,), max_depth=5), _MAX_TEXT_OBJECTS):
+    for text in find_texts(page):
         font = raw.FPDFTextObj_GetFont(text)
         if not font or raw.FPDFFont_GetIsEmbedded(font) or raw.FPDFTextObj_GetTextRenderMode(text) == _INVISIBLE:
             continue

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image, ImageChops, ImageDraw
 
 from serving.ocr.rendering.drawing import WHITE
-from serving.ocr.rendering.pdf import POINTS_PER_INCH, open_pdf
+from serving.ocr.rendering.pdf import POINTS_PER_INCH, find_texts, open_pdf
 from serving.plugin.images.picture import to_rgb
 
 _CHECK_DPI = 50
@@ -124,7 +124,7 @@ def _find_flaw(page: Any, textpage: Any, lines: tuple[TextLine, ...]) -> str | N
     )
     if max(strange, unmapped) > _MOST_STRANGE * len(text):
         return "its characters have no known meaning"
-    for each in page.get_objects(filter=(raw.FPDF_PAGEOBJ_TEXT,), max_depth=5):
+    for each in find_texts(page):
         if raw.FPDFTextObj_GetTextRenderMode(each) == _INVISIBLE:
             return "it is invisible, as another program's reading of a scan is"
     covered = _measure_cover(page, lines)
