@@ -10,7 +10,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-ARCHITECTURE = "DeepseekOCRForCausalLM"
 CHAT_TEMPLATE = Path(__file__).parent / "model" / "chat_template.jinja"
 
 
@@ -19,7 +18,7 @@ def register() -> None:
     from vllm import ModelRegistry
 
     from serving.plugin.interfaces.vllm_internals import adapt_engine_config, replace_renderer, set_chat_template
-    from serving.plugin.modes.families import FAMILIES
+    from serving.plugin.modes.families import ARCHITECTURE, FAMILIES
 
     ModelRegistry.register_model(ARCHITECTURE, "serving.plugin.model.deepseek_ocr:DeepseekOCRForCausalLM")
     for architecture in FAMILIES:

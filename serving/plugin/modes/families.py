@@ -13,6 +13,9 @@ from typing import Any
 
 from serving.plugin.modes.resolution import ResolutionMode
 
+ARCHITECTURE = "DeepseekOCRForCausalLM"
+"""The one that this plugin has a model for."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelFamily:
@@ -45,7 +48,7 @@ class ModelFamily:
 FAMILIES = {
     family.architecture: family
     for family in (
-        ModelFamily("DeepSeek-OCR", "DeepseekOCRForCausalLM"),
+        ModelFamily("DeepSeek-OCR", ARCHITECTURE),
         ModelFamily(
             "DeepSeek-OCR-2",
             "DeepseekOCR2ForCausalLM",

@@ -28,9 +28,8 @@ from vllm.v1.sample.logits_processor import LogitsProcessor as HostProcessor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as DeviceProcessor
 
-from serving.plugin import ARCHITECTURE
 from serving.plugin.interfaces.vllm_internals import copy_to_device
-from serving.plugin.modes.families import FAMILIES
+from serving.plugin.modes.families import ARCHITECTURE, FAMILIES
 from serving.plugin.repetition.loop_stop import config_of, repeated_tokens_of
 
 if TYPE_CHECKING:

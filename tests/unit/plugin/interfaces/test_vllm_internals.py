@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import json
 from collections.abc import Iterator
@@ -81,7 +82,8 @@ def test_the_parts_of_vllms_own_server_can_be_put_together_as_we_do() -> None:
 def test_the_plugin_takes_the_published_architectures_place() -> None:
     from vllm import ModelRegistry
 
-    from serving.plugin import ARCHITECTURE, register
+    from serving.plugin import register
+    from serving.plugin.modes.families import ARCHITECTURE
 
     register()
     register()
@@ -297,7 +299,7 @@ def test_what_vllm_does_for_an_architecture_is_done_before_ours(monkeypatch: pyt
 
     monkeypatch.setitem(config.MODELS_CONFIG_MAP, "Some", Present)
     for name in ("first", "second"):
-        vllm_internals.adapt_engine_config("Some", lambda _, name=name: done.append(name))
+        vllm_internals.adapt_engine_config("Some", functools.partial(_note, done, name))
     config.MODELS_CONFIG_MAP["Some"].verify_and_update_config(None)
     assert done == ["vLLM's", "second"]
     assert "UnlimitedOCRForCausalLM" in config.MODELS_CONFIG_MAP, "vLLM has settings for it that must stay"
@@ -308,3 +310,7 @@ def test_a_checkpoints_architecture_is_read_without_loading_it(tmp_path: Path) -
     assert vllm_internals.read_architectures(str(tmp_path), None) == ["DeepseekOCRForCausalLM"]
     (tmp_path / "config.json").write_text("{}")
     assert vllm_internals.read_architectures(str(tmp_path), None) == []
+
+
+def _note(done: list[str], name: str, _: Any) -> None:
+    done.append(name)
