@@ -33,7 +33,12 @@ def read_arrival(scope: Scope, receive: Receive, send: Send) -> tuple[Incoming, 
     request_id = read_request_id(headers)
     given = [(b"x-request-id", request_id.encode())]
     path: str = scope["path"]
-    is_deepinfra, path = path.startswith(_PREFIX), _canonical_path(path)
+    if "//" in path:  # of a base URL that ends with a slash
+        path = _SLASHES.sub("/", path)
+    path = path.rstrip("/")
+    is_deepinfra = path.startswith(_PREFIX)
+    if is_deepinfra:
+        path = "/v1/" + path.removeprefix(_PREFIX)
     if path in DIALECTS:
         dialect = DIALECTS[path](request_id)
         reply: Reply = DialectReply(send, given, headers, dialect)
@@ -60,10 +65,3 @@ def _move_key(scope: Scope, headers: Mapping[bytes, bytes]) -> tuple[Scope, Mapp
     moved[b"authorization"] = b"Bearer " + keys.pop() if given is None else given
     kept = [(name, value) for name, value in scope["headers"] if name not in _KEY_HEADERS and name != b"authorization"]
     return {**scope, "headers": [*kept, (b"authorization", moved[b"authorization"])]}, moved
-
-
-def _canonical_path(path: str) -> str:
-    if "//" in path:  # of a base URL that ends with a slash
-        path = _SLASHES.sub("/", path)
-    path = path.rstrip("/")
-    return "/v1/" + path.removeprefix(_PREFIX) if path.startswith(_PREFIX) else path

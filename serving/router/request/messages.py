@@ -177,13 +177,13 @@ def _check_image(part: dict[str, Any], param: str, found: Content, router: Route
     if not isinstance(image, dict):
         image = part["image_url"] = {"url": image, "detail": part.pop("detail", None)}
         found.is_changed = True
-    detail = image.get("detail")
+    detail = None
     if "detail" in image:
+        detail = image.pop("detail")  # the engine refuses null; a mode takes its place
+        found.is_changed = True
         if detail is not None and (not isinstance(detail, str) or detail not in MODE_FOR_DETAIL):
             known = ", ".join(MODE_FOR_DETAIL)
             raise InvalidRequestError(f"detail must be one of {known}.", param=f"{param}.detail")
-        del image["detail"]  # the engine refuses null; a mode takes its place
-        found.is_changed = True
     url = image.get("url")
     try:
         size = check_image_url(url, param, router)

@@ -17,7 +17,7 @@ from serving.http.bodies import decode_json
 from serving.plugin.modes.selection import DEFAULT
 from serving.router.request.checks import refuse
 from serving.router.request.engine_refusals import rewrite_refusal
-from serving.router.request.fields import CHAT_FIELDS, TEXT_FIELDS, check_fields
+from serving.router.request.fields import CHAT_FIELDS, TEXT_FIELDS, FieldReport, check_fields
 from serving.router.request.messages import MODE_FOR_DETAIL, Content, DocumentPart, check_messages
 from serving.settings.router import StreamUsage
 from serving.settings.stack import Settings
@@ -113,8 +113,6 @@ def parse_request(
     report = check_fields(payload, CHAT_FIELDS if is_chat else TEXT_FIELDS, refuses_unknown=refuses_unknown)
     if is_chat:
         content = check_messages(payload.get("messages"), settings.router)
-        if "tool_choice" in payload and payload["tool_choice"] in ("none", "auto") and not payload.get("tools"):
-            report.dropped.append("tool_choice")  # vLLM refuses it without tools
     else:
         content = _check_prompt(payload)
         num_choices *= content.num_prompts
@@ -127,14 +125,7 @@ def parse_request(
         options = {**options, "mode": _choose_modes(content.details, trained_modes(model))}
         payload["mm_processor_kwargs"] = options
         content.is_changed = True
-    if "stream_options" in payload and not payload.get("stream"):
-        report.dropped.append("stream_options")  # vLLM refuses it without a stream
-    if report.dropped or content.is_changed:
-        for name in report.dropped:
-            payload.pop(name, None)
-        body = orjson.dumps(payload)
-    if content.sizes and _keeps_special_tokens(payload):
-        body = add_field(body, "skip_special_tokens", False)
+    body = _build_body(payload, body, report, content)
     max_tokens_field = _find_max_tokens(payload, is_chat)
     return RoutedRequest(
         path=path,
@@ -156,6 +147,22 @@ def parse_request(
         ignored=tuple(report.ignored),
         documents=tuple(content.documents),
     )
+
+
+def _build_body(payload: dict[str, Any], body: bytes, report: FieldReport, content: Content) -> bytes:
+    """The engine's body: the client's own bytes, unless something in it has changed or is left out."""
+    dropped = report.dropped
+    if "tool_choice" in payload and payload["tool_choice"] in ("none", "auto") and not payload.get("tools"):
+        dropped.append("tool_choice")  # vLLM refuses it without tools
+    if "stream_options" in payload and not payload.get("stream"):
+        dropped.append("stream_options")  # vLLM refuses it without a stream
+    if dropped or content.is_changed:
+        for name in dropped:
+            payload.pop(name, None)
+        body = orjson.dumps(payload)
+    if content.sizes and _keeps_special_tokens(payload):
+        body = add_field(body, "skip_special_tokens", False)
+    return body
 
 
 def _choose_modes(details: Sequence[str | None], trained: Collection[str]) -> list[str]:
