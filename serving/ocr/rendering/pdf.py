@@ -54,8 +54,10 @@ def open_pdf(file: Path, password: str | None = None) -> Iterator[tuple[Any, boo
     try:
         document = _open(file, password)
     except pypdfium2.PdfiumError as error:
-        _check_password(error, password)
-        is_damaged = True
+        is_locked = error.err_code == pypdfium2.raw.FPDF_ERR_PASSWORD
+        is_damaged = is_damaged or not is_locked
+        _check_encryption(error)
+        # Of locked files qpdf opens those with an empty owner's password.
         document = _open_mended(file, password)
     with contextlib.closing(document):
         if document.get_formtype() == pypdfium2.raw.FORMTYPE_XFA_FULL:
@@ -80,15 +82,9 @@ def _open(file: Path, password: str | None) -> Any:
         raise
 
 
-def _check_password(error: Any, password: str | None) -> None:
+def _check_encryption(error: Any) -> None:
     from pypdfium2 import raw
 
-    if error.err_code == raw.FPDF_ERR_PASSWORD:
-        if password is None:
-            raise PageError(
-                "encrypted_document", "The PDF is encrypted; send its password as password, or a copy without one."
-            ) from error
-        raise PageError("wrong_password", "The password does not open the PDF.") from error
     if error.err_code == raw.FPDF_ERR_SECURITY:
         raise PageError(
             "encrypted_document", "The PDF is encrypted in a way that is not supported; send a copy without encryption."
@@ -122,8 +118,11 @@ def _mend(file: Path, password: str | None, mtime_ns: int, size_bytes: int) -> b
                 raise PageError("damaged_document", "The PDF is damaged, and no page of it can be found.")
             document.save(mended, encryption=False)
     except pikepdf.PasswordError as error:
-        code = "encrypted_document" if password is None else "wrong_password"
-        raise PageError(code, "The PDF is encrypted; send its password as password.") from error
+        if password is not None:
+            raise PageError("wrong_password", "The password does not open the PDF.") from error
+        raise PageError(
+            "encrypted_document", "The PDF is encrypted; send its password as password, or a copy without one."
+        ) from error
     except pikepdf.PdfError as error:
         raise PageError("damaged_document", "The PDF is damaged.") from error
     return mended.getvalue()

@@ -278,6 +278,9 @@ def test_an_encrypted_pdf_needs_its_password_if_it_has_one(revision: Any, tmp_pa
             else:
                 assert count_pages(file, "pdf", password) == 1
         assert read(tmp_path, file.read_bytes(), password="geheim")[1]["warnings"] == []
+    with pikepdf.open(io.BytesIO(PDF)) as document:
+        document.save(tmp_path / "open", encryption=pikepdf.Encryption(owner="", user="geheim", R=6))
+    assert read(tmp_path, (tmp_path / "open").read_bytes())[1]["warnings"] == [], "its owner's password is empty"
     with pytest.raises(PageError, match="does not open") as refused:
         count_pages(file, "pdf", "wrong")
     assert refused.value.code == "wrong_password"
