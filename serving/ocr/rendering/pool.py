@@ -24,7 +24,7 @@ from serving.errors import RenderError
 from serving.ocr.limits.turns import TurnQueue
 from serving.ocr.rendering.formats import HEAD_BYTES, DocumentFormat, find_format
 from serving.ocr.rendering.worker_process import RenderWorker
-from serving.ocr.text.documents import PlacedText, Word
+from serving.ocr.text.documents import PlacedText, WordBox
 from serving.ocr.text.layout import Box
 from serving.ocr_api.shapes import PageWarning
 from serving.settings.ocr import RenderSettings
@@ -190,7 +190,7 @@ class Renderer:
             PlacedText(
                 text,
                 Box(*box) if box is not None else None,
-                tuple(tuple(Word(word, Box(*edges)) for word, edges in line) for line in lines),
+                tuple(tuple(WordBox(word, Box(*edges)) for word, edges in line) for line in lines),
             )
             for text, box, lines in json.loads(data)
         ]

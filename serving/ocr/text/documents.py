@@ -19,7 +19,7 @@ _NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
-class Word:
+class WordBox:
     text: str
     box: Box
 
@@ -30,7 +30,7 @@ class PlacedText:
 
     text: str
     box: Box | None
-    lines: tuple[tuple[Word, ...], ...] = ()
+    lines: tuple[tuple[WordBox, ...], ...] = ()
 
 
 def render_html(blocks: Sequence[LayoutBlock], number: int, figures: Mapping[Box, str]) -> str:

@@ -10,14 +10,16 @@ from xml.etree import ElementTree
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.ocr.text.documents import PlacedText, Word, render_alto, render_hocr, render_html
+from serving.ocr.text.documents import PlacedText, WordBox, render_alto, render_hocr, render_html
 from serving.ocr.text.layout import Box, LayoutBlock
 
 ALTO = "{http://www.loc.gov/standards/alto/ns-v4#}"
 XHTML = "{http://www.w3.org/1999/xhtml}"
 BOX = Box(10, 20, 110, 40)
 PLACED = [
-    PlacedText("Total 5 < 6", BOX, ((Word("Total", Box(10, 20, 50, 40)), Word("<6&\x00", Box(60, 22, 110, 38))),)),
+    PlacedText(
+        "Total 5 < 6", BOX, ((WordBox("Total", Box(10, 20, 50, 40)), WordBox("<6&\x00", Box(60, 22, 110, 38))),)
+    ),
     PlacedText("no one\nknows", None),
 ]
 
