@@ -73,6 +73,10 @@ bench-check: install ## compare the results' ratios with the committed baseline
 bench-gpu: install ## the harness against the published checkpoint on this machine's GPUs; ARGS=--dry-run says how
 	@$(BIN)/python -m benchmarks.gpu $(ARGS)
 
+.PHONY: check-gpu
+check-gpu: install ## what only a GPU can settle about the published checkpoint, in minutes; ARGS=--dry-run runs it without one
+	@$(BIN)/python -m benchmarks.check_gpu $(ARGS)
+
 soak: install ## load, departures and kills for MINUTES, with a verdict
 	@$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
 

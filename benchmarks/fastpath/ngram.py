@@ -75,7 +75,12 @@ def _engine_config() -> Any:
     """As much of a `VllmConfig` as the processors read; without a tokenizer, whitelists are given as ids."""
     return types.SimpleNamespace(
         additional_config={"ngram_guard": {"whitelist": WHITELIST}},
-        model_config=types.SimpleNamespace(max_model_len=MAX_LENGTH, skip_tokenizer_init=True, logits_processors=None),
+        model_config=types.SimpleNamespace(
+            max_model_len=MAX_LENGTH,
+            skip_tokenizer_init=True,
+            logits_processors=None,
+            architecture="DeepseekOCRForCausalLM",
+        ),
         scheduler_config=types.SimpleNamespace(async_scheduling=False),
         parallel_config=None,
     )

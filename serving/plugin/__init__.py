@@ -18,9 +18,9 @@ def register() -> None:
     from vllm import ModelRegistry
 
     from serving.plugin.interfaces.vllm_internals import adapt_engine_config, replace_renderer, set_chat_template
-    from serving.plugin.modes.families import ARCHITECTURE, FAMILIES
+    from serving.plugin.modes.families import DEEPSEEK_OCR, FAMILIES
 
-    ModelRegistry.register_model(ARCHITECTURE, "serving.plugin.model.deepseek_ocr:DeepseekOCRForCausalLM")
+    ModelRegistry.register_model(DEEPSEEK_OCR.architecture, "serving.plugin.model.deepseek_ocr:DeepseekOCRForCausalLM")
     for architecture in FAMILIES:
         adapt_engine_config(architecture, _configure)
     replace_renderer("serving.plugin.model.renderer", "PageRenderer")

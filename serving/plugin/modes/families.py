@@ -13,9 +13,6 @@ from typing import Any
 
 from serving.plugin.modes.resolution import ResolutionMode
 
-ARCHITECTURE = "DeepseekOCRForCausalLM"
-"""The one that this plugin has a model for."""
-
 
 @dataclass(frozen=True, slots=True)
 class ModelFamily:
@@ -45,10 +42,11 @@ class ModelFamily:
         return {**asdict(self.own), "is_fixed": True, "tiles_single_pages": self.tiles_single_pages}
 
 
+DEEPSEEK_OCR = ModelFamily("DeepSeek-OCR", "DeepseekOCRForCausalLM")
 FAMILIES = {
     family.architecture: family
     for family in (
-        ModelFamily("DeepSeek-OCR", ARCHITECTURE),
+        DEEPSEEK_OCR,
         ModelFamily(
             "DeepSeek-OCR-2",
             "DeepseekOCR2ForCausalLM",

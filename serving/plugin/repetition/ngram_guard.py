@@ -29,7 +29,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProc
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as DeviceProcessor
 
 from serving.plugin.interfaces.vllm_internals import copy_to_device
-from serving.plugin.modes.families import ARCHITECTURE, FAMILIES
+from serving.plugin.modes.families import DEEPSEEK_OCR, FAMILIES
 from serving.plugin.repetition.loop_stop import config_of, repeated_tokens_of
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class GuardDefaults:
         # Tokens that the checkpoint does not have are never generated.
         whitelist = frozenset(token for token in ids if isinstance(token, int))
         # Of no family is a model for which somebody has named the guard: it gets DeepSeek-OCR's rule.
-        family = FAMILIES.get(vllm_config.model_config.architecture, FAMILIES[ARCHITECTURE])
+        family = FAMILIES.get(vllm_config.model_config.architecture, DEEPSEEK_OCR)
         size = _checked(given.get("size", family.ngram_size), f"{CONFIG_KEY}.size", 0)
         window = _checked(given.get("window", family.ngram_window), f"{CONFIG_KEY}.window", 1)
         max_length = vllm_config.model_config.max_model_len

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import inspect
 import json
 from collections.abc import Iterator
@@ -83,11 +82,11 @@ def test_the_plugin_takes_the_published_architectures_place() -> None:
     from vllm import ModelRegistry
 
     from serving.plugin import register
-    from serving.plugin.modes.families import ARCHITECTURE
+    from serving.plugin.modes.families import DEEPSEEK_OCR
 
     register()
     register()
-    assert ModelRegistry.models[ARCHITECTURE].module_name == "serving.plugin.model.deepseek_ocr"
+    assert ModelRegistry.models[DEEPSEEK_OCR.architecture].module_name == "serving.plugin.model.deepseek_ocr"
 
 
 def test_the_hooks_of_an_architectures_engine_config_and_of_the_scheduler_exist() -> None:
@@ -298,8 +297,8 @@ def test_what_vllm_does_for_an_architecture_is_done_before_ours(monkeypatch: pyt
             done.append("vLLM's")
 
     monkeypatch.setitem(config.MODELS_CONFIG_MAP, "Some", Present)
-    for name in ("first", "second"):
-        vllm_internals.adapt_engine_config("Some", functools.partial(_note, done, name))
+    vllm_internals.adapt_engine_config("Some", lambda _: done.append("first"))
+    vllm_internals.adapt_engine_config("Some", lambda _: done.append("second"))
     config.MODELS_CONFIG_MAP["Some"].verify_and_update_config(None)
     assert done == ["vLLM's", "second"]
     assert "UnlimitedOCRForCausalLM" in config.MODELS_CONFIG_MAP, "vLLM has settings for it that must stay"
@@ -310,7 +309,3 @@ def test_a_checkpoints_architecture_is_read_without_loading_it(tmp_path: Path) -
     assert vllm_internals.read_architectures(str(tmp_path), None) == ["DeepseekOCRForCausalLM"]
     (tmp_path / "config.json").write_text("{}")
     assert vllm_internals.read_architectures(str(tmp_path), None) == []
-
-
-def _note(done: list[str], name: str, _: Any) -> None:
-    done.append(name)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from support.host_waits import DEVICE, HostWaits
-from support.published_model import build_blank_model, one_process_world
 
+from benchmarks.loading import build_blank_model, one_process_world
 from benchmarks.stand_in import SMALL, Choices, write_documents
 from serving.plugin.modes.selection import MODES
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from support.published_model import LoadedModel, engine_config, load_model, one_process_world
-from support.reference_encoder import ReferenceEncoder, relative_error
 
+from benchmarks.loading import LoadedModel, engine_config, load_model, one_process_world
+from benchmarks.reference_encoder import ReferenceEncoder, relative_error
 from benchmarks.stand_in import INDEX_FILE, SMALL, WEIGHTS_FILE, Choices, every_file_set, write_documents
 from serving.plugin.images.page_views import build_views
 from serving.plugin.modes.image_config import read_image_config

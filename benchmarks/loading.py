@@ -1,4 +1,4 @@
-"""The served model, loaded from a stand-in for the published checkpoint by vLLM's own loader, without an engine."""
+"""The served model, loaded from a checkpoint by vLLM's own loader, without an engine around it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+_CPU = torch.device("cpu")
 
 
 @contextlib.contextmanager
@@ -55,7 +57,7 @@ class LoadedModel:
     """Of all parameters."""
 
 
-def load_model(checkpoint: Path, dtype: str) -> LoadedModel:
+def load_model(checkpoint: Path, dtype: str, device: torch.device = _CPU) -> LoadedModel:
     """Load the model as an engine does; vLLM refuses tensors of the file that the model lacks."""
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader import get_model_loader
@@ -64,13 +66,14 @@ def load_model(checkpoint: Path, dtype: str) -> LoadedModel:
 
     config = engine_config(checkpoint, dtype)
     with set_current_vllm_config(config), set_default_torch_dtype(config.model_config.dtype), torch.no_grad():
-        model = initialize_model(config)
+        with device:
+            model = initialize_model(config)
         for parameter in model.parameters():
             parameter.fill_(torch.nan)
         get_model_loader(config.load_config).load_weights(model, config.model_config)
         blank = [name for name, parameter in model.named_parameters() if parameter.isnan().any()]
         num_values = sum(parameter.numel() for parameter in model.parameters())
-        process_weights_after_loading(model, config.model_config, torch.device("cpu"))
+        process_weights_after_loading(model, config.model_config, device)
     return LoadedModel(model.eval(), blank, num_values)
 
 

@@ -17,16 +17,23 @@ from torch import Tensor
 
 from serving.nano.config import NanoConfig
 
+_CPU = torch.device("cpu")
 Weights = Mapping[str, Tensor]
 
 
 class ReferenceEncoder:
     """Computes a page's features from its views."""
 
-    def __init__(self, weights_file: Path, sizes: NanoConfig, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(
+        self,
+        weights_file: Path,
+        sizes: NanoConfig,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device = _CPU,
+    ) -> None:
         kinds = ("model.sam_model.", "model.vision_model.", "model.projector.", "model.image_newline", "model.view_")
         weights = load_file(weights_file)
-        self._weights = {name: value.to(dtype) for name, value in weights.items() if name.startswith(kinds)}
+        self._weights = {name: value.to(device, dtype) for name, value in weights.items() if name.startswith(kinds)}
         self._sizes, self._dtype = sizes, dtype
 
     def encode_page(self, page: Tensor, tiles: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -122,7 +129,7 @@ class ReferenceEncoder:
         table = self._weights[name]
         if len(table) != 2 * side - 1:
             table = F.interpolate(table.T[None], size=2 * side - 1, mode="linear")[0].T
-        places = torch.arange(side)
+        places = torch.arange(side, device=table.device)
         return table[places[:, None] - places[None] + side - 1]
 
     def _clip(self, places: Tensor) -> Tensor:
@@ -155,4 +162,4 @@ def _resize(table: Tensor, side: int) -> Tensor:
 def relative_error(found: Tensor, wanted: Tensor | Sequence[float]) -> float:
     """Return the length of the difference as a part of the length of what was wanted."""
     exact = torch.as_tensor(wanted).double()
-    return float((found.double() - exact).norm() / exact.norm())
+    return float((found.double().to(exact.device) - exact).norm() / exact.norm())
