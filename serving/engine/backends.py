@@ -105,10 +105,7 @@ async def _run_vllm(
     arguments = _parse(vllm_internals, flags)
     given = arguments.dtype
     arguments.dtype = choose_dtype(given, vllm_internals.is_built_for_cpus())
-    try:
-        find_family(await asyncio.to_thread(vllm_internals.read_architectures, checkpoint, arguments.revision))
-    except UnknownFamilyError as error:
-        raise SettingsError(f"models.{name}.checkpoint {checkpoint}: {error}") from error
+    await _check_family(vllm_internals, name, checkpoint, arguments.revision)
     if arguments.dtype != given:
         say(f"dtype auto: {arguments.dtype}, since this processor does not compute in bfloat16")
     with keep_serve_log():
@@ -132,6 +129,20 @@ async def _run_vllm(
         yield Engine(
             client, UsageApp(app, usage, api_key, settings.telemetry), facts, fail=lambda: usage.end_all("error")
         )
+
+
+async def _check_family(vllm_internals: ModuleType, name: str, checkpoint: str, revision: str | None) -> None:
+    """Refuse a checkpoint whose pages would be counted by another family's rules.
+
+    Raises:
+        SettingsError: it is of no family that is known here.
+    """
+    architectures = await asyncio.to_thread(vllm_internals.read_architectures, checkpoint, revision)
+    try:
+        if architectures is not None:
+            find_family(architectures)
+    except UnknownFamilyError as error:
+        raise SettingsError(f"models.{name}.checkpoint {checkpoint}: {error}") from error
 
 
 class _Watcher:

@@ -52,12 +52,13 @@ def replace_renderer(module: str, name: str) -> None:
     RENDERER_REGISTRY.renderers["hf"] = (module, name)  # `register` would warn about the replacement
 
 
-def read_architectures(checkpoint: str, revision: str | None) -> list[str]:
-    """Return the architectures that a checkpoint's `config.json` names, before anything of it is loaded."""
+def read_architectures(checkpoint: str, revision: str | None) -> list[str] | None:
+    """Return the architectures that a checkpoint's `config.json` names, before anything of it is loaded; None if the
+    file cannot be had, which vLLM will explain."""
     from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
     found = get_hf_file_to_dict("config.json", checkpoint, revision)
-    return list(found.get("architectures") or ()) if isinstance(found, dict) else []
+    return list(found.get("architectures") or ()) if isinstance(found, dict) else None
 
 
 def copy_to_device(values: Any, device: Any) -> Any:

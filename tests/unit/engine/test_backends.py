@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from serving.engine.backends import _Watcher
+from serving.engine.backends import _check_family, _Watcher
 from serving.engine.token_counts import EngineUsage
+from serving.errors import SettingsError
 from serving.plugin.interfaces import vllm_internals
 
 with warnings.catch_warnings():
@@ -189,3 +190,13 @@ def test_the_size_of_the_kv_cache_is_told() -> None:
     assert vllm_internals.kv_cache_tokens(SimpleNamespace(cache_config=cache)) == 160
     cache.kv_cache_size_tokens = 150
     assert vllm_internals.kv_cache_tokens(SimpleNamespace(cache_config=cache)) == 150
+
+
+async def test_a_checkpoint_of_another_family_is_refused_before_it_is_loaded() -> None:
+    def told(architectures: list[str] | None) -> Any:
+        return SimpleNamespace(read_architectures=lambda checkpoint, revision: architectures)
+
+    for known in (["DeepseekOCRForCausalLM"], ["UnlimitedOCRForCausalLM"], None):
+        await _check_family(told(known), "ocr", "some/repository", None)
+    with pytest.raises(SettingsError, match=r"^models\.ocr\.checkpoint some/repository: .* LlamaForCausalLM, and"):
+        await _check_family(told(["LlamaForCausalLM"]), "ocr", "some/repository", None)

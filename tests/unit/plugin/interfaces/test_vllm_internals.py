@@ -309,3 +309,5 @@ def test_a_checkpoints_architecture_is_read_without_loading_it(tmp_path: Path) -
     assert vllm_internals.read_architectures(str(tmp_path), None) == ["DeepseekOCRForCausalLM"]
     (tmp_path / "config.json").write_text("{}")
     assert vllm_internals.read_architectures(str(tmp_path), None) == []
+    (tmp_path / "config.json").unlink()
+    assert vllm_internals.read_architectures(str(tmp_path), None) is None
