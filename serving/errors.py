@@ -7,6 +7,7 @@
     │   │   ├── InvalidImageError   400
     │   │   │   └── BadBase64Error  400
     │   │   ├── ImageTooLargeError  400
+    │   │   ├── ModeNotSupportedError 400
     │   │   └── RenderError         400 of a document or page; `code` says why
     │   ├── AuthenticationError     401
     │   ├── PermissionDeniedError   403
@@ -90,6 +91,12 @@ class BadBase64Error(InvalidImageError):
 
 class ImageTooLargeError(InvalidRequestError):
     default_code = "image_too_large"
+
+
+class ModeNotSupportedError(InvalidRequestError):
+    """A choice of the resolution mode for a model that reads pages in one."""
+
+    default_code = "mode_not_supported"
 
 
 class RenderError(InvalidRequestError):

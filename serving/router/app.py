@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-GENERATE = frozenset({"/v1/chat/completions", "/v1/completions", *DIALECTS})
+GENERATE = ("/v1/chat/completions", "/v1/completions", *DIALECTS)
 OPEN = ("/health", "/ready", "/openapi.json")
 _PROBES = ("/health", "/ready")
 """Requested by monitoring systems, under any host name."""

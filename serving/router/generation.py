@@ -190,7 +190,7 @@ class Generation:
             path, body = _CHAT, orjson.dumps(incoming.dialect.to_chat(decode_json(body, settings.router.limits)))
         is_told = incoming.is_deepinfra or incoming.dialect is not None
         stream_usage = "finish_chunk" if is_told else settings.router.stream_usage
-        request = parse_request(path, body, settings, self.dispatcher.trained_modes, stream_usage)
+        request = parse_request(path, body, settings, self.dispatcher.image_config, stream_usage)
         check_model_allowed(context.identity, request.model, *settings.models[request.model].aliases)
         if request.documents:
             raise DocumentsFoundError(request)

@@ -20,6 +20,7 @@ import aiohttp
 import orjson
 
 from serving.billing.credits import CREDIT_HEADER, SignCredit
+from serving.errors import ModeNotSupportedError
 from serving.http.retry_after import read_retry_after
 from serving.ocr.reading.request import ReadRequest
 from serving.ocr.rendering.pool import DrawnPage
@@ -28,6 +29,7 @@ from serving.settings.ocr import ReadSettings
 
 NANO_PER_DOLLAR = 10**9
 
+_ONE_MODE = ModeNotSupportedError.default_code
 _REPETITION = "repetition"
 _TRANSIENT = frozenset({408, 409, 429, 500, 502, 503, 504})
 """Statuses that are worth a retry."""
@@ -196,6 +198,7 @@ class PageReader:
         num_before = before.num_tries if before is not None else 0
         tried_modes: list[str] = []
         num_refusals = 0
+        looped: _Try | None = None
         for number in itertools.count(1):
             yield TryStarted(num_before + number, mode)
             attempt = _Try(mode=mode)
@@ -204,11 +207,15 @@ class PageReader:
                 yield Delta(text)
             spent += attempt.usage
             credit_nanodollars -= attempt.credited_nanodollars
+            if looped is not None and attempt.failure is not None and attempt.failure.code == _ONE_MODE:
+                attempt = looped  # there is no other mode to try
+                break
             num_refusals += attempt.is_refused
             another = self._plan(attempt, mode, tried_modes, number - num_refusals, deadline_s)
             if another is None:
                 break
             pause_s, mode = another
+            looped = attempt if attempt.has_looped else looped
             await asyncio.sleep(pause_s)
         text, is_cut = "".join(attempt.texts), attempt.finish_reason == "length"
         texts = (*before.texts, text) if before is not None else (text,)

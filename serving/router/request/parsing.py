@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from serving.errors import InternalError, InvalidRequestError, ModelNotFoundError, ServingError
+from serving.errors import InternalError, InvalidRequestError, ModelNotFoundError, ModeNotSupportedError, ServingError
 from serving.http.bodies import decode_json
 from serving.plugin.modes.selection import DEFAULT
 from serving.router.request.checks import refuse
@@ -30,12 +30,12 @@ _WRITTEN = frozenset({"tools", "response_format", "tool_choice"})
 _CHARS_PER_TOKEN_ID = 3
 """How many characters a token id in a prompt counts for."""
 
-TrainedModes = Callable[[str], Collection[str]]
-"""The resolution modes that a model was trained for; empty if that is unknown."""
+ImageConfigs = Callable[[str], Mapping[str, Any]]
+"""A model's image settings (`serving.plugin.modes.selection.ModeRules`); empty if they are unknown."""
 
 
-def _any_mode(model: str) -> Collection[str]:
-    return ()
+def _unknown_config(model: str) -> Mapping[str, Any]:
+    return {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def parse_request(
     path: str,
     body: bytes,
     settings: Settings,
-    trained_modes: TrainedModes = _any_mode,
+    image_configs: ImageConfigs = _unknown_config,
     stream_usage: StreamUsage = "asked",
 ) -> RoutedRequest:
     """Parse and check a complete body.
@@ -99,7 +99,7 @@ def parse_request(
         path: the engine's path for it.
         body: as the client sent it, decoded.
         settings: models, limits, and what becomes of unknown fields.
-        trained_modes: which resolution modes a model was trained for.
+        image_configs: gives a model's image settings, as its replicas report them.
         stream_usage: where a stream has its usage unless the body says so.
 
     Raises:
@@ -119,12 +119,7 @@ def parse_request(
         if num_choices > settings.router.limits.max_choices:
             raise refuse("prompt", f"at most {settings.router.limits.max_choices} prompts times n")
     asks_usage = _wants_stream_usage(payload)
-    options = payload.get("mm_processor_kwargs") or {}
-    if any(content.details) and "mode" not in options:
-        # The engine does not know `detail`.
-        options = {**options, "mode": _choose_modes(content.details, trained_modes(model))}
-        payload["mm_processor_kwargs"] = options
-        content.is_changed = True
+    options = _choose_image_options(payload, model, content, image_configs)
     body = _build_body(payload, body, report, content)
     max_tokens_field = _find_max_tokens(payload, is_chat)
     return RoutedRequest(
@@ -163,6 +158,32 @@ def _build_body(payload: dict[str, Any], body: bytes, report: FieldReport, conte
     if content.sizes and _keeps_special_tokens(payload):
         body = add_field(body, "skip_special_tokens", False)
     return body
+
+
+def _choose_image_options(
+    payload: dict[str, Any], model: str, content: Content, image_configs: ImageConfigs
+) -> Mapping[str, Any]:
+    """The image options of the engine's body, to which the modes that OpenAI's `detail` asks for are added: the engine
+    does not know `detail`.
+
+    Raises:
+        ModeNotSupportedError: options for a model that has none.
+    """
+    options: dict[str, Any] = payload.get("mm_processor_kwargs") or {}
+    if not options and not any(content.details):
+        return options
+    config = image_configs(model)
+    if config.get("is_fixed"):
+        if options:
+            raise ModeNotSupportedError(
+                "This model reads pages in one resolution mode; remove mm_processor_kwargs.",
+                param="mm_processor_kwargs",
+            )
+    elif any(content.details) and "mode" not in options:
+        options = {**options, "mode": _choose_modes(content.details, config.get("modes", ()))}
+        payload["mm_processor_kwargs"] = options
+        content.is_changed = True
+    return options
 
 
 def _choose_modes(details: Sequence[str | None], trained: Collection[str]) -> list[str]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from random import Random
+from typing import Any
 
 from serving.billing.records import TokenCounts
 from serving.cluster.directory import EMPTY, ReplicaRecord, RouterReport, Snapshot
@@ -67,13 +68,10 @@ class Dispatcher:
         self._adopt_snapshot()
         return self._pools[model].sample
 
-    def trained_modes(self, model: str) -> Collection[str]:
-        """The resolution modes that the model's checkpoint says it was trained for; empty if it does not say."""
+    def image_config(self, model: str) -> Mapping[str, Any]:
+        """The image settings of a model's checkpoint; empty while no replica has reported them."""
         replica = self.sample(model)
-        if replica is None or replica.image_config is None:
-            return ()
-        modes: Collection[str] = dict(replica.image_config).get("modes", ())
-        return modes
+        return {} if replica is None or replica.image_config is None else dict(replica.image_config)
 
     def estimate(self, request: RoutedRequest, reading: ImageReading, max_model_len: int) -> WorkEstimate:
         """The work that a request is admitted with; `reading` and `max_model_len` are those of the model's `sample`."""

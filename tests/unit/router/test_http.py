@@ -61,7 +61,7 @@ async def talk(router: RunningRouter, request: bytes, *, half_closes: bool = Fal
 
 
 @pytest.mark.parametrize(
-    ("coding", "content"), [("gzip", gzip.compress(chat_body())), ("deflate", zlib.compress(chat_body()))]
+    ("coding", "content"), [("gzip", gzip.compress(chat_body(), mtime=0)), ("deflate", zlib.compress(chat_body()))]
 )
 async def test_a_compressed_body_reaches_the_engine_as_it_was(
     coding: str, content: bytes, router: RunningRouter

@@ -26,6 +26,7 @@ from support.router_stack import (
 )
 
 from serving.billing.credits import CreditSigner
+from serving.errors import ModeNotSupportedError
 from serving.http.retry_after import read_retry_after
 from serving.ocr.reading.pages import (
     Delta,
@@ -141,6 +142,16 @@ async def test_a_page_that_loops_in_every_mode_fails_with_what_it_cost() -> None
     assert len(engine.asked) == 5
     assert page.failure is not None
     assert (page.failure.code, page.text, page.usage.completion_tokens) == ("repetition", "la la", 50)
+
+
+async def test_a_page_that_looped_keeps_what_was_read_of_a_model_with_one_mode() -> None:
+    body = orjson.dumps(ModeNotSupportedError("This model reads pages in one resolution mode.").body())
+    async with reading(one_after_another(LOOPED, answers(body, 400))) as (reader, engine):
+        _, page = await read(reader)
+    assert len(engine.asked) == 2
+    assert page.failure is not None
+    assert (page.failure.code, page.text, page.mode) == ("repetition", "la la", "tiny")
+    assert page.usage.completion_tokens == 10
 
 
 async def test_an_answer_that_breaks_off_is_asked_for_again() -> None:

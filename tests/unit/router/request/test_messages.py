@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -23,9 +24,10 @@ IMAGE = {"type": "image_url", "image_url": {"url": URL}}
 PDF = "data:application/pdf;base64,JVBERi0xLjc="
 
 
-def parse(*messages: Any, trained: tuple[str, ...] = ()) -> RoutedRequest:
-    body = json.dumps({"model": "nano", "messages": messages}).encode()
-    return parse_request(CHAT, body, SETTINGS, lambda model: trained)
+def parse(*messages: Any, images: Mapping[str, Any] | None = None, **fields: Any) -> RoutedRequest:
+    """With the model's image settings, as its replicas report them."""
+    body = json.dumps({"model": "nano", "messages": messages, **fields}).encode()
+    return parse_request(CHAT, body, SETTINGS, lambda model: images or {})
 
 
 def sent(*messages: Any) -> list[Any]:
@@ -114,7 +116,20 @@ def test_what_is_no_base64_is_still_refused(data: str) -> None:
 )
 def test_a_detail_chooses_no_mode_that_the_model_was_not_trained_for(trained: tuple[str, ...], mode: str) -> None:
     part = {"type": "image_url", "image_url": {"url": URL, "detail": "low"}}
-    assert parse(user(part), trained=trained).image_options == {"mode": [mode]}
+    assert parse(user(part), images={"modes": trained}).image_options == {"mode": [mode]}
+
+
+def test_of_a_model_with_one_mode_none_can_be_chosen() -> None:
+    """The engine's own code for it knows neither modes nor details."""
+    part = {"type": "image_url", "image_url": {"url": URL, "detail": "low"}}
+    fixed = {"is_fixed": True}
+    request = parse(user(part), images=fixed)
+    assert request.image_options == {}
+    assert "mm_processor_kwargs" not in orjson.loads(request.body)
+    with pytest.raises(ServingError) as caught:
+        parse(user(part), images=fixed, mm_processor_kwargs={"mode": "base"})
+    assert (caught.value.http_status, caught.value.param) == (400, "mm_processor_kwargs")
+    assert caught.value.body()["error"]["code"] == "mode_not_supported"
 
 
 @pytest.mark.parametrize(
