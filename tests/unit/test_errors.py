@@ -17,6 +17,7 @@ TREE: dict[type[ServingError], tuple[int, str, str | None, bool]] = {
     errors.BadBase64Error: (400, "invalid_request_error", "invalid_image", False),
     errors.RenderError: (400, "invalid_request_error", "damaged_document", False),
     errors.ImageTooLargeError: (400, "invalid_request_error", "image_too_large", False),
+    errors.ModeNotSupportedError: (400, "invalid_request_error", "mode_not_supported", False),
     errors.AuthenticationError: (401, "authentication_error", "invalid_api_key", False),
     errors.PermissionDeniedError: (403, "permission_error", "permission_denied", False),
     errors.RequestTimeoutError: (408, "timeout_error", "request_timeout", False),

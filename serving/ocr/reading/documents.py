@@ -42,6 +42,8 @@ from serving.ocr_api.shapes import PageDelta, PageImage, PageStarted, PageWarnin
 from serving.settings.ocr import OcrSettings
 
 _QUEUED_EVENTS = 256
+"""Of a stream, so that a client which pauses does not hold up pages. Otherwise events are stored or collected, and no
+page runs ahead of that: what was read and not stored has to be read again if the service dies."""
 _MAX_PICTURES = 20
 """Page images sent per stream: more would rarely be looked at, and they are large."""
 _MAX_PICTURE_BYTES = 4 * 2**20
@@ -80,7 +82,10 @@ class _Run:
     request: ReadRequest
     figure_bytes_left: int
     figures_left: int
-    events: asyncio.Queue[PipelineEvent] = field(default_factory=lambda: asyncio.Queue(_QUEUED_EVENTS))
+    events: asyncio.Queue[PipelineEvent] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.events = asyncio.Queue(_QUEUED_EVENTS if self.request.options.stream else 1)
 
 
 def is_for_all(failure: PageFailure | None) -> bool:
