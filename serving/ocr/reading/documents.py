@@ -87,6 +87,11 @@ class _Run:
     def __post_init__(self) -> None:
         self.events = asyncio.Queue(_QUEUED_EVENTS if self.request.options.stream else 1)
 
+    async def report(self, event: PageStarted | PageImage | PageDelta) -> None:
+        """Pass on the progress of a page, which only streams show."""
+        if self.request.options.stream:
+            await self.events.put(event)
+
 
 def is_for_all(failure: PageFailure | None) -> bool:
     """Whether every other page of the document would fail for the same reason."""
@@ -114,7 +119,8 @@ class Pipeline:
         self._observer = observer
 
     async def read(self, request: ReadRequest) -> AsyncGenerator[PipelineEvent]:
-        """Read all pages and yield their events as they happen; every page ends exactly once.
+        """Read all pages and yield their events as they happen; every page ends exactly once. Only a stream gets the
+        events of a page before its end.
 
         When a page fails for a reason that applies to the whole document, pages that have not started fail with the
         same reason. Closing the generator cancels what is in flight.
@@ -178,9 +184,9 @@ class Pipeline:
     async def _take_layer(self, run: _Run, index: int, image: DrawnPage, layer: PageLayer) -> PageResult:
         """Take the page's text from the PDF, without a model."""
         started = PageStarted(index=index, dimensions=measure(image))
-        await run.events.put(started)
+        await run.report(started)
         await self._put_picture(run, index, image)
-        await run.events.put(PageDelta(index=index, text=layer.text))
+        await run.report(PageDelta(index=index, text=layer.text))
         usage = PageUsage(cost_nanodollars=run.request.charged.get(index, 0))
         reading = PageReading((layer.text,), usage, num_tries=1, mode=None)
         figures: list[tuple[Box, str]] | None = [] if run.request.options.include_images else None
@@ -239,14 +245,14 @@ class Pipeline:
         self, run: _Run, index: int, image: DrawnPage, shown: DrawnPage, before: PageReading | None
     ) -> PageReading:
         """Read a page, or the part of it that is `shown`; `before` is the reading of earlier parts."""
-        events, num_before = run.events, before.num_tries if before is not None else 0
+        num_before = before.num_tries if before is not None else 0
         reading: PageReading | None = None
         async with contextlib.aclosing(self._reader.read(shown, run.request, index, before)) as read:
             async for event in read:
                 if isinstance(event, TryStarted):
                     if before is None or event.number > num_before + 1:
                         dimensions = measure(image)
-                        await events.put(
+                        await run.report(
                             PageStarted(index=index, attempt=event.number, mode=event.mode, dimensions=dimensions)
                         )
                     if event.number == 1:
@@ -255,9 +261,9 @@ class Pipeline:
                         # What earlier parts said: after another attempt it has to be said again.
                         is_retry = event.number > num_before + 1
                         text = "\n\n".join((*before.texts, "")) if is_retry else "\n\n"
-                        await events.put(PageDelta(index=index, text=text))
+                        await run.report(PageDelta(index=index, text=text))
                 elif isinstance(event, Delta):
-                    await events.put(PageDelta(index=index, text=event.text))
+                    await run.report(PageDelta(index=index, text=event.text))
                 else:
                     reading = event
         assert reading is not None  # a reader's last event
@@ -265,9 +271,7 @@ class Pipeline:
 
     async def _put_picture(self, run: _Run, index: int, image: DrawnPage) -> None:
         if wants_page_image(run.request, index, image):
-            await run.events.put(
-                PageImage(index=index, image_url=image.as_url(), width=image.width, height=image.height)
-            )
+            await run.report(PageImage(index=index, image_url=image.as_url(), width=image.width, height=image.height))
 
     async def _cut_figures(self, run: _Run, index: int, blocks: Sequence[LayoutBlock]) -> list[tuple[Box, str]]:
         """Figures with their images as base64.
