@@ -140,10 +140,11 @@ class DocumentReply(Reply):
     def _check_pages(self) -> None:
         if self._pages and all(page["status"] == "failed" for page in self._pages):
             error = self._pages[0].get("error") or {}
+            kind = error.get("type") or "invalid_request_error"
             raise EngineError(
-                400,
+                502 if kind == "server_error" else 400,
                 str(error.get("message") or "No page of the document could be read."),
-                type="invalid_request_error",
+                type=kind,
                 param=self._request.documents[0].param,
                 code=error.get("code"),
             )

@@ -155,3 +155,15 @@ async def test_without_an_ocr_service_it_says_so() -> None:
     async with run_router(settings=with_ocr()) as router:
         answer = await router.client.post(CHAT, content=chat(PART))
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "no_ocr_service")
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "status"),
+    [("invalid_request_error", "damaged_page", 400), ("server_error", "connection_lost", 502)],
+)
+async def test_a_chat_whose_pages_all_failed_tells_whose_fault_that_is(kind: str, code: str, status: int) -> None:
+    error = {"message": "It was not read.", "type": kind, "code": code}
+    found = {"pages": [{"index": 0, "number": 1, "status": "failed", "error": error}], "usage": USAGE}
+    async with service(Engine(answers(orjson.dumps(found)))) as router:
+        answer = await router.client.post(CHAT, content=chat(PART))
+    assert (answer.status_code, answer.json()["error"]["type"], answer.json()["error"]["code"]) == (status, kind, code)
